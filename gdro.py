@@ -1,0 +1,443 @@
+"""The two adversaries of GDRO (arXiv 2601.19280): who gets weight, and who gets rollouts. numpy only, no other state.
+
+Once a step the trainer asks three questions and, at the end of the step, reports what happened:
+
+    bin_P = bins.lookup(ids_P)             which difficulty bin is each prompt in?            (10)-(11)
+    n_P   = rollout_gdro.allocate(bin_P)   how many rollouts does each prompt get?            (17)-(21)
+    w_P   = prompt_gdro.weights(bin_P)     by what are its advantages multiplied?             (12)-(16)
+    ...
+    prompt_gdro.update(...); rollout_gdro.update(...); bins.update(...)     the only lines that change state
+
+Suffixes name axes: P prompts of a batch, B bins (0 = hardest), K arms n_min..n_max. Symbols are the paper's. `prompt`
+and `rollouts` are GRPO's group; the groups of "group DRO" are the `bins`. GRPO itself is `PromptGDRO(eta=0)` (every
+weight is exp(0) = 1) with `RolloutGDRO(n_min=n_max=n_bar)` (one arm).
+
+Every `state_dict` is a flat dict of numpy arrays without objects, so it survives `np.savez` without pickle.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import comb
+
+import numpy as np
+
+UNITS = 240  # a success rate c/n is kept as round(240 c/n), one byte: exact for n in 1-6, 8, 10, 12, 15, 16
+
+
+class DifficultyBins:
+    """Sorts prompts online by their recent success, (10)-(11), with hysteresis.
+
+    edges:       the B - 1 inner edges, ascending in (0, 1). Bin b holds [a_b, a_{b+1}), the last one also 1.
+    history:     H, how many of a prompt's last visits count; all there are while fewer.
+    hysteresis:  delta. A prompt leaves its bin upwards when its estimate reaches a_{b+1} + delta, downwards when it
+                 falls below a_b - delta, and then goes to the bin of its estimate. The first visit places it freely.
+    success:     what a visit with c correct of n rollouts records. "rate" = c/n: its expectation does not depend on
+                 n, so that allocation does not move the bins. "any" = (c > 0), the paper's pass@k, which does.
+    unseen_rate: the estimate that a prompt has before its first visit (official code: 0, i.e. the hardest bin).
+
+    Only prompts that were seen take memory: `history` bytes each ("rate") or one 64-bit word ("any"), and a dict entry.
+    """
+
+    def __init__(self, edges: Sequence[float], *, history: int = 50, hysteresis: float = 0.03, success: str = "rate",
+                 unseen_rate: float = 0.5):
+        # Edges, margins and estimates are compared at 12 decimals, where 0.3 - 0.03 is 27/100 and 2/3 is 160/240.
+        self.edges = np.round(np.asarray(edges, dtype=np.float64), 12)
+        if self.edges.size and not (np.all(np.diff(self.edges) > 0) and 0 < self.edges[0] and self.edges[-1] < 1):
+            raise ValueError(f"bin edges must ascend strictly inside (0, 1), got {list(edges)}")
+        if success not in ("rate", "any"):
+            raise ValueError(f"success must be 'rate' or 'any', got {success!r}")
+        if history < 1 or (success == "any" and history > 64):
+            raise ValueError(f"history must be from 1, and to 64 with success='any' (one bit a visit), got {history}")
+        if hysteresis < 0:
+            raise ValueError(f"hysteresis must not be negative, got {hysteresis}")
+        self.num_bins = len(self.edges) + 1
+        self.history, self.success = history, success
+        self.unseen_bin = int(np.digitize(unseen_rate, self.edges))
+        self._leave_up = np.round(np.append(self.edges, np.inf) + hysteresis, 12)
+        self._leave_down = np.round(np.append(-np.inf, self.edges) - hysteresis, 12)
+        self._row_of: dict[str, int] = {}
+        self._grow(0)
+
+    def _grow(self, rows: int) -> None:
+        """Makes room for `rows` prompts, at least doubling, so that growth costs O(1) a prompt."""
+        wide = (self.history,) if self.success == "rate" else ()
+        fresh = {"visits": np.zeros(rows, np.int64), "bin": np.zeros(rows, np.int16),
+                 "record": np.zeros((rows, *wide), np.uint8 if wide else np.uint64)}
+        for name, array in fresh.items():
+            if rows:
+                array[: len(getattr(self, "_" + name))] = getattr(self, "_" + name)
+            setattr(self, "_" + name, array)
+
+    def lookup(self, ids: Sequence[str]) -> np.ndarray:
+        """Bins of the prompts, (P,) int64, from what earlier steps saw. Changes nothing."""
+        row_P = np.fromiter((self._row_of.get(i, -1) for i in ids), np.int64, len(ids))
+        bin_P = np.full(len(ids), self.unseen_bin, np.int64)
+        seen = row_P >= 0
+        bin_P[seen] = self._bin[row_P[seen]]
+        return bin_P
+
+    def update(self, ids: Sequence[str], correct_P: np.ndarray, n_P: np.ndarray) -> None:
+        """Records a visit of each prompt, `correct_P` of `n_P` rollouts right, and moves the prompts between bins."""
+        correct_P, n_P = np.asarray(correct_P, np.int64), np.asarray(n_P, np.int64)
+        if not len(ids) == len(correct_P) == len(n_P):
+            raise ValueError(f"{len(ids)} ids, {len(correct_P)} counts of correct and {len(n_P)} of rollouts")
+        if len(set(ids)) != len(ids):
+            raise ValueError("a prompt id occurs twice in one update: a step visits a prompt once")
+        if np.any(n_P < 1) or np.any(correct_P < 0) or np.any(correct_P > n_P):
+            raise ValueError("every prompt needs 0 <= correct <= n and n >= 1")
+        row_P = np.fromiter((self._row_of.setdefault(i, len(self._row_of)) for i in ids), np.int64, len(ids))
+        if len(self._row_of) > len(self._visits):
+            self._grow(max(len(self._row_of), 2 * len(self._visits)))
+        if self.success == "rate":
+            self._record[row_P, self._visits[row_P] % self.history] = np.rint(UNITS * correct_P / n_P)
+        else:
+            mask = np.uint64(2**self.history - 1)
+            self._record[row_P] = (self._record[row_P] << np.uint64(1) | (correct_P > 0).astype(np.uint64)) & mask
+        self._visits[row_P] += 1
+        self._bin[row_P] = self._move(row_P)
+
+    def _move(self, row_P: np.ndarray) -> np.ndarray:
+        estimate_P, bin_P = self._estimate(row_P), self._bin[row_P]
+        leaves = (estimate_P >= self._leave_up[bin_P]) | (estimate_P < self._leave_down[bin_P])
+        first = self._visits[row_P] == 1
+        return np.where(leaves | first, np.digitize(estimate_P, self.edges), bin_P)  # digitize: a_b <= x < a_{b+1}
+
+    def _estimate(self, row_P: np.ndarray) -> np.ndarray:
+        """(10): mean success of the last H visits."""
+        count_P = np.minimum(self._visits[row_P], self.history)
+        if self.success == "rate":
+            return np.round(self._record[row_P].sum(axis=1, dtype=np.int64) / (UNITS * count_P), 12)
+        return np.round(np.bitwise_count(self._record[row_P]) / count_P, 12)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        used = len(self._row_of)
+        return {"ids": np.array(list(self._row_of), dtype=np.str_), "visits": self._visits[:used].copy(),
+                "bin": self._bin[:used].copy(), "record": self._record[:used].copy(),
+                "edges": self.edges.copy(), "history": np.array(self.history)}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        if state["record"].dtype != self._record.dtype or int(state["history"]) != self.history:
+            raise ValueError("the saved bins were made with another `success` or `history`")
+        if not np.array_equal(state["edges"], self.edges):
+            raise ValueError(f"the saved bins have the edges {state['edges'].tolist()}, not {self.edges.tolist()}")
+        self._row_of = {str(i): row for row, i in enumerate(state["ids"])}
+        self._visits, self._bin, self._record = (state[k].copy() for k in ("visits", "bin", "record"))
+
+
+# What l(x) is in (8), the loss whose bin means the adversaries see. Both are (P,); both use unweighted advantages.
+SIGNALS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "surrogate": lambda surrogate_P, reward_P: surrogate_P,  # (5)-(7): zero at ratio 1, since advantages are centred
+    "reward": lambda surrogate_P, reward_P: -reward_P,  # appendix B, footnote: L_b = -E[reward]
+}
+
+
+def bin_means(bin_P: np.ndarray, value_P: np.ndarray, num_bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means of `value_P` by bin, (B,) with NaN where the bin is absent, and the shares q_hat of the batch, (B,)."""
+    count_B = np.bincount(bin_P, minlength=num_bins)
+    sum_B = np.bincount(bin_P, weights=value_P, minlength=num_bins)
+    return np.divide(sum_B, count_B, out=np.full(num_bins, np.nan), where=count_B > 0), count_B / max(len(bin_P), 1)
+
+
+def ema(old: np.ndarray, new: np.ndarray, beta: float) -> np.ndarray:
+    """(1 - beta) old + beta new where new is a number; a NaN in `old` (never seen) takes `new`, a NaN in `new` keeps
+    `old`. Starting at the first visit leaves no bias towards an arbitrary first score."""
+    mixed = np.where(np.isnan(old), new, (1 - beta) * old + beta * new)
+    return np.where(np.isnan(new), old, mixed)
+
+
+class PromptGDRO:
+    """The data adversary, (12)-(16): exponential weights over bins, realised by scaling advantages.
+
+    eta, beta, gamma: eta_q of (14), EMA rate of (12), uniform mixing of (15).
+    score_clip:       C of (14). The paper gives none.
+    weight_cap:       omega_max of (16).
+    share_normalize:  divide a bin's loss by max(q_hat(b), share_floor), as the paper's experiments do (13).
+    mean_one:         weigh prompts by q(b), (15), rescaled to mean 1 over the batch, as the official code does, instead
+                      of by omega(b), (16). The overall step size then does not depend on the scores.
+    """
+
+    def __init__(self, num_bins: int, *, eta: float = 0.65, beta: float = 0.12, gamma: float = 0.01,
+                 score_clip: float = 5.0, weight_cap: float = 15.0, share_normalize: bool = True,
+                 share_floor: float = 0.05, mean_one: bool = False):
+        if eta < 0 or not 0 < beta <= 1 or not 0 <= gamma <= 1 or min(score_clip, weight_cap, share_floor) <= 0:
+            raise ValueError("need eta >= 0, 0 < beta <= 1, 0 <= gamma <= 1, score_clip, weight_cap, share_floor > 0")
+        self.num_bins, self.eta, self.beta, self.gamma = num_bins, eta, beta, gamma
+        self.score_clip, self.weight_cap = score_clip, weight_cap
+        self.share_normalize, self.share_floor, self.mean_one = share_normalize, share_floor, mean_one
+        self._score_B = np.full(num_bins, np.nan)  # NaN: the bin was never in a batch
+
+    @property
+    def score_B(self) -> np.ndarray:
+        """S of (12), (B,); 0 for a bin never seen."""
+        return np.nan_to_num(self._score_B)
+
+    @property
+    def omega_B(self) -> np.ndarray:
+        """(14): exp(eta * clip(S, -C, C)), (B,)."""
+        return np.exp(self.eta * np.clip(self.score_B, -self.score_clip, self.score_clip))
+
+    @property
+    def q_B(self) -> np.ndarray:
+        """(15): (1 - gamma) omega / sum omega + gamma / B, (B,)."""
+        omega_B = self.omega_B
+        return (1 - self.gamma) * omega_B / omega_B.sum() + self.gamma / self.num_bins
+
+    def weights_by_bin(self, bin_P: np.ndarray) -> np.ndarray:
+        """(16): what multiplies the advantages of each bin's prompts in this batch, (B,)."""
+        if not self.mean_one:
+            return np.minimum(self.omega_B, self.weight_cap)
+        q_B = self.q_B
+        return np.minimum(q_B / q_B[bin_P].mean(), self.weight_cap)
+
+    def weights(self, bin_P: np.ndarray) -> np.ndarray:
+        """(16): what multiplies each prompt's advantages, (P,) float64. Changes nothing."""
+        return self.weights_by_bin(bin_P)[bin_P]
+
+    def update(self, bin_P: np.ndarray, loss_P: np.ndarray) -> None:
+        """(13) and (12), with the losses (7) of the step's prompts, (P,), computed from unweighted advantages."""
+        if not np.all(np.isfinite(loss_P)):
+            raise ValueError("a prompt loss is not finite")
+        loss_B, share_B = bin_means(bin_P, loss_P, self.num_bins)
+        if self.share_normalize:
+            loss_B = loss_B / np.maximum(share_B, self.share_floor)
+        self._score_B = ema(self._score_B, loss_B, self.beta)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        return {"score": self._score_B.copy()}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        if state["score"].shape != (self.num_bins,):
+            raise ValueError(f"the saved scores are for {state['score'].size} bins, not {self.num_bins}")
+        self._score_B = state["score"].copy()
+
+
+@dataclass(frozen=True)
+class BinStats:
+    """What one step says of each bin; NaN where it says nothing."""
+
+    arms_K: np.ndarray  # rollout counts n_min..n_max
+    loss_BK: np.ndarray  # mean prompt loss of the bin's prompts that were given n_k rollouts
+    rate_B: np.ndarray  # pass rate (c + 1/2) / (n + 1) over all rollouts of the bin: never 0, so that no bin starves
+    variance_B: np.ndarray  # v_b: unbiased variance of the +-1 reward within a prompt, averaged over prompts
+
+
+def expected_gain(arms_K: np.ndarray, rate_B: np.ndarray, k: int = 8) -> np.ndarray:
+    """k (1-p)^(k-1) * E_{c ~ Bin(n, p)} sqrt(c (n - c)), (B, K): slope of pass@k times what n rollouts teach.
+
+    A group of n rollouts with c correct ones hands out positive standardised advantage of total mass sqrt(c (n - c)).
+    """
+    n_K = arms_K[:, None]
+    c_C = np.arange(arms_K.max() + 1)
+    choose_KC = np.array([[comb(int(n), int(c)) for c in c_C] for n in arms_K], float)  # 0 where c > n
+    mass_KC = choose_KC * np.sqrt(np.maximum(c_C * (n_K - c_C), 0))
+    p = rate_B[:, None, None]
+    pmf_mass = mass_KC * p**c_C * (1 - p) ** np.maximum(n_K - c_C, 0)  # (B, K, C)
+    return k * (1 - rate_B[:, None]) ** (k - 1) * pmf_mass.sum(axis=2)
+
+
+@dataclass(frozen=True)
+class Utility:
+    """J_hat_b(n) of (17)-(18) as one function of a step's statistics -> (B, K), NaN where unknown.
+
+    by_share says how bins add up in the joint choice: (19) weighs a bin by its share of the batch, the paper's "highest
+    joint probability" counts every bin once. Utilities known for every arm take (19), bandit ones the probability.
+    """
+
+    value: Callable[[BinStats], np.ndarray]
+    by_share: bool
+
+
+UTILITIES = {
+    "surrogate": Utility(lambda s: -s.loss_BK, by_share=False),  # the paper: only the played arm is observed
+    "official": Utility(lambda s: s.loss_BK, by_share=False),  # the official code's sign: prefers arms of high loss
+    "variance": Utility(lambda s: -s.variance_B[:, None] / s.arms_K, by_share=True),  # (28), known for every arm
+    "gain": Utility(lambda s: expected_gain(s.arms_K, s.rate_B), by_share=True),
+}
+BUDGETS = ("exact", "spread", "dual")
+
+
+class RolloutGDRO:
+    """The compute adversary, (17)-(21): one bandit per bin over rollout counts, one budget over all bins.
+
+    Arm scores are EMAs of `utility` that start at the first visit; L_b(n) = -score + mu n is (20); a bin's arm
+    probabilities are (1 - gamma) softmax(-eta L) + gamma / K. EXP3P's importance weights are left out: the joint
+    choice is an argmax, so an arm's probability of being played is not the bandit's.
+
+    budget "exact":  one count a bin, most probable configuration with sum n_P = P n_bar, by dynamic programming (DP).
+           "spread": the same total, but counts inside a bin may differ by one (the remainder dealt to the first prompts
+                     of the batch), scored by linear interpolation. Then the equality never dictates the choice.
+           "dual":   every bin draws its arm; only mu, (21), holds the mean near n_bar over time.
+    After `allocate`, `shadow_price_dp` is the DP's marginal value of one more rollout: the difference quotient of its
+    optimum between the nearest feasible totals; None where there is none. With an exact budget mu never moves.
+    """
+
+    def __init__(self, num_bins: int, *, n_min: int = 2, n_max: int = 12, n_bar: float = 4, eta: float = 0.65,
+                 gamma: float = 0.01, beta: float = 0.4, alpha_mu: float = 0.05, utility: str = "surrogate",
+                 budget: str = "exact", seed: int = 0):
+        if not 1 <= n_min <= n_bar <= n_max:
+            raise ValueError(f"need 1 <= n_min <= n_bar <= n_max, got n_min={n_min}, n_bar={n_bar}, n_max={n_max}")
+        if utility not in UTILITIES or budget not in BUDGETS:
+            raise ValueError(f"utility must be one of {list(UTILITIES)} and budget one of {list(BUDGETS)}, "
+                             f"got {utility!r} and {budget!r}")
+        if eta < 0 or not 0 <= gamma <= 1 or not 0 < beta <= 1:
+            raise ValueError("need eta >= 0, 0 <= gamma <= 1 and 0 < beta <= 1")
+        self.num_bins, self.n_bar, self.arms_K = num_bins, n_bar, np.arange(n_min, n_max + 1)
+        self.eta, self.gamma, self.beta, self.alpha_mu = eta, gamma, beta, alpha_mu
+        self.utility, self.budget, self.seed = UTILITIES[utility], budget, seed
+        self.mu, self.step = 0.0, 0
+        self._score_BK = np.full((num_bins, len(self.arms_K)), np.nan)  # NaN: the arm was never observed
+        self.shadow_price_dp: float | None = None  # a diagnostic of the last allocate(), not state
+
+    def log_prob_BK(self) -> np.ndarray:
+        """Log-probabilities of the arms of each bin, from (20); an arm never observed scores 0. (B, K)."""
+        logit_BK = self.eta * (np.nan_to_num(self._score_BK) - self.mu * self.arms_K)
+        p_BK = np.exp(logit_BK - logit_BK.max(axis=1, keepdims=True))
+        p_BK /= p_BK.sum(axis=1, keepdims=True)
+        # The floor only keeps log() finite where gamma = 0 and an arm's probability underflows.
+        return np.log(np.maximum((1 - self.gamma) * p_BK + self.gamma / len(self.arms_K), 1e-300))
+
+    def allocate(self, bin_P: np.ndarray) -> np.ndarray:
+        """Rollout counts of the batch's prompts, (P,) int64. Changes no state; raises if the budget cannot be met."""
+        present, slot_P, count = np.unique(bin_P, return_inverse=True, return_counts=True)
+        value = self.log_prob_BK()[present]  # (bins present, K)
+        if self.budget == "dual":
+            rng = np.random.default_rng((self.seed, self.step))
+            self.shadow_price_dp = None
+            cdf = np.exp(value).cumsum(axis=1)
+            arm = (rng.random((len(present), 1)) * cdf[:, -1:] > cdf).sum(axis=1)
+            return self.arms_K[arm][slot_P]
+        total = round(self.n_bar * len(bin_P))
+        if abs(total - self.n_bar * len(bin_P)) > 1e-6:
+            raise ValueError(f"{len(bin_P)} prompts of {self.n_bar} rollouts on average are not a whole number")
+        if self.utility.by_share:
+            value = value * count[:, None]
+        # Equal choices go to the one nearest the uniform one; too small to outweigh a real difference.
+        value = value - 1e-9 * count[:, None] * (self.arms_K - self.n_bar) ** 2
+        choice = JointChoice(value, count, mixed=self.budget == "spread")
+        extra = total - int(self.arms_K[0]) * len(bin_P)
+        if not np.isfinite(choice.best(extra)):
+            raise ValueError(f"no arms meet a mean of exactly {self.n_bar} rollouts with {count.tolist()} prompts in "
+                             f"bins {present.tolist()}; take a whole n_bar or budget 'spread'")
+        self.shadow_price_dp = choice.marginal_value(extra)
+        arm, remainder = choice.arms(extra)
+        n_P = self.arms_K[arm][slot_P]
+        for slot in np.flatnonzero(remainder):
+            n_P[np.flatnonzero(slot_P == slot)[: remainder[slot]]] += 1
+        return n_P
+
+    def update(self, bin_P: np.ndarray, n_P: np.ndarray, loss_P: np.ndarray, correct_P: np.ndarray) -> None:
+        """The scores' EMA from the step's prompt losses (7) and numbers of correct rollouts, all (P,); then (21)."""
+        if not np.all(np.isfinite(loss_P)):
+            raise ValueError("a prompt loss is not finite")
+        if not np.all(np.isin(n_P, self.arms_K)):
+            raise ValueError(f"rollout counts must be arms {self.arms_K[0]}..{self.arms_K[-1]}, got {set(n_P)}")
+        stats = self._stats(bin_P, np.asarray(n_P), loss_P, np.asarray(correct_P))
+        self._score_BK = ema(self._score_BK, self.utility.value(stats), self.beta)
+        self.mu += self.alpha_mu * (float(np.mean(n_P)) - self.n_bar)
+        self.step += 1
+
+    def _stats(self, bin_P: np.ndarray, n_P: np.ndarray, loss_P: np.ndarray, correct_P: np.ndarray) -> BinStats:
+        B, K = self._score_BK.shape
+        arm_P = n_P - self.arms_K[0]
+        loss_BK, _ = bin_means(bin_P * K + arm_P, loss_P, B * K)
+        drawn_B = np.bincount(bin_P, weights=n_P, minlength=B)
+        correct_B = np.bincount(bin_P, weights=correct_P, minlength=B)
+        rate_B = np.where(drawn_B > 0, (correct_B + 0.5) / (drawn_B + 1), np.nan)
+        many = n_P > 1  # one rollout has no variance
+        n, c = n_P[many], correct_P[many]
+        variance_B, _ = bin_means(bin_P[many], 4 * c * (n - c) / (n * (n - 1)), B)
+        return BinStats(self.arms_K, loss_BK.reshape(B, K), rate_B, variance_B)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        return {"score": self._score_BK.copy(), "mu": np.array(self.mu), "step": np.array(self.step)}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        if state["score"].shape != self._score_BK.shape:
+            raise ValueError(f"the saved scores are {state['score'].shape}, not {self._score_BK.shape} (bins, arms)")
+        self._score_BK = state["score"].copy()
+        self.mu, self.step = float(state["mu"]), int(state["step"])
+
+
+class JointChoice:
+    """max sum_b value[b, k_b] over one arm k_b a bin, for every total of extra rollouts sum_b count[b] k_b at once.
+
+    With `mixed`, a bin may also stand between two arms: r of its m prompts at arm k + 1, the others at k, valued at
+    value_k + (r/m) (value_{k+1} - value_k). Values are then piecewise linear in a bin's total with kinks at whole arms,
+    and moving one rollout between two mixed bins changes the sum linearly until one of them is whole: some optimum
+    mixes at most one bin. So the DP carries two tables, F0 with no mixed bin yet and F1 with exactly one.
+    """
+
+    def __init__(self, value: np.ndarray, count: np.ndarray, *, mixed: bool):
+        self.value, self.count, self.mixed = value, count.astype(int), mixed
+        self.F0, self.F1 = [np.zeros(1)], [np.full(1, -np.inf)]  # after 0, 1, 2, ... bins; index = extra rollouts
+        for v, m in zip(value, self.count, strict=True):
+            self.F1.append(self._add_whole(self.F1[-1], v, m))
+            if mixed and m > 1 and len(v) > 1:
+                np.maximum(self.F1[-1], self._add_mixed(self.F0[-1], v, m), out=self.F1[-1])
+            self.F0.append(self._add_whole(self.F0[-1], v, m))
+
+    @staticmethod
+    def _add_whole(F: np.ndarray, v: np.ndarray, m: int) -> np.ndarray:
+        """max_k F[t - m k] + v[k], for every t."""
+        out = np.full(len(F) + m * (len(v) - 1), -np.inf)
+        for k, v_k in enumerate(v):
+            window = out[m * k : m * k + len(F)]
+            np.maximum(window, F + v_k, out=window)
+        return out
+
+    @staticmethod
+    def _add_mixed(F: np.ndarray, v: np.ndarray, m: int) -> np.ndarray:
+        """max over k and 0 < r < m of F[t - m k - r] + v[k] + r s_k with s_k = (v[k+1] - v[k]) / m, for every t.
+
+        With u = t - m k - r the bracket is (F[u] - s_k u) + v[k] + s_k (t - m k): a sliding maximum over m - 1
+        neighbouring u. It is had in O(len F) as the greater of a running maximum from the left and one from the right
+        inside blocks of m - 1 (any window lies in two neighbouring blocks).
+        """
+        K, L, w = len(v), len(F), m - 1
+        slope = np.diff(v)[:, None] / m  # (K - 1, 1)
+        blocks = -(-(L + 2 * w) // w)
+        h = np.full((K - 1, blocks * w), -np.inf)
+        h[:, w : w + L] = F - slope * np.arange(L)  # index u + w, so that windows may hang over both ends
+        h = h.reshape(K - 1, blocks, w)
+        left = np.maximum.accumulate(h, axis=2).reshape(K - 1, -1)
+        right = np.maximum.accumulate(h[:, :, ::-1], axis=2)[:, :, ::-1].reshape(K - 1, -1)
+        x = np.arange(1, L + w)  # x = t - m k, from r = 1 at u = 0 to r = m - 1 at u = L - 1; u in [x - w, x - 1]
+        best = np.maximum(right[:, x], left[:, x + w - 1]) + slope * x + v[:-1, None]
+        out = np.full(L + m * (K - 1), -np.inf)
+        for k in range(K - 1):
+            window = out[m * k + 1 : m * k + L + w]
+            np.maximum(window, best[k], out=window)
+        return out
+
+    def best(self, extra: int) -> float:
+        """The optimum for this total; -inf where no choice has it."""
+        return max(self.F0[-1][extra], self.F1[-1][extra]) if 0 <= extra < len(self.F0[-1]) else -np.inf
+
+    def marginal_value(self, extra: int) -> float | None:
+        """Difference quotient of the optimum between the nearest feasible totals on either side of `extra`."""
+        feasible = np.flatnonzero(np.isfinite(np.maximum(self.F0[-1], self.F1[-1])))
+        below, above = feasible[feasible < extra], feasible[feasible > extra]
+        low = below[-1] if len(below) else extra
+        high = above[0] if len(above) else extra
+        return float((self.best(high) - self.best(low)) / (high - low)) if high > low else None
+
+    def arms(self, extra: int) -> tuple[np.ndarray, np.ndarray]:
+        """Arm index of each bin and how many of its prompts get one rollout more; the lowest arm among equals."""
+        arm, remainder = np.zeros(len(self.count), int), np.zeros(len(self.count), int)
+        t, mixing = extra, self.F1[-1][extra] > self.F0[-1][extra]
+        for b in range(len(self.count) - 1, -1, -1):
+            v, m = self.value[b], self.count[b]
+            total = np.arange(m * (len(v) - 1) + 1)  # extra rollouts that bin b may take
+            whole = total % m == 0
+            k, r = total // m, total % m
+            gain = v[k] + np.where(whole, 0.0, r / m * (v[np.minimum(k + 1, len(v) - 1)] - v[k]))
+            rest = t - total
+            valid = (rest >= 0) & (rest < len(self.F0[b]))
+            rest = np.where(valid, rest, 0)
+            before = np.where(whole, self.F1[b][rest] if mixing else self.F0[b][rest],
+                              self.F0[b][rest] if mixing else -np.inf)
+            pick = int(np.argmax(np.where(valid, before + gain, -np.inf)))
+            arm[b], remainder[b] = k[pick], r[pick]
+            mixing = mixing and bool(whole[pick])
+            t -= int(total[pick])
+        return arm, remainder
