@@ -1,0 +1,8 @@
+"""The three operations of a GRPO step that deserve a kernel, one file each: what it computes, a torch reference, and
+one public function. Nothing here knows of models, prompts or adversaries."""
+
+from kernels.group_advantage import group_advantage
+from kernels.grpo_token_loss import grpo_token_loss
+from kernels.linear_logprob import linear_logprob
+
+__all__ = ["group_advantage", "grpo_token_loss", "linear_logprob"]

@@ -1,0 +1,370 @@
+"""Qwen3 from scratch on packed tokens, and its kin Qwen2 and Llama by two flags. Hugging Face names and files.
+
+A batch is one row of tokens (T,): sequences end to end, their borders in cu_seqlens (S + 1,). No padding is stored and
+no mask is passed around. Parameters carry Hugging Face names, so that a state dict is a checkpoint.
+
+One function runs the layers; what differs between training, prefill and decoding is only how a layer attends, and that
+is passed in: `attend(layer, q, k, v)` over packed sequences, or over a KV cache.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
+
+from kernels import linear_logprob
+
+QK_NORM = {"qwen3": True, "qwen2": False, "llama": False}
+QKV_BIAS = {"qwen3": False, "qwen2": True, "llama": False}
+ARCHITECTURE = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+WEIGHT_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # what a snapshot from the hub needs
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The numbers of config.json that shape the model, by their Hugging Face names."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+
+    @classmethod
+    def from_hf(cls, hf: dict) -> "ModelConfig":
+        """Reads a config.json of either generation of transformers; refuses what this model does not do."""
+        kind = hf.get("model_type")
+        if kind not in QK_NORM:
+            raise ValueError(f"model_type {kind!r} is not supported; supported are {sorted(QK_NORM)}")
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        unsupported = {
+            "rope scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
+            "attention_bias": kind != "qwen2" and hf.get("attention_bias", False),
+            "mlp_bias": hf.get("mlp_bias", False),
+            "sliding window attention": hf.get("use_sliding_window", False),
+            "an activation other than silu": hf.get("hidden_act", "silu") != "silu",
+        }
+        for what, present in unsupported.items():
+            if present:
+                raise ValueError(f"this checkpoint's config.json asks for {what}, which this model does not do")
+        values = {name: hf[name] for name in cls.__dataclass_fields__ if name in hf}
+        values["rope_theta"] = hf.get("rope_theta") or rope.get("rope_theta") or 10_000.0
+        values.setdefault("num_key_value_heads", hf["num_attention_heads"])
+        values["head_dim"] = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+        values.setdefault("tie_word_embeddings", False)
+        return cls(**values)
+
+    def to_hf(self, dtype: torch.dtype) -> dict:
+        """A config.json that transformers (both rope spellings) and vLLM read."""
+        return {
+            **self.__dict__,
+            "architectures": [ARCHITECTURE[self.model_type]],
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "use_cache": True,
+            "dtype": str(dtype).removeprefix("torch."), "torch_dtype": str(dtype).removeprefix("torch."),
+        }
+
+    def num_parameters(self) -> int:
+        """Parameters of the model, counted without allocating one."""
+        with torch.device("meta"):
+            return sum(p.numel() for p in Transformer(self).parameters())
+
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (T, H, d), k and v (T, Hkv, d) -> (T, H, d)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.head_dim = c.head_dim
+        bias = QKV_BIAS[c.model_type]
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        self.qk_norm = QK_NORM[c.model_type]
+        if self.qk_norm:
+            self.q_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, layer: int) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (T, H, d)
+        return self.o_proj(out.flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, layer: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on x (T, H, d) with cos, sin (T, 1, d/2): the two halves of a head are the coordinates of d/2 planes."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class PackedAttention:
+    """Causal attention inside each of S packed sequences; keeps the keys and values of every layer when asked to.
+
+    CUDA in half precision takes PyTorch's varlen flash attention. Elsewhere the sequences are padded on the right:
+    causality alone keeps every real token from seeing the padding, so no mask is needed and the result is the same.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, *, keep_kv: bool = False):
+        self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
+        self.kv: list[tuple[Tensor, Tensor]] | None = [] if keep_kv else None
+        lengths = cu_seqlens.diff()
+        owner = torch.repeat_interleave(torch.arange(len(lengths), device=cu_seqlens.device), lengths)
+        total = len(owner)
+        self.positions = torch.arange(total, device=cu_seqlens.device) - cu_seqlens[:-1][owner]  # (T,)
+        self._slot = owner * max_seqlen + self.positions  # where token t stands among S * max_seqlen padded ones
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.kv is not None:
+            self.kv.append((k, v))
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            cu, longest = self.cu_seqlens.int(), self.max_seqlen
+            return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), enable_gqa=True)
+        out = F.scaled_dot_product_attention(self._pad(q), self._pad(k), self._pad(v), is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2).flatten(0, 1)[self._slot]
+
+    def _pad(self, x: Tensor) -> Tensor:
+        sequences = len(self.cu_seqlens) - 1
+        padded = x.new_zeros(sequences * self.max_seqlen, *x.shape[1:]).index_copy(0, self._slot, x)
+        return padded.view(sequences, self.max_seqlen, *x.shape[1:]).transpose(1, 2)  # (S, H, L, d)
+
+
+class KVCache:
+    """Keys and values of `slots` sequences of up to `max_len` tokens, each at a length of its own."""
+
+    def __init__(self, config: ModelConfig, slots: int, max_len: int, *, dtype: torch.dtype, device: torch.device):
+        self.config, self.max_len = config, max_len
+        shape = (config.num_hidden_layers, slots * config.num_key_value_heads, max_len, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)  # (layers, slots * Hkv, L, d): ready for bmm
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = torch.zeros(slots, dtype=torch.long, device=device)
+        self.longest = 0  # max of self.length, on the host
+
+    def fill(self, slots: Tensor, source: Tensor, packed: PackedAttention) -> None:
+        """Puts prompt `source[i]` of a prefill into slot `slots[i]`, (n,) each; one prompt may fill many slots."""
+        n, heads = len(slots), self.config.num_key_value_heads
+        start, length = packed.cu_seqlens[source], packed.cu_seqlens.diff()[source]
+        t = torch.arange(packed.max_seqlen, device=start.device)
+        token = (start[:, None] + t).clamp(max=int(packed.cu_seqlens[-1]) - 1)  # (n, L); never read past the end
+        rows = (slots[:, None] * heads + torch.arange(heads, device=slots.device)).flatten()
+        for layer, (k, v) in enumerate(packed.kv):
+            for cache, x in ((self.k, k), (self.v, v)):
+                value = x[token].transpose(1, 2).reshape(n * heads, packed.max_seqlen, -1)
+                cache[layer, rows, : packed.max_seqlen] = value
+        self.length[slots] = length
+        self.longest = int(self.length.max())
+
+    def release(self, slots: Tensor) -> None:
+        """Empties these slots; they go on being fed and attending until they are filled again, to no effect."""
+        self.length[slots] = 0
+        self.longest = int(self.length.max())
+
+    def keep(self, slots: Tensor) -> None:
+        """Forgets all slots but these, which become slots 0, 1, ..."""
+        heads = self.config.num_key_value_heads
+        rows = (slots[:, None] * heads + torch.arange(heads, device=slots.device)).flatten()
+        self.length = self.length[slots]
+        self.longest = int(self.length.max())
+        for cache in (self.k, self.v):  # in place: `slots` ascends, and index_select has copied before the write
+            cache[:, : len(rows), : self.longest] = cache[:, rows, : self.longest]
+        self.k, self.v = self.k[:, : len(rows)], self.v[:, : len(rows)]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Appends one token a slot, k and v (slots, Hkv, d), and attends from it: q (slots, H, d) -> (slots, H, d)."""
+        S, H, d = q.shape
+        heads = self.config.num_key_value_heads
+        rows, at = self._rows, self._at
+        self.k[layer, rows, at], self.v[layer, rows, at] = k.reshape(-1, d), v.reshape(-1, d)
+        seen = slice(0, self.longest + 1)
+        scores = torch.bmm(q.reshape(S * heads, H // heads, d), self.k[layer, :, seen].transpose(1, 2)) * d**-0.5
+        p = (scores.float() + self._mask).softmax(dim=-1).to(v.dtype)  # (S * Hkv, G, L)
+        return torch.bmm(p, self.v[layer, :, seen]).view(S, H, d)
+
+    def begin_step(self) -> Tensor:
+        """Prepares indices and mask for one token a slot; returns the tokens' positions, (slots,)."""
+        if self.longest >= self.max_len:
+            raise ValueError(f"the KV cache is full: {self.max_len} tokens")
+        heads = self.config.num_key_value_heads
+        self._rows = torch.arange(len(self.length) * heads, device=self.length.device)
+        self._at = self.length.repeat_interleave(heads)
+        future = torch.arange(self.longest + 1, device=self._at.device) > self._at[:, None]  # (slots * Hkv, L)
+        self._mask = torch.zeros(future.shape, device=self._at.device).masked_fill_(future, -torch.inf)[:, None]
+        return self.length
+
+    def end_step(self) -> None:
+        self.length = self.length + 1
+        self.longest += 1
+
+
+class Transformer(nn.Module):
+    """The language model. `gradient_checkpointing` recomputes every layer in backward instead of keeping it."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config, self.gradient_checkpointing = config, False
+        self.model = nn.Module()  # the name that Hugging Face gives the trunk
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.model.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head(self) -> Tensor:
+        """The output matrix, (V, D)."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def _run(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """tokens, positions (T,) -> hidden states after the last norm (T, D)."""
+        x = self.model.embed_tokens(tokens)  # (T, D)
+        half = self.config.head_dim // 2
+        plane = torch.arange(half, device=x.device, dtype=torch.float32)
+        angle = positions.float()[:, None] * self.config.rope_theta ** (-plane / half)  # (T, d/2), float32
+        cos, sin = angle.cos().to(x.dtype)[:, None], angle.sin().to(x.dtype)[:, None]  # (T, 1, d/2)
+        for i, layer in enumerate(self.model.layers):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, attend, i, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, attend, i)
+        return self.model.norm(x)
+
+    def forward(self, tokens: Tensor, packed: PackedAttention) -> Tensor:
+        """Packed tokens (T,) -> hidden states (T, D); with `packed.kv` the keys and values are kept there."""
+        return self._run(tokens, packed.positions, packed)
+
+    def logprobs(self, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int, targets: Tensor, *,
+                 temperature: float = 1.0, entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Log-probs of the tokens at indices `targets` (N,) of the packed row, each given what precedes it.
+
+        tokens (T,) int64; cu_seqlens (S + 1,) int64; no target is the first of its sequence. Returns (N,) float32, and
+        with `entropy` the entropy of the same distributions. No logits of more than a chunk of rows ever exist.
+        """
+        hidden = self(tokens, PackedAttention(cu_seqlens, max_seqlen))
+        return linear_logprob(hidden[targets - 1], self.head, tokens[targets], temperature=temperature, entropy=entropy)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, D) -> (n, V) float32; for the few rows that decoding needs."""
+        return F.linear(hidden, self.head).float()
+
+    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Feeds one token a slot, (slots,), and returns the logits of the next, (slots, V) float32."""
+        hidden = self._run(tokens, cache.begin_step(), cache.attend)
+        cache.end_step()
+        return self.logits(hidden)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Normal(0, 0.02) for matrices, smaller for what adds to the residual stream, ones for norms, zero biases."""
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                p.normal_(0.0, 0.02 / (2 * self.config.num_hidden_layers) ** (0.5 * residual), generator=generator)
+            else:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype,
+                        device: torch.device | str = "cpu") -> "Transformer":
+        """Loads a Hugging Face folder (one or many safetensors files). Every name and shape must fit."""
+        path = Path(path)
+        config = ModelConfig.from_hf(json.loads((path / "config.json").read_text()))
+        with torch.device("meta"):
+            model = cls(config)
+        model = model.to(dtype).to_empty(device=device)
+        wanted = dict(model.named_parameters())
+        for name, tensor in iterate_safetensors(path):
+            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
+                continue  # derived, or stored twice
+            if name not in wanted:
+                raise ValueError(f"{path}: unexpected tensor {name!r} (missing so far: {sorted(wanted)[:3]})")
+            if tensor.shape != wanted[name].shape:
+                raise ValueError(f"{path}: {name!r} is {tuple(tensor.shape)}, config.json makes it "
+                                 f"{tuple(wanted[name].shape)}")
+            wanted.pop(name).data.copy_(tensor)
+        if wanted:
+            raise ValueError(f"{path}: tensors missing from the checkpoint: {sorted(wanted)[:5]}")
+        return model
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes config.json and safetensors (shards of 5 GB with their index) as transformers and vLLM read them."""
+        from huggingface_hub import save_torch_state_dict
+
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.json").write_text(json.dumps(self.config.to_hf(self.head.dtype), indent=2) + "\n")
+        save_torch_state_dict(self.state_dict(), path)
+
+
+def iterate_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a checkpoint folder, one at a time; a missing or truncated file is named."""
+    from safetensors import SafetensorError, safe_open
+
+    index = path / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if index.exists():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    for file in files:
+        if not (path / file).exists():
+            raise FileNotFoundError(f"{path} has no {file}: not a Hugging Face checkpoint in safetensors format")
+        try:
+            with safe_open(path / file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (safe_open is no dict)
+                    yield name, tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path / file} is damaged or cut short: {error}") from error
+
+
+def fetch(model: str, revision: str | None = None) -> Path:
+    """The local folder of `model`: a folder as it is, or a hub id downloaded (safetensors, config and tokenizer)."""
+    if Path(model).is_dir():
+        return Path(model)
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no folder {model!r}, and it is not a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=WEIGHT_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(f"{model!r} is neither a folder nor to be had from the hub ({error}); log in with "
+                                "`hf auth login` if it is gated, or pass a local folder") from error
