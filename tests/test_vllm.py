@@ -1,0 +1,241 @@
+"""VLLMEngine: variable counts in one call, log-probabilities that are the policy's, weights that are never stale."""
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vllm isn't installed", exc_type=ImportError)
+transformers = pytest.importorskip("transformers", reason="transformers makes the reference model")
+
+import rollout  # noqa: E402  (after the skips)
+from rollout import Sampling, VLLMEngine, choose_engine, rollout_seed  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if choose_engine("auto", DEVICE)[0] != "vllm":
+    pytest.skip(choose_engine("auto", DEVICE)[1], allow_module_level=True)
+
+VOCAB, STOP = 97, 1
+SIZES = dict(dtype="float32", max_prompt_tokens=160, max_response_tokens=24, max_rollouts=64, seed=7,
+             gpu_memory_utilization=0.1)
+LONG = [(3 * i) % VOCAB for i in range(150)]  # longer than one cache block of 128 tokens, so its prefix gets cached
+PROMPTS = [[5, 6, 7], LONG, [9] * 20, [11, 12]]
+N_P, SEED_P = [3, 8, 0, 1], [rollout_seed(0, 0, str(p)) for p in range(4)]
+WARM = Sampling(max_tokens=24, temperature=0.7, stop_ids=(STOP,))
+
+
+def save_tiny(path, tied):
+    """A random Qwen3 sharp enough for wrong weights to show (vLLM's CPU attention has no heads narrower than 32)."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, tie_word_embeddings=tied, max_position_embeddings=256,
+        initializer_range=0.15, bos_token_id=0, eos_token_id=2)
+    transformers.Qwen3ForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session", params=[True, False], ids=["tied", "untied"])
+def setup(request, tmp_path_factory):
+    """(engine, its policy in transformers, whether start-up left the process's state alone), one engine at a time."""
+    path = save_tiny(tmp_path_factory.mktemp("model"), request.param)
+    os.environ["LOCAL_WORLD_SIZE"] = "5"
+    set_num_threads = torch.set_num_threads
+
+    def state():
+        return (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist(),
+                os.environ["LOCAL_WORLD_SIZE"], os.environ.get("LD_PRELOAD"), torch.get_num_threads(),
+                sorted(os.sched_getaffinity(0)), torch.set_num_threads is set_num_threads)
+
+    before = state()
+    engine = VLLMEngine(path, **SIZES)
+    kept = state() == before
+    policy = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
+    yield engine, policy, kept
+    del os.environ["LOCAL_WORLD_SIZE"]
+
+
+def named_tensors(policy):
+    tied = policy.config.tie_word_embeddings
+    return ((name, tensor) for name, tensor in policy.state_dict().items() if not (tied and name == "lm_head.weight"))
+
+
+def perturb(policy):
+    for parameter in policy.parameters():
+        parameter.add_(0.3 * parameter.std() * torch.randn_like(parameter))
+
+
+def mismatch(policy, rollouts, temperature=0.7):
+    """Largest difference of the rollouts' log-probabilities from the policy's own."""
+    worst = 0.0
+    for prompt, r in zip([PROMPTS[p] for p, n in enumerate(N_P) for _ in range(n)], rollouts, strict=True):
+        ids = torch.tensor([prompt + r.tokens.tolist()])
+        logp = (policy(ids).logits[0, len(prompt) - 1:-1].float() / temperature).log_softmax(-1)  # (L, V)
+        drawn = logp.gather(1, ids[0, len(prompt):, None])[:, 0]                                  # (L,)
+        worst = max(worst, (drawn - torch.from_numpy(r.logprobs)).abs().max().item())
+    return worst
+
+
+def test_start_up_leaves_random_state_threads_and_environment_alone(setup):
+    assert setup[2]
+
+
+def test_variable_n_gives_prompt_major_rollouts_that_stop_or_are_truncated(setup):
+    engine, policy, _ = setup
+    before = torch.get_rng_state()
+    rollouts = engine.generate(PROMPTS, np.array(N_P), SEED_P, WARM)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(rollouts) == sum(N_P)
+    assert mismatch(policy, rollouts) < 1e-4  # against each rollout's own prompt, so the order is right
+    for r in rollouts:
+        assert r.tokens.dtype == np.int32 and r.logprobs.dtype == np.float32 and r.tokens.shape == r.logprobs.shape
+        assert STOP not in r.tokens[:-1]
+        assert (len(r.tokens) == WARM.max_tokens) if r.truncated else (r.tokens[-1] == STOP)
+    assert len({r.truncated for r in engine.generate([[5]], [64], [3], WARM)}) == 2  # both endings occur
+    assert engine.generate(PROMPTS, [0] * 4, SEED_P, WARM) == []
+
+
+def test_seeds_alone_decide_the_tokens(setup):
+    engine, _, _ = setup
+    first, again, other = (engine.generate(PROMPTS, N_P, [s + d for s in SEED_P], WARM) for d in (0, 0, 1000))
+    assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(first, again, strict=True))
+    assert sum(np.array_equal(a.tokens, b.tokens) for a, b in zip(first, other, strict=True)) <= 1
+    assert len({r.tokens.tobytes() for r in first[3:11]}) > 4  # children of one request differ
+    largest = engine.generate([[5]], [2], [(1 << 63) - 2], WARM)  # rollout_seed's range is accepted
+    assert len(largest) == 2
+
+
+def test_truncated_distributions_report_their_own_logprobs(setup):
+    greedy_like = setup[0].generate(PROMPTS, N_P, SEED_P, Sampling(max_tokens=8, top_k=1))
+    assert all(np.allclose(r.logprobs, 0, atol=1e-6) for r in greedy_like)  # one candidate: probability 1
+
+
+def test_only_the_stop_ids_stop(setup):
+    rollouts = setup[0].generate([[5]], [64], [3], Sampling(max_tokens=24))
+    assert all(r.truncated and len(r.tokens) == 24 for r in rollouts)
+    assert any(2 in r.tokens[:-1] for r in rollouts)  # the model's own end-of-text token
+
+
+def test_loaded_weights_are_the_ones_that_sample(setup):
+    """Catches a stale tied head, packed layers left behind, and a prefix cache of old keys and values."""
+    engine, policy, _ = setup
+    for _ in range(2):
+        engine.generate(PROMPTS, N_P, SEED_P, WARM)  # fills the prefix cache under the old weights
+        old = engine.generate(PROMPTS, N_P, SEED_P, WARM)
+        perturb(policy)
+        assert mismatch(policy, old) > 0.05
+        engine.load_weights(named_tensors(policy))
+        assert mismatch(policy, engine.generate(PROMPTS, N_P, SEED_P, WARM)) < 1e-4
+
+
+def test_stale_prefix_cache_would_be_seen(setup):
+    """The test above has teeth: without the reset, the cached prompt gives log-probabilities of the old weights."""
+    engine, policy, _ = setup
+    engine.generate(PROMPTS, N_P, SEED_P, WARM)
+    perturb(policy)
+    reset, engine.llm.reset_prefix_cache = engine.llm.reset_prefix_cache, lambda: True
+    engine.load_weights(named_tensors(policy))
+    engine.llm.reset_prefix_cache = reset
+    assert mismatch(policy, engine.generate(PROMPTS, N_P, SEED_P, WARM)) > 1e-2
+    engine.llm.reset_prefix_cache = lambda: False
+    with pytest.raises(RuntimeError, match="prefix cache"):
+        engine.load_weights(named_tensors(policy))
+    engine.llm.reset_prefix_cache = reset
+    engine.load_weights(named_tensors(policy))
+    assert mismatch(policy, engine.generate(PROMPTS, N_P, SEED_P, WARM)) < 1e-4
+
+
+def test_sleeping_engine_needs_weights_before_it_generates(setup):
+    engine, policy, _ = setup
+    engine.sleep()
+    with pytest.raises(RuntimeError, match="load_weights"):
+        engine.generate(PROMPTS, N_P, SEED_P, WARM)
+    engine.load_weights(named_tensors(policy))
+    assert mismatch(policy, engine.generate(PROMPTS, N_P, SEED_P, WARM)) < 1e-4
+
+
+def test_half_loaded_weights_do_not_sample(setup):
+    engine, policy, _ = setup
+
+    def breaks_off():
+        yield next(named_tensors(policy))
+        raise KeyError("trainer")
+
+    with pytest.raises(KeyError):
+        engine.load_weights(breaks_off())
+    with pytest.raises(RuntimeError, match="load_weights"):
+        engine.generate(PROMPTS, N_P, SEED_P, WARM)
+    engine.load_weights(named_tensors(policy))
+    assert mismatch(policy, engine.generate(PROMPTS, N_P, SEED_P, WARM)) < 1e-4
+
+
+def test_what_the_engine_was_not_sized_for_is_refused(setup):
+    with pytest.raises(ValueError, match="160"):
+        setup[0].generate([[5] * 161], [1], [0], WARM)
+    with pytest.raises(ValueError, match="max_response_tokens"):
+        setup[0].generate([[5]], [1], [0], Sampling(max_tokens=25))
+
+
+def test_engine_choice_says_why(monkeypatch):
+    other = torch.device("cpu" if DEVICE.type == "cuda" else "cuda")
+    assert choose_engine("auto", DEVICE)[0] == choose_engine("vllm", DEVICE)[0] == "vllm"
+    assert choose_engine("torch", DEVICE)[0] == "torch"
+    assert choose_engine("auto", other) == ("torch", f"The installed vLLM runs on {DEVICE.type}, not on {other.type}.")
+    with pytest.raises(RuntimeError, match="Install a vLLM built for"):
+        choose_engine("vllm", other)
+    with pytest.raises(ValueError):
+        choose_engine("sglang", DEVICE)
+
+    def missing():
+        raise ModuleNotFoundError("No module named 'vllm'")
+
+    monkeypatch.setattr(rollout, "_import_vllm", missing)
+    assert choose_engine("auto", DEVICE)[0] == "torch"
+    with pytest.raises(RuntimeError, match="No module named"):
+        choose_engine("vllm", DEVICE)
+
+
+def test_rollout_seeds_are_63_bits_and_depend_on_every_part():
+    seeds = {rollout_seed(r, s, p) for r in range(3) for s in range(3) for p in ("a", "b")}
+    assert len(seeds) == 18 and all(0 <= s < 1 << 63 for s in seeds) and rollout_seed(0, 0, "a") in seeds
+
+
+RANK_SCRIPT = """
+import os, sys, torch, torch.distributed as dist
+from rollout import Sampling, VLLMEngine
+rank = int(os.environ["RANK"])
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+engine = VLLMEngine(sys.argv[1], dtype="float32", max_prompt_tokens=16, max_response_tokens=8, max_rollouts=8,
+                    seed=rank)
+rollouts = engine.generate([[5 + rank] * (3 + rank)], [2 + rank], [rank], Sampling(max_tokens=8))
+assert len(rollouts) == 2 + rank and os.environ["LOCAL_WORLD_SIZE"] == "2" and torch.get_num_threads() == 1
+total = torch.tensor(len(rollouts))
+dist.all_reduce(total)
+assert total == 5
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="two ranks here would share one GPU")
+def test_two_ranks_generate_different_prompts(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    path = save_tiny(tmp_path, tied=True)
+    shared = os.environ | dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+                               OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK_SCRIPT, str(path)], env=shared | dict(RANK=r, LOCAL_RANK=r),
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in "01"]
+    try:
+        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)[-4000:]
