@@ -1,0 +1,248 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import data
+from data import Problem, batch_order, encode_prompts, load_problems, stop_token_ids
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def write(path, rows):
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        text = json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)) + "\n"
+        path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", data.SUFFIXES)
+@pytest.mark.parametrize("prompt, answer", [("problem", "answer"), ("question", "final_answer"),
+                                            ("prompt", "solution")])
+def test_local_files_in_either_naming(tmp_path, suffix, prompt, answer):
+    source = write(tmp_path / f"set{suffix}", [{prompt: " 1+1? ", answer: "2"}, {prompt: "2+2?", answer: "4"}])
+    problems, record = load_problems(source)
+    assert [(p.prompt, p.answer) for p in problems] == [("1+1?", "2"), ("2+2?", "4")]
+    assert len(problems[0].id) == 16 and int(problems[0].id, 16) >= 0
+    assert record["source"] == f"set{suffix}" and len(record["sha256"]) == 64
+    assert record["counts"] == {"rows": 2, "merged": 0, "conflicting": 0}
+    assert str(tmp_path) not in json.dumps(record)
+    assert load_problems(source) == (problems, record)
+
+
+def test_answers_take_their_usual_shapes(tmp_path):
+    shapes = [("so 9*2\n#### 18", "18"), (["5"], "5"), (["5", "7"], "5, 7"), (3, "3"), (2.0, "2"), (2.5, "2.5")]
+    rows = [{"problem": str(i), "answer": answer, "solution": "no"} for i, (answer, _) in enumerate(shapes)]
+    problems, _ = load_problems(write(tmp_path / "a.jsonl", rows))
+    assert [p.answer for p in problems] == [expected for _, expected in shapes]
+
+
+def test_chat_messages_and_own_ids(tmp_path):
+    messages = [{"role": "system", "content": "be good"}, {"role": "user", "content": "1+1?"}]
+    row = {"prompt": messages, "reward_model": {"ground_truth": "2", "style": "rule"}, "id": 7}
+    problems, _ = load_problems(write(tmp_path / "a.parquet", [row]))
+    assert problems == [Problem("7", "1+1?", "2")]
+
+
+def test_line_separators_inside_strings_do_not_cut_a_row(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"problem": "a\u2028b\x85c", "answer": 1}\r\n\r\n{"problem": "d", "answer": 2}'.encode())
+    assert [p.prompt for p in load_problems(str(path))[0]] == ["a\u2028b\x85c", "d"]
+
+
+@pytest.mark.parametrize("rows, message", [
+    ([], r"set.jsonl has no rows"),
+    ([{"text": "1+1?", "answer": "2"}], r"set.jsonl, line 1: none of the columns text, answer is called problem"),
+    ([{"problem": "1+1?", "label": "2"}], r"line 1: none of the columns problem, label is called answer or"),
+    ([{"problem": "a", "answer": "2"}, {"problem": "b", "answer": " "}], r"line 2: the answer is empty.*remove"),
+    ([{"problem": "a", "answer": None}], r"line 1: the answer is empty"),
+    ([{"problem": "a", "answer": float("nan")}], r"line 1: the answer is empty"),
+    ([{"problem": "a", "answer": []}], r"line 1: the answer is empty"),
+    ([{"problem": "", "answer": "2"}], r"line 1: the prompt is empty"),
+    ([{"problem": "\ud800", "answer": "2"}], r"line 1: the prompt is empty or not text"),
+    ([{"prompt": [{"role": "system", "content": "x"}], "answer": "2"}], r"line 1: the prompt is empty"),
+    (["text"], r"line 1: must be an object, it is a str"),
+    ([{"problem": "a", "answer": "1", "id": 3}, {"problem": "b", "answer": "1", "id": "3"}], r"line 1 and line 2.*'3'"),
+    ([{"problem": "a", "answer": "1"}, {"problem": "a", "answer": "2"}], r"nothing left"),
+])
+def test_bad_rows_are_named(tmp_path, rows, message):
+    with pytest.raises(ValueError, match=message):
+        load_problems(write(tmp_path / "set.jsonl", rows))
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.jsonl", b'{"problem": "a", "answer": "1"}\n\n{"problem": ', r"a.jsonl, line 3: broken JSON"),
+    ("a.json", b"[1, 2", r"a.json: broken JSON at line 1"),
+    ("a.json", b'{"problem": "a"}', r"a.json must be a list of objects, it is a dict"),
+    ("a.jsonl", b'{"problem": "\xff"}', r"a.jsonl is not UTF-8 \(byte 13\)"),
+    ("a.json", b"", r"a.json has no rows"),
+    ("a.parquet", b"not parquet at all", r"a.parquet is not a parquet file"),
+])
+def test_bad_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_problems(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("source", ["math-500", "owner/name", "set.csv", ""])
+def test_an_unknown_source_says_what_forms_exist(source):
+    with pytest.raises(ValueError, match=r"\.jsonl.*dapo.*hub:owner/name"):
+        load_problems(source)
+
+
+def test_bad_hub_forms_and_revisions(tmp_path):
+    for source in ("hub:name", "hub:a/b:c:d:e"):
+        with pytest.raises(ValueError, match="not of the form"):
+            load_problems(source)
+    with pytest.raises(ValueError, match="is a local file"):
+        load_problems(write(tmp_path / "a.jsonl", [{"problem": "a", "answer": 1}]), revision="main")
+    with pytest.raises(FileNotFoundError):
+        load_problems(str(tmp_path / "none.jsonl"))
+
+
+def test_repeats_are_merged_and_conflicts_dropped(tmp_path, caplog):
+    rows = [("a", "1"), ("b", "2"), (" a ", "1"), ("c", "3"), ("c", "4"), ("c", "3"), ("d", "5")]
+    problems, record = load_problems(write(tmp_path / "a.jsonl", [{"problem": p, "answer": a} for p, a in rows]))
+    assert [(p.prompt, p.answer) for p in problems] == [("a", "1"), ("b", "2"), ("d", "5")]
+    counts = record["counts"]
+    assert counts == {"rows": 7, "merged": 1, "conflicting": 3}
+    assert len(problems) + counts["merged"] + counts["conflicting"] == counts["rows"]
+    assert "1 repeated rows merged, 3 rows dropped" in caplog.text
+
+
+def test_dapo_comes_from_the_resolved_commit(tmp_path, monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    rows = [{"prompt": f"What is {i} + 1?", "solution": str(i + 1), "data_source": "math_dapo",
+             "source_prompt": [{"content": f"Solve: {i} + 1", "role": "user"}], "ability": "MATH",
+             "reward_model": {"ground_truth": str(i + 1), "style": "rule"}, "extra_info": {"index": f"id-{i}"}}
+            for i in range(3)]
+    file = write(tmp_path / "train.parquet", rows)
+    seen, real, sha = [], datasets.load_dataset, "a" * 40
+
+    def load_dataset(repo, config, *, split, revision):
+        seen.append((repo, config, split, revision))
+        return real("parquet", data_files=file, split="train", cache_dir=str(tmp_path / "cache"))
+
+    class Api:
+        def dataset_info(self, repo, revision):
+            return type("Info", (), {"sha": sha})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    problems, record = load_problems("dapo")
+    assert [(p.prompt, p.answer) for p in problems] == [(f"What is {i} + 1?", str(i + 1)) for i in range(3)]
+    assert seen == [("open-r1/DAPO-Math-17k-Processed", "en", "train", sha)]
+    assert record == {"source": "dapo", "repo": "open-r1/DAPO-Math-17k-Processed", "config": "en", "split": "train",
+                      "revision": sha, "counts": {"rows": 3, "merged": 0, "conflicting": 0}}
+    load_problems("hub:me/mine:cfg:test", revision="b" * 40)  # pinned: nothing to resolve
+    load_problems("hub:me/mine", revision="main")
+    assert seen[1:] == [("me/mine", "cfg", "test", "b" * 40), ("me/mine", None, "train", sha)]
+
+
+def test_an_unreachable_hub_says_which_set_and_what_to_do(monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match=r"(?s)math500 \(HuggingFaceH4/MATH-500\).*log in.*local"):
+        load_problems("math500")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<eos>", "<|im_end|>", *"abc+=?"]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<eos>",
+                                   additional_special_tokens=["<|im_end|>"])
+
+
+@pytest.fixture
+def chat(tokenizer, monkeypatch):
+    template = ("{% for m in messages %}b{{ m['content'] }}<|im_end|>{% endfor %}"
+                "{% if add_generation_prompt %}c{% endif %}")
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    return tokenizer
+
+
+def problems_of(*prompts):
+    return [Problem(str(i), prompt, "1") for i, prompt in enumerate(prompts)]
+
+
+def test_encoding_appends_the_suffix_and_drops_what_is_too_long(tokenizer):
+    problems = problems_of("a+b", "a+b+c+a", "c")
+    kept, ids, record = encode_prompts(problems, tokenizer, suffix="=?", chat_template="auto", max_tokens=5)
+    assert kept == [problems[0], problems[2]]
+    assert ids == [[3, 6, 4, 7, 8], [5, 7, 8]]
+    assert record == {"chat_template": False, "too_long": 1, "tokens_max": 5, "tokens_mean": 4.0}
+    with pytest.raises(ValueError, match="none of 3 prompts fits in 2 tokens"):
+        encode_prompts(problems, tokenizer, suffix="=?", chat_template="auto", max_tokens=2)
+
+
+def test_the_chat_template_is_applied_when_asked(chat):
+    for mode, expected in ("auto", [4, 3, 7, 2, 5]), ("always", [4, 3, 7, 2, 5]), ("never", [3, 7]):
+        _, ids, _ = encode_prompts(problems_of("a"), chat, suffix="=", chat_template=mode, max_tokens=9)
+        assert ids == [expected]
+
+
+def test_bad_encodings_are_named(tokenizer):
+    with pytest.raises(ValueError, match=r"problem 1: the tokenizer does not know \['é', 'ß'\]"):
+        encode_prompts(problems_of("a", "éaßé"), tokenizer, suffix="", chat_template="never", max_tokens=9)
+    with pytest.raises(ValueError, match="problem 0: the prompt encodes to no tokens"):
+        encode_prompts(problems_of(""), tokenizer, suffix="", chat_template="never", max_tokens=9)
+    with pytest.raises(ValueError, match="the tokenizer has none"):
+        encode_prompts(problems_of("a"), tokenizer, suffix="", chat_template="always", max_tokens=9)
+    with pytest.raises(ValueError, match="must be auto, always or never"):
+        encode_prompts(problems_of("a"), tokenizer, suffix="", chat_template="yes", max_tokens=9)
+
+
+def test_stop_tokens(tokenizer, chat, monkeypatch):
+    assert stop_token_ids(chat, generation_config=None) == (1, 2)
+    monkeypatch.setattr(chat, "chat_template", None)
+    assert stop_token_ids(tokenizer, generation_config=None) == (1,)
+    assert stop_token_ids(tokenizer, generation_config={"eos_token_id": 5}) == (1, 5)
+    assert stop_token_ids(tokenizer, generation_config={"eos_token_id": [7, 1]}) == (1, 7)
+    assert stop_token_ids(tokenizer, generation_config=None, override="?, a") == (3, 8)
+    for override in ("<stop>", ""):
+        with pytest.raises(ValueError, match="stop tokens"):
+            stop_token_ids(tokenizer, generation_config=None, override=override)
+    silent = SimpleNamespace(get_vocab=dict, eos_token_id=None, chat_template=None)
+    with pytest.raises(ValueError, match="neither tokenizer nor generation_config"):
+        stop_token_ids(silent, generation_config={})
+
+
+def test_batch_order_is_pure_and_covers_an_epoch_without_repeats():
+    num, per = 23, 5
+    steps = num // per
+    for epoch in range(3):
+        batches = [batch_order(num, per, seed=1, step=epoch * steps + i) for i in range(steps)]
+        assert all(batch.shape == (per,) for batch in batches)
+        seen = np.concatenate(batches)
+        assert len(set(seen.tolist())) == steps * per and seen.min() >= 0 and seen.max() < num
+    assert (batch_order(num, per, 1, 6) == batch_order(num, per, 1, 6)).all()
+    assert (batch_order(num, per, 1, 0) != batch_order(num, per, 2, 0)).any()
+    assert (batch_order(num, per, 1, 0) != batch_order(num, per, 1, steps)).any()
+    assert sorted(batch_order(num, num, 0, 3)) == list(range(num))
+    for bad in (num + 1, 0):
+        with pytest.raises(ValueError, match="prompts_per_step"):
+            batch_order(num, bad, 0, 0)
+
+
+@pytest.mark.skipif(not DATA.exists(), reason=f"no {DATA.name}/ of word problems beside the checkout")
+@pytest.mark.parametrize("name, rows", [("gsm8k_test", 1319), ("word_problems_train", 4468),
+                                        ("word_problems_test", 400)])
+def test_the_shared_word_problems_load(name, rows):
+    problems, record = load_problems(str(DATA / f"{name}.jsonl"))
+    assert len(problems) == record["counts"]["rows"] == rows
+    assert len({p.id for p in problems}) == rows
