@@ -187,7 +187,8 @@ class PromptGDRO:
         if not self.mean_one:
             return np.minimum(self.omega_B, self.weight_cap)
         q_B = self.q_B
-        return np.minimum(q_B / q_B[bin_P].mean(), self.weight_cap)
+        relative_B = np.round(q_B / q_B[bin_P].mean(), 12)  # exactly 1 where all q are equal
+        return np.minimum(relative_B, self.weight_cap)
 
     def weights(self, bin_P: np.ndarray) -> np.ndarray:
         """(16): what multiplies each prompt's advantages, (P,) float64. Changes nothing."""

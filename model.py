@@ -332,7 +332,8 @@ class Transformer(nn.Module):
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         (path / "config.json").write_text(json.dumps(self.config.to_hf(self.head.dtype), indent=2) + "\n")
-        save_torch_state_dict(self.state_dict(), path)
+        # Copies: the parameters may be views of one buffer, which the format refuses.
+        save_torch_state_dict({name: p.detach().clone() for name, p in self.named_parameters()}, path)
 
 
 def iterate_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:

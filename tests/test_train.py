@@ -1,0 +1,405 @@
+"""The loop as a whole: one path for all modes, no result depends on how the work is split, nothing is lost."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import arithmetic
+import train as train_module
+from model import Transformer
+from train import (
+    PRESETS,
+    Config,
+    MasterAdamW,
+    Ranks,
+    RunError,
+    Trainer,
+    _micro,
+    check,
+    check_memory,
+    micro_batches,
+    parse_args,
+    share_out,
+)
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """A small model that gets some easy problems right now and then: enough for gradients."""
+    settings = arithmetic.BaseSettings(steps=150, lines_per_step=48, hidden_size=64, layers=2)
+    return arithmetic.base_model(settings, cache=tmp_path_factory.mktemp("cache"))
+
+
+def flags(base: Path, out: Path, **changes) -> list[str]:
+    values = {"model": base, "out_dir": out, "engine": "torch", "steps": 4, "prompts_per_step": 12,
+              "minibatch_prompts": 6, "eval_problems": 6, "eval_rollouts": 2, "train_problems": 36, "save_every": 2,
+              "max_response_tokens": 24, "learning_rate": 1e-3, **changes}
+    return ["--preset", "arithmetic", *(str(x) for k, v in values.items() for x in (f"--{k}", v))]
+
+
+def launch(base: Path, out: Path, *extra: str, processes: int = 1, **changes) -> subprocess.Popen:
+    """train.py as a user starts it."""
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29533"]
+    command = [sys.executable, *(torchrun if processes > 1 else []), "train.py", *flags(base, out, **changes), *extra]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen, status: int = 0) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == status, output
+    return output
+
+
+def log(out: Path) -> list[dict]:
+    """metrics.jsonl without what the clock says."""
+    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def trainer_of(base: Path, tmp_path: Path, **changes) -> Trainer:
+    cfg, _, _ = parse_args(flags(base, tmp_path / "run", **changes))
+    trainer = Trainer(cfg, Ranks())
+    trainer.engine.load_weights(trainer.model.named_parameters())
+    return trainer
+
+
+def run_steps(trainer: Trainer, steps: int) -> list[dict]:
+    return [{k: v for k, v in trainer.step(i)[0].items() if k not in ("seconds", "mode")} for i in range(steps)]
+
+
+# ---- one path
+
+def test_grpo_is_both_adversaries_at_rest_bit_for_bit(base, tmp_path):
+    """Prompt-GDRO with eta 0 has weights 1, Rollout-GDRO with one arm has n_bar: the same weights come out."""
+    grpo = trainer_of(base, tmp_path, mode="grpo")
+    rest = trainer_of(base, tmp_path, mode="both", prompt_eta=0.0, n_min=4, n_max=4)
+    assert run_steps(grpo, 4) == run_steps(rest, 4)
+    assert torch.equal(grpo.optimizer.master, rest.optimizer.master)
+    assert not torch.equal(grpo.optimizer.master, trainer_of(base, tmp_path).optimizer.master)  # and they did move
+
+
+def test_every_mode_draws_the_same_prompts_and_first_batch(base, tmp_path):
+    lines = {mode: run_steps(trainer_of(base, tmp_path, mode=mode), 1)[0] for mode in ("grpo", "prompt", "both")}
+    assert lines["grpo"] == lines["prompt"]  # before anything is known, both are GRPO
+    assert lines["grpo"]["reward_mean"] == lines["both"]["reward_mean"]
+
+
+def test_all_modes_write_the_same_keys_and_spend_the_same_rollouts(base, tmp_path):
+    lines = {mode: trainer_of(base, tmp_path, mode=mode).step(0)[0] for mode in ("grpo", "prompt", "rollout", "both")}
+    keys = {json.dumps([sorted(x), sorted(x["bins"]), sorted(x["seconds"])]) for x in lines.values()}
+    assert len(keys) == 1
+    assert {x["rollouts"] for x in lines.values()} == {48}
+    for line in lines.values():
+        assert all(len(v) == 10 for v in line["bins"].values())
+        absent = [b for b, share in enumerate(line["bins"]["share"]) if share == 0]
+        assert absent and all(line["bins"][k][b] is None for k in ("reward", "rollouts", "tokens") for b in absent)
+        assert all(isinstance(x, float) for k in ("score", "weight") for x in line["bins"][k])
+
+
+def test_the_surrogate_signal_is_zero_on_one_minibatch(base, tmp_path):
+    """Centred advantages at ratio 1 sum to zero over a prompt's rollouts: the paper's signal (7) sees nothing."""
+    trainer = trainer_of(base, tmp_path, minibatch_prompts=12, prompt_signal="surrogate", share_normalize="off")
+    line, _ = trainer.step(0)
+    assert line["grad_norm"] > 0 and np.abs(line["bins"]["score"]).max() == 0  # logged before the update
+    assert np.abs(trainer.prompt_gdro.score_B).max() < 1e-5
+
+
+def test_prompt_weights_scale_the_gradient_of_their_bin(base, tmp_path):
+    """(16): doubling the weight of the only bin doubles the gradient, and leaves the adversary's own signal alone."""
+    norms, scores = [], []
+    for factor in (1.0, 2.0):
+        trainer = trainer_of(base, tmp_path, mode="prompt", mean_one="false", prompt_eta=1.0, prompt_signal="surrogate",
+                             minibatch_prompts=12, advantage_clip=100)
+        trainer.prompt_gdro._score_B[:] = np.log(factor)
+        norms.append(trainer.step(0)[0]["grad_norm"])
+        scores.append(trainer.prompt_gdro.score_B[5] - (1 - 0.12) * np.log(factor))
+    assert norms[1] == pytest.approx(2 * norms[0], rel=1e-4)
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+
+
+# ---- no split changes the objective
+
+def gradient(trainer: Trainer) -> torch.Tensor:
+    """Gradient of the first mini-batch of step 0, before the optimiser uses it."""
+    captured, step = [], trainer.optimizer.step
+
+    def record(ranks: Ranks, where: str) -> float:
+        captured.append(trainer.optimizer.master.grad.clone())
+        return step(ranks, where)
+
+    trainer.optimizer.step = record
+    trainer.step(0)
+    return captured[0]
+
+
+@pytest.mark.parametrize("averaging", ["prompt", "rollout", "token"])
+def test_any_micro_batch_split_gives_the_same_gradient(base, tmp_path, averaging):
+    whole, split, single = (gradient(trainer_of(base, tmp_path, averaging=averaging, microbatch_tokens=n, kl_beta=0.1,
+                                                mode="rollout", rollout_utility="variance"))
+                            for n in (100_000, 150, 1))
+    assert whole.abs().max() > 0
+    assert torch.allclose(whole, split, atol=1e-6) and torch.allclose(whole, single, atol=1e-6)
+
+
+def test_token_weights_are_the_three_ways_of_averaging(base, tmp_path):
+    trainer = trainer_of(base, tmp_path, mode="rollout")
+    n_P = np.array([2, 3, 4, 3])
+    offsets = np.concatenate(([0], np.arange(1, 13).cumsum()))
+    batch = train_module.Batch([[1]] * 4, np.repeat(np.arange(4), n_P), offsets, np.zeros(78, int),
+                               np.zeros(78, np.float32), np.zeros(12, bool))
+    inside = np.array([0, 2])
+    length = batch.lengths
+    for averaging, weight_of_prompt in (("prompt", {0: 1 / 2, 2: 1 / 2}), ("rollout", {0: 2 / 6, 2: 4 / 6}),
+                                        ("token", {0: 3 / 33, 2: 30 / 33})):
+        trainer.cfg = dataclasses.replace(trainer.cfg, averaging=averaging)
+        weight_R = trainer.token_weights(batch, n_P, inside) * length
+        for p in range(4):
+            assert weight_R[batch.owner == p].sum() == pytest.approx(weight_of_prompt.get(p, 0.0))
+
+
+def test_micro_batches_hold_every_rollout_once_with_its_own_tokens():
+    rng = np.random.default_rng(0)
+    n_P = np.array([2, 0, 5, 1])
+    lengths = rng.integers(1, 30, n_P.sum())
+    offsets = np.concatenate(([0], lengths.cumsum()))
+    prompts = [list(range(1, 2 + p)) for p in range(4)]
+    tokens = rng.integers(0, 50, offsets[-1])
+    batch = train_module.Batch(prompts, np.repeat(np.arange(4), n_P), offsets, tokens,
+                               np.zeros(len(tokens), np.float32), np.zeros(len(lengths), bool))
+    seen = []
+    for micro in micro_batches(batch, np.arange(len(lengths)), 40, torch.device("cpu")):
+        assert len(micro.tokens) <= 40 or len(micro.rollouts) == 1
+        assert torch.equal(micro.tokens[micro.targets], torch.from_numpy(tokens[micro.places]))
+        for s, r in enumerate(micro.rollouts):
+            start, end = micro.cu_seqlens[s], micro.cu_seqlens[s + 1]
+            assert micro.tokens[start:end].tolist() == prompts[batch.owner[r]] + batch.response(r).tolist()
+            assert micro.offsets[s + 1] - micro.offsets[s] == lengths[r]
+        seen.extend(micro.rollouts.tolist())
+    assert sorted(seen) == list(range(len(lengths)))
+
+
+def test_work_is_shared_out_evenly():
+    cost = np.random.default_rng(0).integers(1, 100, 200)
+    owner = share_out(cost, 3)
+    loads = [cost[owner == r].sum() for r in range(3)]
+    assert max(loads) - min(loads) <= cost.max() and sum(loads) == cost.sum()
+
+
+@pytest.mark.parametrize("mode", ["both"])
+def test_two_processes_equal_one(base, tmp_path, mode):
+    options = dict(mode=mode, kl_beta=0.01, rollout_utility="variance", steps=4)
+    finish(launch(base, tmp_path / "one", **options))
+    output = finish(launch(base, tmp_path / "two", processes=2, **options))
+    assert "pass@2" in output
+    one, two = log(tmp_path / "one"), log(tmp_path / "two")
+    assert len(one) == len(two) == 4
+    for a, b in zip(one, two, strict=True):
+        close(a, b)
+
+
+def close(a, b) -> None:
+    """Equal up to float summation."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for k in a:
+            close(a[k], b[k])
+    elif isinstance(a, list):
+        for x, y in zip(a, b, strict=True):
+            close(x, y)
+    elif isinstance(a, float):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+    else:
+        assert a == b
+
+
+# ---- nothing is lost
+
+def test_killed_and_resumed_run_writes_what_the_unbroken_run_wrote(base, tmp_path):
+    options = dict(mode="both", steps=7, save_every=3, rollout_budget="dual", kl_beta=0.01, eval_every=2)
+    finish(launch(base, tmp_path / "unbroken", **options))
+    process = launch(base, tmp_path / "killed", **options)
+    deadline = time.time() + 120
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 4):  # past the checkpoint of step 3
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    with open(metrics, "a") as file:
+        file.write('{"step": 5, "cut sho')  # as a kill in mid-write leaves it
+    output = finish(launch(base, tmp_path / "killed", "--resume", **options))
+    assert "resuming from step_3" in output or "resuming from step_6" in output
+    assert log(tmp_path / "killed") == log(tmp_path / "unbroken")
+    for name in ("samples.jsonl", "eval.json", "model/model.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
+    assert sorted(p.name for p in (tmp_path / "killed" / "checkpoint").iterdir()) == ["step_7"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_signal_finishes_the_step_and_saves(base, tmp_path, number):
+    process = launch(base, tmp_path / "run", steps=500, save_every=0)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while not (metrics.exists() and "\n" in metrics.read_text()):
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    output = finish(process, 130)
+    done = len(log(tmp_path / "run"))
+    assert f"stopped after {done} steps" in output and "--resume" in output
+    assert (tmp_path / "run" / "checkpoint" / f"step_{done}" / "optimizer.safetensors").exists()
+
+
+def test_a_finished_run_can_be_extended_and_its_model_loads_elsewhere(base, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = tmp_path / "run"
+    output = finish(launch(base, out, steps=2, mode="prompt"))
+    assert re.search(r"\| 6 held-out problems x 2 \| step 0 \| step 2 \|", output) and "| pass@2 |" in output
+    finish(launch(base, out, "--resume", steps=3, mode="prompt"))
+    assert [line["step"] for line in log(out)] == [0, 1, 2]
+    assert [e["step"] for e in json.loads((out / "eval.json").read_text())] == [0, 2, 3]
+    theirs = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
+    ours = Transformer.from_pretrained(out / "model", dtype=torch.float32)
+    assert all(torch.equal(p, dict(theirs.named_parameters())[n]) for n, p in ours.named_parameters())
+    assert AutoTokenizer.from_pretrained(out / "model").decode([4, 13, 4]) == "1+1"
+    config = (out / "config.json").read_text()
+    assert str(tmp_path) not in config and str(base) not in config and json.loads(config)["steps"] == 2
+    assert set(json.loads(config)) >= {f.name for f in dataclasses.fields(Config)} - {"out_dir"}
+    samples = [json.loads(x) for x in (out / "samples.jsonl").read_text().splitlines()]
+    assert {"step", "id", "prompt", "response", "answer", "reward"} <= set(samples[0])
+
+
+# ---- the optimiser
+
+def test_master_adamw_equals_torch_adamw_on_separate_parameters(base, tmp_path):
+    cfg, _, _ = parse_args(flags(base, tmp_path, weight_decay=0.1, learning_rate=1e-2, grad_clip=1e9))
+    model, twin = (Transformer.from_pretrained(base, dtype=torch.float32) for _ in range(2))
+    ours = MasterAdamW(model, cfg)
+    theirs = torch.optim.AdamW(twin.parameters(), lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            g = torch.randn(p.shape, generator=generator)
+            (p * g).sum().backward()
+            q.grad = g
+        ours.step(Ranks(), "here")
+        theirs.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_float32_masters_learn_where_bf16_alone_stands_still(base, tmp_path):
+    cfg, _, _ = parse_args(flags(base, tmp_path, learning_rate=1e-6, weight_decay=0.0))
+    model = Transformer.from_pretrained(base, dtype=torch.bfloat16)
+    optimizer = MasterAdamW(model, cfg)
+    before, start = optimizer.master.detach().clone(), model.head.detach().clone()
+    for _ in range(5):
+        for p in model.parameters():
+            p.float().sum().backward()
+        optimizer.step(Ranks(), "here")
+    assert torch.allclose(optimizer.master, before - 5e-6, atol=1e-7)
+    assert (model.head == start).float().mean() > 0.5  # most bf16 weights cannot show a change that small
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(base, tmp_path):
+    trainer = trainer_of(base, tmp_path)
+    before = trainer.optimizer.master.detach().clone()
+    trainer.optimizer.master.grad[3] = float("nan")
+    with pytest.raises(RunError, match="step 7: the gradient norm is nan"):
+        trainer.optimizer.step(trainer.ranks, "step 7")
+    assert torch.equal(before, trainer.optimizer.master)
+
+
+def test_a_diverged_run_stops_with_the_step_and_a_remedy(base, tmp_path):
+    output = finish(launch(base, tmp_path / "run", steps=5, learning_rate=1e30), 1)
+    assert re.search(r"train.py: step [01]: ", output) and "Traceback" not in output
+
+
+def test_stale_sampler_weights_are_caught_on_the_step_where_they_happen(base, tmp_path):
+    trainer = trainer_of(base, tmp_path)
+    trainer.step(0)
+    for p in trainer.engine.model.parameters():
+        p.mul_(1.3)
+    with pytest.raises(RunError, match="step 1: sampler and trainer log-probs differ"):
+        trainer.step(1)
+
+
+# ---- bad input
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(prompts_per_step=0), "--prompts_per_step must be positive"),
+    (dict(minibatch_prompts=13), "--minibatch_prompts 13 is more than --prompts_per_step 12"),
+    (dict(train_problems=5), "prompts_per_step=12 must be from 1 to the number of problems, 5"),
+    (dict(n_min=5, mode="rollout"), "n_min <= n_bar"),
+    (dict(bin_edges="0.5,0.4"), "bin edges must ascend"),
+    (dict(train_data="nowhere.jsonl"), "nowhere.jsonl"),
+    (dict(train_data="nonsense"), "unknown problem set"),
+    (dict(model="no/such/folder"), "no folder"),
+    (dict(max_prompt_tokens=2), "none of 36 prompts fits"),
+])
+def test_bad_settings_are_refused_with_their_names(base, tmp_path, changes, message):
+    with pytest.raises((ValueError, OSError), match=re.escape(message)):
+        trainer_of(base, tmp_path, **changes)
+
+
+def test_unknown_and_abbreviated_flags_are_refused(capsys):
+    for argv in (["--learning_rat", "1"], ["--mode", "gdro"], ["--std_normalize", "maybe"]):
+        with pytest.raises(SystemExit) as stop:
+            parse_args(argv)
+        assert stop.value.code == 2
+    assert "--learning_rat" in capsys.readouterr().err
+
+
+def test_a_used_folder_other_settings_and_a_damaged_checkpoint_are_refused(base, tmp_path):
+    out = tmp_path / "run"
+    finish(launch(base, out, steps=2))
+    assert "add --resume" in finish(launch(base, out, steps=2), 1)
+    message = finish(launch(base, out, "--resume", steps=3, learning_rate=0.5), 1)
+    assert "--learning_rate 0.001" in message and "Only these may change: steps" in message
+    file = out / "checkpoint" / "step_2" / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert "is damaged" in finish(launch(base, out, "--resume", steps=3), 1)
+
+
+def test_resume_without_a_checkpoint_says_so_and_begins(base, tmp_path):
+    assert "has no checkpoint yet" in finish(launch(base, tmp_path / "new", "--resume", steps=1))
+
+
+def test_presets_are_valid_and_the_papers_values_stand(tmp_path):
+    for preset in PRESETS:
+        check(parse_args(["--preset", preset])[0])
+    cfg, _, _ = parse_args(["--preset", "qwen3-4b"])
+    assert (cfg.prompts_per_step, cfg.minibatch_prompts, cfg.learning_rate, cfg.kl_beta) == (256, 128, 1e-6, 1e-3)
+    assert (cfg.eps_low, cfg.eps_high, cfg.advantage_clip, cfg.temperature) == (0.2, 0.28, 5.0, 1.0)
+    assert (cfg.prompt_signal, cfg.rollout_utility, cfg.rollout_budget) == ("surrogate", "surrogate", "exact")
+    assert cfg.bin_success == "any"
+
+
+def test_what_cannot_fit_a_gpu_says_so_before_it_starts(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**20, 2**20))
+    cfg, _, _ = parse_args(flags(base, tmp_path))
+    with pytest.raises(ValueError, match="GiB a GPU for training"):
+        check_memory(base, cfg, torch.device("cuda"), torch.bfloat16)
+
+
+def test_a_single_rollout_packs(base):
+    batch = train_module.Batch([[5, 6]], np.zeros(1, int), np.array([0, 1]), np.array([1]), np.zeros(1, np.float32),
+                               np.zeros(1, bool))
+    micro = _micro(batch, np.array([0]), torch.device("cpu"))
+    assert micro.tokens.tolist() == [5, 6, 1] and micro.targets.tolist() == [2]

