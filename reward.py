@@ -129,8 +129,6 @@ def _rational(text: str) -> Fraction | None:
     else:
         return None
     top, bottom = (Fraction(part.replace(",", "")) for part in (top, bottom or "1"))
-    if bottom == 0:
-        return None
     exponent = next((int(p) for p in power if p), 0)
     return (-1 if sign == "-" else 1) * top / bottom * Fraction(10) ** exponent
 
@@ -144,7 +142,10 @@ def _quick(answer: str | None, gold: str) -> bool | None:
     answer, gold = _normalise(answer), _normalise(gold)
     if answer == gold:
         return answer != ""
-    a, g = _rational(answer), _rational(gold)
+    try:
+        a, g = _rational(answer), _rational(gold)
+    except ZeroDivisionError:  # 5/0 is no number and equals none
+        return False
     return None if a is None or g is None else a == g
 
 

@@ -150,8 +150,8 @@ class Config:
 
 ARITHMETIC = dict(
     model="arithmetic", train_data="arithmetic", eval_data="arithmetic", answer_style="number", prompt_suffix="",
-    chat_template="never", max_prompt_tokens=32, max_response_tokens=64, steps=60, prompts_per_step=64,
-    minibatch_prompts=32, learning_rate=5e-5, kl_beta=0.0, gradient_checkpointing=False, save_every=20, eval_every=0,
+    chat_template="never", max_prompt_tokens=32, max_response_tokens=64, steps=100, prompts_per_step=64,
+    minibatch_prompts=32, learning_rate=1e-4, kl_beta=0.0, gradient_checkpointing=False, save_every=25, eval_every=25,
     eval_rollouts=16, eval_temperature=1.0, eval_top_p=1.0, eval_top_k=0, max_rollouts=512, bin_hysteresis=0.0,
     prompt_signal="reward", prompt_eta=2.0, mean_one=True, rollout_utility="gain", rollout_budget="spread",
     averaging="rollout")
@@ -540,6 +540,8 @@ class Trainer:
             bin_P = self.bins.lookup(ids_P)  # (P,) from what earlier steps saw
             n_P = self.rollout_gdro.allocate(bin_P)  # (P,)
             weight_P = self.prompt_gdro.weights(bin_P)  # (P,)
+            acted_on = {"score": self.prompt_gdro.score_B, "weight": self.prompt_gdro.weights_by_bin(bin_P)}
+            mu = self.rollout_gdro.mu
 
         sampling = Sampling(cfg.max_response_tokens, cfg.temperature, stop_ids=self.stop_ids)
         seed_P = [rollout_seed(cfg.seed, step, i) for i in ids_P]
@@ -568,7 +570,6 @@ class Trainer:
             surrogate_P, _ = bin_means(batch.owner, loss_R, P)
             reward_P, _ = bin_means(batch.owner, reward_R, P)
             correct_P = np.bincount(batch.owner, weights=reward_R > 0, minlength=P).astype(int)
-            weight_B = self.prompt_gdro.weights_by_bin(bin_P)
             self._end_step(ids_P, bin_P, n_P, surrogate_P, reward_P, correct_P, update["grad_norm"])
 
         n_B, share_B = bin_means(bin_P, n_P, B)
@@ -584,9 +585,9 @@ class Trainer:
             "loss": update["loss"], "kl": update["kl"], "entropy": entropy_N.mean(),
             "clip_frac": update["clip_frac"], "grad_norm": update["grad_norm"], "lr": update["lr"],
             "mismatch": {"mean": mismatch_N.mean(), "max": mismatch_N.max()}, "reward_timeouts": timeouts,
-            "shadow_price": self.rollout_gdro.mu, "shadow_price_dp": self.rollout_gdro.shadow_price_dp,
-            "bins": {"share": share_B, "reward": reward_B, "score": self.prompt_gdro.score_B, "weight": weight_B,
-                     "rollouts": n_B, "tokens": tokens_B}, "eval": None}
+            "shadow_price": mu, "shadow_price_dp": self.rollout_gdro.shadow_price_dp,
+            "bins": {"share": share_B, "reward": reward_B, **acted_on, "rollouts": n_B, "tokens": tokens_B},
+            "eval": None}
         samples = [{"step": step, "id": ids_P[p], "bin": int(bin_P[p]), "n": int(n_P[p]),
                     "weight": float(weight_P[p]), "answer": problems[p].answer, "reward": float(reward_R[r]),
                     "truncated": bool(batch.truncated[r]), "prompt": problems[p].prompt, "response": texts[r]}
