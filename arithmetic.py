@@ -120,7 +120,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class BaseSettings:
-    """How the base model is made; the cache key is a hash of these and of this file's problems."""
+    """How the base model is made."""
 
     seed: int = 0
     steps: int = 1200
@@ -178,14 +178,16 @@ def tokenizer():
 def base_model(settings: BaseSettings | None = None, *, cache: Path | None = None) -> Path:
     """The Hugging Face folder of the base model, trained on first use (about two minutes on two cores).
 
-    Kept in `cache` (default: cache/ beside this file) under a key of the settings and of this file's text. Concurrent
-    callers wait for the first one.
+    Kept in `cache` (default: cache/ beside this file) under a key of the settings, of the corpus (its first lines) and
+    of the training code. Concurrent callers wait for the first one.
     """
     from filelock import FileLock
 
     settings = settings or BaseSettings()
     cache = cache or Path(__file__).parent / "cache"
-    recipe = json.dumps(settings.__dict__) + inspect.getsource(inspect.getmodule(base_model))
+    rng = np.random.default_rng(settings.seed)
+    corpus = [_line(rng, set()) for _ in range(500)]
+    recipe = json.dumps([settings.__dict__, CHARACTERS, corpus, inspect.getsource(_train_base)])
     folder = cache / f"arithmetic-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
