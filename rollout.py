@@ -255,6 +255,8 @@ class TorchEngine:
         for name, tensor in named_tensors:
             if name not in wanted:
                 raise ValueError(f"load_weights: unexpected or repeated tensor {name!r}")
+            if tensor.shape != wanted[name].shape:  # copy_ would broadcast
+                raise ValueError(f"load_weights: {name!r} is {tuple(tensor.shape)}, not {tuple(wanted[name].shape)}")
             wanted.pop(name).copy_(tensor)
         if wanted:
             raise ValueError(f"load_weights: tensors missing: {sorted(wanted)[:5]}")
@@ -278,6 +280,8 @@ class _Decoding:
 
     def __init__(self, engine: TorchEngine, prompts, n_P, seed_P, sampling: Sampling):
         self.model, self.device, self.sampling, self.prompts = engine.model, engine.device, sampling, prompts
+        if not all(prompts):
+            raise ValueError("a prompt has 0 tokens")
         self.owner_R = np.repeat(np.arange(len(prompts)), n_P)
         R, T = len(self.owner_R), sampling.max_tokens
         index_R = np.concatenate([np.arange(n) for n in n_P]) if R else np.zeros(0, int)
@@ -311,6 +315,7 @@ class _Decoding:
                 self.next += 1
             self._prefill(empty[: len(take)], torch.tensor(take, device=self.device))
             self.free -= len(take)
+            self.cache.release(empty[len(take) :])  # passed over: they must not grow past the cache's end
         elif self.next == self.R and 4 * self.free >= slots:
             busy = (self.rollout_S != self.R).nonzero().squeeze(1)
             self.cache.keep(busy)

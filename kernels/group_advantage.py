@@ -31,7 +31,7 @@ def group_advantage(rewards: Tensor, offsets: Tensor, weights: Tensor | None = N
     advantage = centred
     if std_normalize:
         std = (torch.zeros_like(low).index_add(0, owner, centred**2) / size).sqrt()  # two passes: no cancellation
-        advantage = centred / (std[owner] + eps)
+        advantage = torch.where(constant[owner], 0.0, centred / (std[owner] + eps))  # 0 / 0 with eps = 0
     if clip is not None:
         advantage = advantage.clamp(-clip, clip)
     if weights is not None:

