@@ -33,7 +33,7 @@ class Evaluation:
     passes: dict[int, float]  # k -> pass@k, for the powers of two up to rollouts
     response_tokens_mean: float
     truncated_frac: float
-    by_kind: dict[str, list[float]]  # kind (what precedes ":" in an id, where there is one) -> [problems, mean, pass@k]
+    by_kind: dict[str, list[float]]  # what precedes ":" in an id, if there are at most 20 -> [problems, mean, pass@k]
 
     @property
     def k(self) -> int:
@@ -47,7 +47,9 @@ class Evaluation:
         drawn, correct = right.shape[1], right.sum(axis=1)
         powers = [2**i for i in range(drawn.bit_length()) if 2**i <= drawn]
         headline = pass_at_k(correct, drawn, min(8, powers[-1]))
-        kinds = np.array([p.id.split(":")[0] if ":" in p.id else "all" for p in problems])
+        kinds = np.array([p.id.split(":")[0] for p in problems])
+        if len(set(kinds)) > 20:  # ids that merely contain a colon, or none
+            kinds[:] = "all"
         by_kind = {str(kind): [int((kinds == kind).sum()), float(right[kinds == kind].mean()),
                                float(headline[kinds == kind].mean())] for kind in dict.fromkeys(kinds)}
         return cls(step, len(problems), drawn, float(right.mean()),

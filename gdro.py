@@ -187,7 +187,8 @@ class PromptGDRO:
         if not self.mean_one:
             return np.minimum(self.omega_B, self.weight_cap)
         q_B = self.q_B
-        relative_B = np.round(q_B / q_B[bin_P].mean(), 12)  # exactly 1 where all q are equal
+        relative_B = q_B / q_B[bin_P].mean()
+        relative_B[np.isclose(relative_B, 1, rtol=0, atol=1e-12)] = 1.0  # equal q weigh exactly 1
         return np.minimum(relative_B, self.weight_cap)
 
     def weights(self, bin_P: np.ndarray) -> np.ndarray:
@@ -240,8 +241,9 @@ def expected_gain(arms_K: np.ndarray, rate_B: np.ndarray, k: int = 8) -> np.ndar
 class Utility:
     """J_hat_b(n) of (17)-(18) as one function of a step's statistics -> (B, K), NaN where unknown.
 
-    by_share says how bins add up in the joint choice: (19) weighs a bin by its share of the batch, the paper's "highest
-    joint probability" counts every bin once. Utilities known for every arm take (19), bandit ones the probability.
+    by_share says what the joint choice maximises. Utilities known for every arm take (19) as it stands, the sum of
+    eta (utility - mu n) over the batch's prompts: nothing needs exploring. Bandit ones take the paper's "highest joint
+    probability", the sum of the bins' log-probabilities, where every bin counts once.
     """
 
     value: Callable[[BinStats], np.ndarray]
@@ -262,9 +264,10 @@ class RolloutGDRO:
 
     Arm scores are EMAs of `utility` that start at the first visit; L_b(n) = -score + mu n is (20); a bin's arm
     probabilities are (1 - gamma) softmax(-eta L) + gamma / K. EXP3P's importance weights are left out: the joint
-    choice is an argmax, so an arm's probability of being played is not the bandit's.
+    choice is an argmax, so an arm's probability of being played is not the bandit's. Utilities that are known for
+    every arm need no probabilities (see `Utility`) unless the budget is "dual".
 
-    budget "exact":  one count a bin, most probable configuration with sum n_P = P n_bar, by dynamic programming (DP).
+    budget "exact":  one count a bin, the best configuration with sum n_P = P n_bar, by dynamic programming (DP).
            "spread": the same total, but counts inside a bin may differ by one (the remainder dealt to the first prompts
                      of the batch), scored by linear interpolation. Then the equality never dictates the choice.
            "dual":   every bin draws its arm; only mu, (21), holds the mean near n_bar over time.
@@ -289,9 +292,13 @@ class RolloutGDRO:
         self._score_BK = np.full((num_bins, len(self.arms_K)), np.nan)  # NaN: the arm was never observed
         self.shadow_price_dp: float | None = None  # a diagnostic of the last allocate(), not state
 
+    def penalised_BK(self) -> np.ndarray:
+        """-L of (20): score - mu n, (B, K); an arm never observed scores 0."""
+        return np.nan_to_num(self._score_BK) - self.mu * self.arms_K
+
     def log_prob_BK(self) -> np.ndarray:
-        """Log-probabilities of the arms of each bin, from (20); an arm never observed scores 0. (B, K)."""
-        logit_BK = self.eta * (np.nan_to_num(self._score_BK) - self.mu * self.arms_K)
+        """Log-probabilities of the arms of each bin, (B, K)."""
+        logit_BK = self.eta * self.penalised_BK()
         p_BK = np.exp(logit_BK - logit_BK.max(axis=1, keepdims=True))
         p_BK /= p_BK.sum(axis=1, keepdims=True)
         # The floor only keeps log() finite where gamma = 0 and an arm's probability underflows.
@@ -300,18 +307,19 @@ class RolloutGDRO:
     def allocate(self, bin_P: np.ndarray) -> np.ndarray:
         """Rollout counts of the batch's prompts, (P,) int64. Changes no state; raises if the budget cannot be met."""
         present, slot_P, count = np.unique(bin_P, return_inverse=True, return_counts=True)
-        value = self.log_prob_BK()[present]  # (bins present, K)
+        self.shadow_price_dp = None
         if self.budget == "dual":
             rng = np.random.default_rng((self.seed, self.step))
-            self.shadow_price_dp = None
-            cdf = np.exp(value).cumsum(axis=1)
+            cdf = np.exp(self.log_prob_BK()[present]).cumsum(axis=1)
             arm = (rng.random((len(present), 1)) * cdf[:, -1:] > cdf).sum(axis=1)
             return self.arms_K[arm][slot_P]
         total = round(self.n_bar * len(bin_P))
         if abs(total - self.n_bar * len(bin_P)) > 1e-6:
             raise ValueError(f"{len(bin_P)} prompts of {self.n_bar} rollouts on average are not a whole number")
         if self.utility.by_share:
-            value = value * count[:, None]
+            value = self.eta * self.penalised_BK()[present] * count[:, None]
+        else:
+            value = self.log_prob_BK()[present]  # (bins present, K)
         # Equal choices go to the one nearest the uniform one; too small to outweigh a real difference.
         value = value - 1e-9 * count[:, None] * (self.arms_K - self.n_bar) ** 2
         choice = JointChoice(value, count, mixed=self.budget == "spread")

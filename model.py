@@ -61,6 +61,9 @@ class ModelConfig:
             if present:
                 raise ValueError(f"this checkpoint's config.json asks for {what}, which this model does not do")
         values = {name: hf[name] for name in cls.__dataclass_fields__ if name in hf}
+        derived = {"rope_theta", "num_key_value_heads", "head_dim", "tie_word_embeddings"}
+        if missing := cls.__dataclass_fields__.keys() - values.keys() - derived:
+            raise ValueError(f"config.json has no {', '.join(sorted(missing))}")
         values["rope_theta"] = hf.get("rope_theta") or rope.get("rope_theta") or 10_000.0
         values.setdefault("num_key_value_heads", hf["num_attention_heads"])
         values["head_dim"] = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
@@ -283,8 +286,10 @@ class Transformer(nn.Module):
         return linear_logprob(hidden[targets - 1], self.head, tokens[targets], temperature=temperature, entropy=entropy)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(n, D) -> (n, V) float32; for the few rows that decoding needs."""
-        return F.linear(hidden, self.head).float()
+        """(n, D) -> (n, V) float32, accumulated and kept in float32; for the few rows that decoding needs, no grad."""
+        if hidden.is_cuda and hidden.dtype != torch.float32:
+            return torch.mm(hidden, self.head.T, out_dtype=torch.float32)
+        return F.linear(hidden.float(), self.head.float())
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Feeds one token a slot, (slots,), and returns the logits of the next, (slots, V) float32."""

@@ -205,8 +205,9 @@ def score(response: str, answer: str, style: str = "math") -> float:
 # ---- workers
 
 def _confine() -> None:
-    """Leave Ctrl-C to the trainer, bound the memory, and (Linux) die with the parent even if it is killed with -9."""
+    """Leave signals to the trainer, bound the memory, and (Linux) die with the parent even if it is killed with -9."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to the whole process group; the trainer ends us
     if sys.platform != "linux":
         return  # there the end of the pipe, which closes with the parent, ends a worker that is not computing
     import ctypes

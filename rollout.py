@@ -83,7 +83,7 @@ def _vllm_problem(device: torch.device) -> str | None:
 
 
 def _import_vllm() -> type:
-    """vLLM's LLM class. Its environment is read at the first import, hence the one place that imports it."""
+    """vLLM's LLM class. Its environment is read at the first import, which must therefore happen here."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine stays in this process: weights pass by reference
     from vllm import LLM
@@ -138,7 +138,7 @@ class VLLMEngine:
                  max_rollouts: int, seed: int, gpu_memory_utilization: float = 0.5):
         """Load the Hugging Face model in `model_dir`.
 
-        `dtype` is "float32" or "bfloat16"; `max_rollouts` the most that one `generate` call asks for;
+        `dtype` is "float32" or "bfloat16"; `max_rollouts` the most to decode at once (vLLM queues the others);
         `gpu_memory_utilization` the share of the GPU's memory that vLLM holds while awake (unused on CPU).
         """
         LLM = _import_vllm()
@@ -264,6 +264,14 @@ class TorchEngine:
     def sleep(self) -> None:
         """Nothing to free: the KV cache lives only inside generate()."""
 
+    def slots(self, max_len: int) -> int:
+        """Rollouts of max_len tokens to decode at once: max_rollouts, or what half of the free GPU memory holds."""
+        if self.device.type != "cuda":
+            return self.max_rollouts
+        c = self.model.config
+        of_one = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * max_len * self.dtype.itemsize
+        return max(1, min(self.max_rollouts, torch.cuda.mem_get_info(self.device)[0] // 2 // of_one))
+
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], n_P: Sequence[int], seed_P: Sequence[int],
                  sampling: Sampling) -> list[Rollout]:
@@ -295,8 +303,8 @@ class _Decoding:
         self.length = torch.zeros(R + 1, dtype=torch.long, device=self.device)
         self.stopped = torch.zeros(R + 1, dtype=torch.bool, device=self.device)
         self.stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.long, device=self.device)
-        S = min(engine.max_rollouts, max(R, 1))
         longest = max((len(prompts[i]) for i in set(self.owner_R.tolist())), default=0)
+        S = min(engine.slots(longest + T), max(R, 1))
         self.cache = KVCache(engine.model.config, S, longest + T, dtype=engine.dtype, device=self.device)
         self.logits = torch.zeros((S, engine.model.config.vocab_size), device=self.device)
         self.rollout_S = torch.full((S,), R, device=self.device)

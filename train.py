@@ -1,8 +1,8 @@
 """GRPO with two adversaries, in one file: `python train.py --preset arithmetic --mode prompt`.
 
 `Trainer.step` is the algorithm, top to bottom. GRPO, Prompt-GDRO, Rollout-GDRO and both together are one path: in mode
-"grpo" every prompt's weight is 1 and every prompt's number of rollouts is n_bar. State changes only at the end of a
-step, in `Trainer._end_step` and nowhere else, apart from the policy's weights.
+"grpo" every prompt's weight is 1 and every prompt's number of rollouts is n_bar. Apart from the policy and its
+optimiser, state changes only at the end of a step, in `Trainer._end_step`.
 
 With torchrun every rank holds the whole batch and a copy of everything; work (prompts to sample, rollouts to train on)
 is shared out by tokens, and results meet in one collective: a sum of arrays in which each rank filled its own places.
@@ -34,7 +34,7 @@ from data import Problem, batch_order, encode_prompts, load_problems, stop_token
 from eval import Evaluation, table
 from gdro import BUDGETS, SIGNALS, UTILITIES, DifficultyBins, PromptGDRO, RolloutGDRO, bin_means
 from kernels import group_advantage, grpo_token_loss
-from model import Transformer, fetch
+from model import ModelConfig, Transformer, fetch
 from reward import Grader
 from rollout import Rollout, Sampling, TorchEngine, VLLMEngine, choose_engine, rollout_seed
 
@@ -47,12 +47,14 @@ def arg(default, help: str, choices=None):
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run; the defaults are the paper's (appendix A). It is the command line and config.json."""
+    """Every setting of a run: the command line and config.json. The defaults are the paper's (appendix A), but for the
+    bins' success and unseen_rate, where the paper's presets differ."""
 
     mode: str = arg("grpo", "which adversaries act", ("grpo", "prompt", "rollout", "both"))
     steps: int = arg(1000, "training steps, one batch each; 0 only evaluates the base")
     seed: int = arg(0, "seeds the order of prompts and every rollout, alike in every mode")
-    out_dir: str = arg("out/run", "run folder: config.json, metrics.jsonl, eval.json, checkpoint/, model/, ...")
+    out_dir: str = arg("", "run folder: config.json, metrics.jsonl, eval.json, checkpoint/, ...; empty = "
+                           "out/PRESET-MODE-SEED")
     save_every: int = arg(50, "steps between checkpoints; 0 = only at the end")
 
     # what is trained on what
@@ -62,6 +64,7 @@ class Config:
     train_revision: str = arg("main", "hub revision of the training data; the commit it resolves to is recorded")
     train_problems: int = arg(0, "use the first so many training problems; 0 = all (arithmetic: 640)")
     eval_data: str = arg("math500", "problems for evaluation, in the same forms")
+    eval_revision: str = arg("main", "hub revision of the evaluation data; the commit it resolves to is recorded")
     eval_problems: int = arg(0, "use the first so many; 0 = all (arithmetic: 500)")
     answer_style: str = arg("math", "where a response's answer is: math = \\boxed, 'Answer:', ####, the last number; "
                                     "number = the last number", ("math", "number"))
@@ -77,7 +80,7 @@ class Config:
     prompts_per_step: int = arg(256, "P, prompts of a batch")
     rollouts_per_prompt: int = arg(4, "n_bar, the mean number of rollouts of a prompt")
     temperature: float = arg(1.0, "of training rollouts; no top-p or top-k: truncation would bias the ratio (4)")
-    max_rollouts: int = arg(256, "TorchEngine: rollouts decoded at once")
+    max_rollouts: int = arg(256, "rollouts decoded at once (TorchEngine takes fewer where GPU memory is short)")
     gpu_memory_utilization: float = arg(0.5, "vLLM: share of GPU memory it holds while sampling")
     max_mismatch: float = arg(0.05, "stop when sampler and trainer log-probs differ by more than this on average")
 
@@ -141,9 +144,9 @@ class Config:
     # evaluation
     eval_every: int = arg(50, "steps between evaluations; 0 = only before and after training")
     eval_rollouts: int = arg(8, "k, responses per problem for mean@k and pass@k")
-    eval_temperature: float = arg(0.6, "")
-    eval_top_p: float = arg(0.8, "")
-    eval_top_k: int = arg(20, "0 = off")
+    eval_temperature: float = arg(0.6, "of evaluation; 0 = greedy, with --eval_rollouts 1")
+    eval_top_p: float = arg(0.8, "of evaluation; 1 = off")
+    eval_top_k: int = arg(20, "of evaluation; 0 = off")
     grader_workers: int = arg(2, "processes for answers that need math-verify")
     grader_timeout: float = arg(5.0, "seconds per answer; past it the response counts as wrong")
 
@@ -153,8 +156,7 @@ ARITHMETIC = dict(
     chat_template="never", max_prompt_tokens=32, max_response_tokens=64, steps=100, prompts_per_step=64,
     minibatch_prompts=32, learning_rate=1e-4, kl_beta=0.0, gradient_checkpointing=False, save_every=25, eval_every=25,
     eval_rollouts=16, eval_temperature=1.0, eval_top_p=1.0, eval_top_k=0, max_rollouts=512, bin_hysteresis=0.0,
-    prompt_signal="reward", prompt_eta=2.0, mean_one=True, rollout_utility="gain", rollout_budget="spread",
-    averaging="rollout")
+    prompt_signal="reward", prompt_eta=2.0, mean_one=True, rollout_utility="gain", rollout_budget="spread")
 PAPER = dict(bin_success="any", unseen_rate=0.0)
 PRESETS = {
     "arithmetic": ARITHMETIC,
@@ -162,8 +164,9 @@ PRESETS = {
     "qwen3-4b": dict(PAPER, model="Qwen/Qwen3-4B-Base"),
     "qwen3-8b": dict(PAPER, model="Qwen/Qwen3-8B-Base"),
 }
-# Settings that a resumed run may change: they do not enter any later result.
-MAY_CHANGE = ("steps", "out_dir", "save_every", "eval_every", "grader_workers", "gpu_memory_utilization")
+# What a resumed run may change; config.json records when it did. The rest would make it another experiment.
+MAY_CHANGE = ("steps", "out_dir", "save_every", "eval_every", "grader_workers", "grader_timeout", "microbatch_tokens",
+              "max_rollouts", "gpu_memory_utilization", "gradient_checkpointing", "learning_rate")
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Config, str, bool]:
@@ -185,7 +188,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, str, bool]:
     if preset == "auto":
         preset = "qwen3-1.7b" if torch.cuda.is_available() else "arithmetic"
         say(f"preset {preset} (auto: CUDA is {'present' if torch.cuda.is_available() else 'not present'})")
-    return Config(**{**PRESETS[preset], **given}), preset, resume
+    cfg = Config(**{**PRESETS[preset], **given})
+    if not cfg.out_dir:
+        cfg = dataclasses.replace(cfg, out_dir=f"out/{preset}-{cfg.mode}-{cfg.seed}")
+    return cfg, preset, resume
 
 
 def _boolean(text: str) -> bool:
@@ -207,6 +213,13 @@ def check(cfg: Config) -> None:
     for name in not_negative:
         if not getattr(cfg, name) >= 0:
             raise ValueError(f"--{name} must not be negative, got {getattr(cfg, name)}")
+    ranges = {"eval_top_p": (1e-6, 1), "eps_low": (0, 1), "eps_high": (0, np.inf), "beta1": (0, 1), "beta2": (0, 1),
+              "unseen_rate": (0, 1), "gpu_memory_utilization": (0.01, 1), "adam_eps": (0, np.inf)}
+    for name, (low, high) in ranges.items():
+        if not low <= getattr(cfg, name) <= high:
+            raise ValueError(f"--{name} must be from {low} to {high}, got {getattr(cfg, name)}")
+    if cfg.eval_temperature == 0 and cfg.eval_rollouts > 1:
+        raise ValueError("--eval_temperature 0 gives the same response every time: use it with --eval_rollouts 1")
     if cfg.minibatch_prompts > cfg.prompts_per_step:
         raise ValueError(f"--minibatch_prompts {cfg.minibatch_prompts} is more than --prompts_per_step "
                          f"{cfg.prompts_per_step}")
@@ -384,7 +397,7 @@ class MasterAdamW:
         norm = float(torch.linalg.vector_norm(gradient))
         if not np.isfinite(norm):
             raise RunError(f"{where}: the gradient norm is {norm}; the weights are those before this update. "
-                                     "Resume from the last checkpoint with a lower --learning_rate")
+                           "--resume goes on from the last checkpoint, with a lower --learning_rate for instance")
         gradient.mul_(min(1.0, self.grad_clip / (norm + 1e-6)))
         self.adam.param_groups[0]["lr"] = self.learning_rate
         self.adam.step()
@@ -434,7 +447,11 @@ class Clock:
 
 def adversaries(cfg: Config) -> tuple[DifficultyBins, PromptGDRO, RolloutGDRO]:
     """Bins and adversaries of a mode. One that does not act is the same object with eta 0, or with one arm."""
-    bins = DifficultyBins([float(e) for e in cfg.bin_edges.split(",") if e.strip()], history=cfg.bin_history,
+    try:
+        edges = [float(e) for e in cfg.bin_edges.split(",") if e.strip()]
+    except ValueError as error:
+        raise ValueError(f"--bin_edges must be numbers with commas between them, got {cfg.bin_edges!r}") from error
+    bins = DifficultyBins(edges, history=cfg.bin_history,
                           hysteresis=cfg.bin_hysteresis, success=cfg.bin_success, unseen_rate=cfg.unseen_rate)
     normalize = cfg.prompt_signal == "surrogate" if cfg.share_normalize == "auto" else cfg.share_normalize == "on"
     prompt = PromptGDRO(bins.num_bins, eta=cfg.prompt_eta if cfg.mode in ("prompt", "both") else 0.0,
@@ -475,15 +492,24 @@ class Trainer:
             folder = fetch(cfg.model, None if cfg.model_revision == "main" else cfg.model_revision)
         self.dtype = {"auto": torch.bfloat16 if self.device.type == "cuda" else torch.float32,
                       "bfloat16": torch.bfloat16, "float32": torch.float32}[cfg.dtype]
-        check_memory(folder, cfg, self.device, self.dtype)
+        self.engine_kind, why = choose_engine(cfg.engine, self.device)
+        say(f"engine: {self.engine_kind}. {why}")
+        check_memory(folder, cfg, self.device, self.dtype, self.engine_kind)
         self.model = Transformer.from_pretrained(folder, dtype=self.dtype, device=self.device)
         self.model.gradient_checkpointing = cfg.gradient_checkpointing
         self.reference = None
         if cfg.kl_beta:
             self.reference = Transformer.from_pretrained(folder, dtype=self.dtype, device=self.device)
             self.reference.requires_grad_(False)
-        # A hub snapshot's folder is named by its commit, the arithmetic base's by the hash of its recipe.
-        self.record["model"] = {"name": portable(cfg.model), "folder": folder.name}
+        longest, needed = self.model.config.max_position_embeddings, cfg.max_prompt_tokens + cfg.max_response_tokens
+        if needed > longest:
+            raise ValueError(f"--max_prompt_tokens + --max_response_tokens is {needed} and the model's context is "
+                             f"{longest}")
+        # A hub snapshot's folder is named by its commit, the arithmetic base's by the hash of its recipe; the head's
+        # hash tells apart local folders that share a name.
+        head = hashlib.blake2b(self.model.head.detach().cpu().view(torch.uint8).numpy(), digest_size=8).hexdigest()
+        self.record |= {"model": {"name": portable(cfg.model), "folder": folder.name, "head": head},
+                        "engine": self.engine_kind}
         return folder
 
     def _load_data(self, folder: Path) -> None:
@@ -496,7 +522,7 @@ class Trainer:
         self.stop_ids = stop_token_ids(self.tokenizer, generation_config=self.generation_config,
                                        override=cfg.stop_tokens)
         self.problems, self.prompts = self._encode("train", cfg.train_data, cfg.train_revision, cfg.train_problems, 640)
-        self.eval_set = self._encode("eval", cfg.eval_data, "main", cfg.eval_problems, 500)
+        self.eval_set = self._encode("eval", cfg.eval_data, cfg.eval_revision, cfg.eval_problems, 500)
         batch_order(len(self.problems), cfg.prompts_per_step, cfg.seed, 0)  # raises when there are too few
 
     def _encode(self, name: str, source: str, revision: str, limit: int,
@@ -517,14 +543,10 @@ class Trainer:
 
     def _make_engine(self, folder: Path) -> VLLMEngine | TorchEngine:
         cfg = self.cfg
-        kind, why = choose_engine(cfg.engine, self.device)
-        self.record["engine"] = kind
-        say(f"engine: {kind}. {why}")
-        if kind == "torch":
+        if self.engine_kind == "torch":
             return TorchEngine(folder, dtype=self.dtype, device=self.device, max_rollouts=cfg.max_rollouts)
-        most = max(cfg.prompts_per_step * cfg.rollouts_per_prompt, cfg.max_rollouts)
         return VLLMEngine(folder, dtype=str(self.dtype).removeprefix("torch."), max_prompt_tokens=cfg.max_prompt_tokens,
-                          max_response_tokens=cfg.max_response_tokens, max_rollouts=most, seed=cfg.seed,
+                          max_response_tokens=cfg.max_response_tokens, max_rollouts=cfg.max_rollouts, seed=cfg.seed,
                           gpu_memory_utilization=cfg.gpu_memory_utilization)
 
     # -- one step
@@ -570,12 +592,11 @@ class Trainer:
             surrogate_P, _ = bin_means(batch.owner, loss_R, P)
             reward_P, _ = bin_means(batch.owner, reward_R, P)
             correct_P = np.bincount(batch.owner, weights=reward_R > 0, minlength=P).astype(int)
-            self._end_step(ids_P, bin_P, n_P, surrogate_P, reward_P, correct_P, update["grad_norm"])
+            n_B, share_B = bin_means(bin_P, n_P, B)
+            reward_B, _ = bin_means(bin_P, reward_P, B)
+            tokens_B, _ = bin_means(bin_P[batch.owner], batch.lengths, B)
+            self._end_step(ids_P, bin_P, n_P, surrogate_P, reward_P, correct_P, tokens_B, update["grad_norm"])
 
-        n_B, share_B = bin_means(bin_P, n_P, B)
-        reward_B, _ = bin_means(bin_P, reward_P, B)
-        tokens_B, _ = bin_means(bin_P[batch.owner], batch.lengths, B)
-        self.expected_tokens_B = np.where(np.isnan(tokens_B), self.expected_tokens_B, tokens_B)
         line = {
             "step": step, "mode": cfg.mode, "seed": cfg.seed, "seconds": clock.total(),
             "reward_mean": reward_P.mean(), "solved_frac": (correct_P > 0).mean(),
@@ -594,14 +615,15 @@ class Trainer:
                    for p, r in enumerate(offsets_P[:4])]
         return jsonable(line), samples
 
-    def _end_step(self, ids_P, bin_P, n_P, surrogate_P, reward_P, correct_P, grad_norm) -> None:
+    def _end_step(self, ids_P, bin_P, n_P, surrogate_P, reward_P, correct_P, tokens_B, grad_norm) -> None:
         """The one place where adversaries and bins change; the same on every rank, which is checked."""
         loss_P = SIGNALS[self.cfg.prompt_signal](surrogate_P, reward_P)
         self.prompt_gdro.update(bin_P, loss_P)
         self.rollout_gdro.update(bin_P, n_P, surrogate_P, correct_P)
         self.bins.update(ids_P, correct_P, n_P)
+        self.expected_tokens_B = np.where(np.isnan(tokens_B), self.expected_tokens_B, tokens_B)
         touched = (self.prompt_gdro.score_B, self.rollout_gdro.log_prob_BK(), self.bins.lookup(ids_P),
-                   np.array([self.rollout_gdro.mu, grad_norm]))
+                   self.expected_tokens_B, np.array([self.rollout_gdro.mu, grad_norm]))
         digest = hashlib.blake2b(b"".join(a.tobytes() for a in touched), digest_size=8).digest()
         self.ranks.assert_equal(int.from_bytes(digest, "big") >> 1, "the adversaries' state after this step")
 
@@ -646,10 +668,12 @@ class Trainer:
         mine = np.flatnonzero(share_out(batch.cost(), self.ranks.world) == self.ranks.rank)
         for micro in micro_batches(batch, mine, self.cfg.microbatch_tokens, self.device):
             for row, model in enumerate(kinds):
-                logp, entropy = self.logprobs(model, micro, entropy=True)
-                out[row, micro.places] = logp.cpu().numpy()
                 if model is self.model:
+                    logp, entropy = self.logprobs(model, micro, entropy=True)
                     out[2, micro.places] = entropy.cpu().numpy()
+                else:
+                    logp = self.logprobs(model, micro)
+                out[row, micro.places] = logp.cpu().numpy()
         out = self.ranks.share(out)
         return out[0], out[1] if self.reference is not None else None, out[2]
 
@@ -733,21 +757,21 @@ class Trainer:
                              float(batch.truncated.mean()))
 
 
-def check_memory(folder: Path, cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuses, before anything is loaded, a model whose replicated training state cannot fit one GPU."""
+def check_memory(folder: Path, cfg: Config, device: torch.device, dtype: torch.dtype, engine: str) -> None:
+    """Refuses, before anything is loaded, a model whose replicated training state and engine cannot fit one GPU."""
     if device.type != "cuda":
         return
-    from model import ModelConfig
-
     parameters = ModelConfig.from_hf(json.loads((folder / "config.json").read_text())).num_parameters()
-    copies = dtype.itemsize * (2 if cfg.kl_beta else 1) + 16  # weights, reference; float32 master, gradient, 2 moments
+    # weights, one micro-batch's gradients, the reference; float32 master, gradient and two moments
+    training = parameters * (dtype.itemsize * (3 if cfg.kl_beta else 2) + 16)
     free, total = torch.cuda.mem_get_info()
-    needed = parameters * (copies + dtype.itemsize)  # and one micro-batch's gradients before they are accumulated
-    if needed > 0.95 * free:
+    sampling = int(cfg.gpu_memory_utilization * total) if engine == "vllm" else parameters * dtype.itemsize
+    if training + sampling > 0.95 * free:
         raise ValueError(
-            f"{parameters / 1e9:.1f}B parameters need {needed / 2**30:.0f} GiB a GPU for training (replicated, not "
-            f"sharded, for now), and {free / 2**30:.0f} of {total / 2**30:.0f} GiB are free. "
-            "Take a smaller model" + (" or --kl_beta 0, which saves the reference" if cfg.kl_beta else ""))
+            f"{parameters / 1e9:.1f}B parameters need {training / 2**30:.0f} GiB a GPU for training (replicated, not "
+            f"sharded, for now) and {sampling / 2**30:.0f} GiB for the {engine} engine; {free / 2**30:.0f} of "
+            f"{total / 2**30:.0f} GiB are free. Take a smaller model, a lower --gpu_memory_utilization (vLLM), or "
+            "--kl_beta 0, which saves the reference")
 
 
 # ------------------------------------------------------------------------------------------------ run folder
@@ -791,6 +815,17 @@ class RunFolder:
                              f"Only these may change: {', '.join(MAY_CHANGE)}")
         found = [p for p in (self.path / "checkpoint").glob("step_*") if p.suffix != ".partial"]
         return max(found, key=lambda p: int(p.name.removeprefix("step_")), default=None)
+
+    def go_on(self, step: int, record: dict) -> None:
+        """Refuses to resume on other data, model or engine; records what settings changed, and from which step on."""
+        saved = json.loads((self.path / "config.json").read_text())
+        for what, now in record.items():
+            if saved["loaded"].get(what) != now:
+                raise ValueError(f"--resume with another {what}: it was {saved['loaded'].get(what)}, now it is {now}")
+        before = {**saved, **{k: v for r in saved.get("resumed", []) for k, v in r["changed"].items()}}
+        changed = {k: v for k, v in self.config.items() if before.get(k) != v}
+        resumed = [*saved.get("resumed", []), {"step": step, "changed": changed}]
+        self._write("config.json", {**saved, "resumed": resumed})
 
     def start(self, preset: str, record: dict) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -885,8 +920,8 @@ def save_model(trainer: Trainer, path: Path) -> None:
     """The policy as a Hugging Face folder with its tokenizer."""
     trainer.model.save_pretrained(path)
     trainer.tokenizer.save_pretrained(path)
-    if trainer.generation_config is not None:
-        (path / "generation_config.json").write_text(json.dumps(trainer.generation_config, indent=2) + "\n")
+    generation = trainer.generation_config or {"eos_token_id": list(trainer.stop_ids)}  # else others never stop
+    (path / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
 class StopSignal:
@@ -918,9 +953,14 @@ def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, 
         say(f"resuming from {checkpoint.name}")
     elif resume:
         say(f"--resume: {folder.path} has no checkpoint yet, starting from the beginning")
+    # Also a barrier: nobody writes before everybody has looked.
+    ranks.assert_equal(trainer.next_step, "the step to begin with; is out_dir a folder that all nodes share?")
     if ranks.rank == 0:
         if checkpoint is None:
             folder.start(preset, jsonable(trainer.record))
+        else:
+            folder.go_on(trainer.next_step, jsonable(trainer.record))
+            folder.write_evaluations(evaluations)
         folder.truncate(trainer.next_step)
     trainer.engine.load_weights(trainer.model.named_parameters())
     return trainer, folder, evaluations
@@ -941,12 +981,14 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
         evaluate()
     bar = tqdm(total=cfg.steps, initial=trainer.next_step, desc=f"{cfg.mode} seed {cfg.seed}", unit="step",
                disable=not first)
-    while trainer.next_step < cfg.steps:
+    asked = False
+    while trainer.next_step < cfg.steps and not asked:
         line, samples = trainer.step(trainer.next_step)
         trainer.next_step += 1
         done = trainer.next_step
         last = done == cfg.steps
-        if last or (cfg.eval_every and done % cfg.eval_every == 0):
+        asked = bool(trainer.ranks.share(np.array([stop.asked]))[0])  # all ranks stop, or none
+        if last or (not asked and cfg.eval_every and done % cfg.eval_every == 0):
             line["eval"] = evaluate()
         if first:
             folder.append("metrics.jsonl", [line])
@@ -954,11 +996,8 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
         bar.update()
         bar.set_postfix(reward=f"{line['reward_mean']:+.3f}", solved=f"{line['solved_frac']:.2f}",
                         tokens=f"{line['response_tokens_mean']:.0f}", mismatch=f"{line['mismatch']['mean']:.0e}")
-        asked = bool(trainer.ranks.share(np.array([stop.asked]))[0])  # all ranks stop, or none
         if first and (asked or last or (cfg.save_every and done % cfg.save_every == 0)):
             save_checkpoint(trainer, folder, evaluations)
-        if asked and not last:
-            break
     bar.close()
     return trainer.next_step >= cfg.steps
 
@@ -967,7 +1006,7 @@ def main() -> None:
     try:
         cfg, preset, resume = parse_args()
         trainer, folder, evaluations = set_up(cfg, preset, resume)
-    except (ValueError, OSError) as error:  # what the user gave; later, a ValueError would be a bug and keeps its trace
+    except (ValueError, OSError, RunError) as error:  # what was given; a later ValueError is a bug and keeps its trace
         sys.exit(f"train.py: {error}")
     with trainer.grader:
         try:

@@ -275,7 +275,9 @@ def test_a_finished_run_can_be_extended_and_its_model_loads_elsewhere(base, tmp_
     out = tmp_path / "run"
     output = finish(launch(base, out, steps=2, mode="prompt"))
     assert re.search(r"\| 6 held-out problems x 2 \| step 0 \| step 2 \|", output) and "| pass@2 |" in output
-    finish(launch(base, out, "--resume", steps=3, mode="prompt"))
+    finish(launch(base, out, "--resume", steps=3, mode="prompt", learning_rate=1e-4))
+    resumed = json.loads((out / "config.json").read_text())["resumed"]
+    assert resumed == [{"step": 2, "changed": {"steps": 3, "learning_rate": 1e-4}}] and log(out)[2]["lr"] == 1e-4
     assert [line["step"] for line in log(out)] == [0, 1, 2]
     assert [e["step"] for e in json.loads((out / "eval.json").read_text())] == [0, 2, 3]
     theirs = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
@@ -352,6 +354,10 @@ def test_stale_sampler_weights_are_caught_on_the_step_where_they_happen(base, tm
     (dict(train_problems=5), "prompts_per_step=24 must be from 1 to the number of problems, 5"),
     (dict(n_min=5, mode="rollout"), "n_min <= n_bar"),
     (dict(bin_edges="0.5,0.4"), "bin edges must ascend"),
+    (dict(bin_edges="a,b"), "--bin_edges must be numbers"),
+    (dict(eval_top_p=0), "--eval_top_p must be from"),
+    (dict(eval_temperature=0), "use it with --eval_rollouts 1"),
+    (dict(max_response_tokens=1000), "and the model's context is 256"),
     (dict(train_data="nowhere.jsonl"), "nowhere.jsonl"),
     (dict(train_data="nonsense"), "unknown problem set"),
     (dict(model="no/such/folder"), "no folder"),
@@ -374,8 +380,11 @@ def test_a_used_folder_other_settings_and_a_damaged_checkpoint_are_refused(base,
     out = tmp_path / "run"
     finish(launch(base, out, steps=2))
     assert "add --resume" in finish(launch(base, out, steps=2), 1)
-    message = finish(launch(base, out, "--resume", steps=3, learning_rate=0.5), 1)
-    assert "--learning_rate 0.001" in message and "Only these may change: steps" in message
+    message = finish(launch(base, out, "--resume", steps=3, temperature=0.5), 1)
+    assert "--temperature 1.0" in message and "Only these may change: steps" in message
+    easier = tmp_path / "sums.jsonl"  # the same name, other problems
+    easier.write_text("".join((base.parent / "sums.jsonl").read_text().splitlines(keepends=True)[:72]))
+    assert "--resume with another train_data" in finish(launch(base, out, "--resume", steps=3, train_data=easier), 1)
     file = out / "checkpoint" / "step_2" / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     assert "is damaged" in finish(launch(base, out, "--resume", steps=3), 1)
@@ -398,8 +407,11 @@ def test_presets_are_valid_and_the_papers_values_stand(tmp_path):
 def test_what_cannot_fit_a_gpu_says_so_before_it_starts(base, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**20, 2**20))
     cfg, _, _ = parse_args(flags(base, tmp_path))
-    with pytest.raises(ValueError, match="GiB a GPU for training"):
-        check_memory(base, cfg, torch.device("cuda"), torch.bfloat16)
+    for engine in ("vllm", "torch"):
+        with pytest.raises(ValueError, match="GiB a GPU for training"):
+            check_memory(base, cfg, torch.device("cuda"), torch.bfloat16, engine)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**30))
+    check_memory(base, cfg, torch.device("cuda"), torch.bfloat16, "vllm")
 
 
 def test_a_single_rollout_packs(base):
