@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from model import KVCache, PackedAttention, Transformer
 
@@ -95,6 +96,12 @@ def _import_vllm() -> type:
 
 def _errors_only(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
+
+
+def _bar(*args, **kwargs) -> tqdm:
+    """A progress bar of the first rank, for what takes longer than five seconds."""
+    hide = os.environ.get("RANK", "0") != "0"
+    return tqdm(*args, **{**kwargs, "leave": False, "delay": 5, "disable": hide, "mininterval": 1})
 
 
 @contextmanager
@@ -195,7 +202,7 @@ class VLLMEngine:
                 top_p=sampling.top_p, top_k=sampling.top_k, stop_token_ids=list(sampling.stop_ids), ignore_eos=True,
                 logprobs=0, flat_logprobs=True, detokenize=False))  # logprobs=0: of the drawn token alone
         with _process_state_kept():
-            outputs = self.llm.generate(requests, params, use_tqdm=False) if requests else []
+            outputs = self.llm.generate(requests, params, use_tqdm=_bar) if requests else []
         return [_to_rollout(response) for output in outputs for response in output.outputs]
 
     @torch.no_grad()
@@ -277,9 +284,10 @@ class TorchEngine:
                  sampling: Sampling) -> list[Rollout]:
         """n_P[i] rollouts of prompt i, R = sum(n_P) in all, prompt by prompt."""
         batch = _Decoding(self, prompts, n_P, seed_P, sampling)
-        while batch.unfinished:
-            batch.refill()
-            batch.step()
+        with _bar(total=batch.unfinished, desc="sampling", unit="rollout") as bar:
+            while batch.unfinished:
+                batch.refill()
+                bar.update(batch.step())
         return batch.rollouts()
 
 
@@ -341,8 +349,8 @@ class _Decoding:
         self.logits[slots] = self.model.logits(hidden[cu_seqlens[1:] - 1])[source]  # one prefill serves all rollouts
         self.rollout_S[slots] = rollouts
 
-    def step(self) -> None:
-        """Draws one token in every slot, retires the finished rollouts, feeds the others."""
+    def step(self) -> int:
+        """Draws one token in every slot, retires the finished rollouts, feeds the others. Returns how many finished."""
         r = self.rollout_S
         t = self.length[r].clamp(max=self.T - 1)
         token, logprob = draw(self.logits, self.uniform[r, t], self.sampling)
@@ -358,6 +366,7 @@ class _Decoding:
             self.unfinished -= len(done)
         if self.unfinished and self.free < len(self.rollout_S):
             self.logits = self.model.decode(token, self.cache)
+        return len(done)
 
     def rollouts(self) -> list[Rollout]:
         tokens, logprobs = self.tokens.cpu().numpy(), self.logprobs.cpu().numpy()
