@@ -469,9 +469,10 @@ def adversaries(cfg: Config) -> tuple[DifficultyBins, PromptGDRO, RolloutGDRO]:
 class Trainer:
     """Everything a run holds. `step` is the algorithm."""
 
-    def __init__(self, cfg: Config, ranks: Ranks):
+    def __init__(self, cfg: Config, ranks: Ranks, loaded: dict | None = None):
+        """`loaded`: what the run to be resumed had loaded; its hub commits are taken again, wherever `main` is now."""
         check(cfg)
-        self.cfg, self.ranks, self.device = cfg, ranks, ranks.device
+        self.cfg, self.ranks, self.device, self.pinned = cfg, ranks, ranks.device, loaded or {}
         self.bins, self.prompt_gdro, self.rollout_gdro = adversaries(cfg)
         self.record: dict = {}  # what was loaded, for config.json
         folder = self._load_model()
@@ -489,7 +490,7 @@ class Trainer:
         if cfg.model == "arithmetic":
             folder = arithmetic.base_model()
         else:
-            folder = fetch(cfg.model, None if cfg.model_revision == "main" else cfg.model_revision)
+            folder = fetch(cfg.model, self.pinned.get("model", {}).get("folder", cfg.model_revision))
         self.dtype = {"auto": torch.bfloat16 if self.device.type == "cuda" else torch.float32,
                       "bfloat16": torch.bfloat16, "float32": torch.float32}[cfg.dtype]
         self.engine_kind, why = choose_engine(cfg.engine, self.device)
@@ -532,7 +533,8 @@ class Trainer:
             split = "train" if name == "train" else "heldout"
             problems, record = arithmetic.problems(split, limit or built_in), {"source": "arithmetic", "split": split}
         else:
-            problems, record = load_problems(source, revision=None if revision == "main" else revision)
+            commit = self.pinned.get(f"{name}_data", {}).get("revision")
+            problems, record = load_problems(source, revision=commit or (None if revision == "main" else revision))
         problems, tokens, counts = encode_prompts(
             problems[: limit or None], self.tokenizer, suffix=cfg.prompt_suffix, chat_template=cfg.chat_template,
             max_tokens=cfg.max_prompt_tokens)
@@ -800,10 +802,13 @@ class RunFolder:
         self.path = Path(cfg.out_dir)
         self.config = {k: portable(v) for k, v in dataclasses.asdict(cfg).items() if k != "out_dir"}
 
-    def open(self, resume: bool) -> Path | None:
-        """The checkpoint to go on from, or None to begin. Raises for a folder in use, and for changed settings."""
+    def open(self, resume: bool) -> tuple[Path | None, dict | None]:
+        """The checkpoint to go on from, None to begin, and what the run had loaded, None if there was none.
+
+        Raises FileExistsError for a folder in use, ValueError for changed settings.
+        """
         if not (self.path / "config.json").exists():
-            return None
+            return None, None
         if not resume:
             raise FileExistsError(f"{self.path} holds a run already: add --resume to go on with it, or choose another "
                                   "--out_dir")
@@ -814,7 +819,7 @@ class RunFolder:
             raise ValueError(f"--resume with other settings: this run has {was}. "
                              f"Only these may change: {', '.join(MAY_CHANGE)}")
         found = [p for p in (self.path / "checkpoint").glob("step_*") if p.suffix != ".partial"]
-        return max(found, key=lambda p: int(p.name.removeprefix("step_")), default=None)
+        return max(found, key=lambda p: int(p.name.removeprefix("step_")), default=None), saved["loaded"]
 
     def go_on(self, step: int, record: dict) -> None:
         """Refuses to resume on other data, model or engine; records what settings changed, and from which step on."""
@@ -945,8 +950,8 @@ class StopSignal:
 def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, list[Evaluation]]:
     """Everything loaded and checked, the run folder begun or reopened, the weights in the engine."""
     ranks, folder = Ranks(), RunFolder(cfg)
-    checkpoint = folder.open(resume)
-    trainer = Trainer(cfg, ranks)
+    checkpoint, loaded = folder.open(resume)
+    trainer = Trainer(cfg, ranks, loaded)
     evaluations: list[Evaluation] = []
     if checkpoint is not None:
         evaluations = load_checkpoint(trainer, checkpoint)
