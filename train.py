@@ -173,6 +173,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, str, bool]:
     """Command line -> (config, preset name, resume). A preset sets fields; flags given override it."""
     parser = argparse.ArgumentParser(
         description="GRPO, Prompt-GDRO and Rollout-GDRO (arXiv 2601.19280). Several GPUs or processes: torchrun.",
+        usage="train.py [--preset PRESET] [--mode MODE] [--resume] [--FLAG VALUE ...]   (--help lists all flags)",
         formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
     parser.add_argument("--preset", default="auto", choices=["auto", *PRESETS],
                         help="a set of values for the flags below; auto = qwen3-1.7b with CUDA, else arithmetic")
@@ -298,6 +299,12 @@ class Batch:
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
+
+    def stats(self) -> dict:
+        """What the log says of the rollouts."""
+        return {"truncated_frac": self.truncated.mean(), "response_tokens_mean": self.lengths.mean(),
+                "rollouts": len(self.owner), "rollouts_mean": len(self.owner) / len(self.prompts),
+                "tokens_generated": int(self.lengths.sum()), "tokens_trained": int(self.cost().sum())}
 
     def response(self, r: int) -> np.ndarray:
         return self.tokens[self.offsets[r] : self.offsets[r + 1]]
@@ -590,32 +597,28 @@ class Trainer:
         with clock("adversary"):
             # (7) in unweighted advantages: the clipped surrogate (5) is linear in a positive weight.
             loss_R = -update["surrogate_R"] / weight_P[batch.owner] + cfg.kl_beta * update["kl_R"]
-            P, B = len(ids_P), self.bins.num_bins
+            P = len(ids_P)
             surrogate_P, _ = bin_means(batch.owner, loss_R, P)
             reward_P, _ = bin_means(batch.owner, reward_R, P)
             correct_P = np.bincount(batch.owner, weights=reward_R > 0, minlength=P).astype(int)
-            n_B, share_B = bin_means(bin_P, n_P, B)
-            reward_B, _ = bin_means(bin_P, reward_P, B)
-            tokens_B, _ = bin_means(bin_P[batch.owner], batch.lengths, B)
+            tokens_B, _ = bin_means(bin_P[batch.owner], batch.lengths, self.bins.num_bins)
             self._end_step(ids_P, bin_P, n_P, surrogate_P, reward_P, correct_P, tokens_B, update["grad_norm"])
 
+        n_B, share_B = bin_means(bin_P, n_P, self.bins.num_bins)
+        reward_B, _ = bin_means(bin_P, reward_P, self.bins.num_bins)
         line = {
             "step": step, "mode": cfg.mode, "seed": cfg.seed, "seconds": clock.total(),
             "reward_mean": reward_P.mean(), "solved_frac": (correct_P > 0).mean(),
-            "zero_std_frac": constant_P.numpy().mean(), "truncated_frac": batch.truncated.mean(),
-            "response_tokens_mean": batch.lengths.mean(), "rollouts": int(n_P.sum()), "rollouts_mean": n_P.mean(),
-            "tokens_generated": int(batch.lengths.sum()), "tokens_trained": int(batch.cost().sum()),
-            "loss": update["loss"], "kl": update["kl"], "entropy": entropy_N.mean(),
-            "clip_frac": update["clip_frac"], "grad_norm": update["grad_norm"], "lr": update["lr"],
+            "zero_std_frac": constant_P.numpy().mean(), **batch.stats(), "entropy": entropy_N.mean(),
+            **{k: update[k] for k in ("loss", "kl", "clip_frac", "grad_norm", "lr")},
             "mismatch": {"mean": mismatch_N.mean(), "max": mismatch_N.max()}, "reward_timeouts": timeouts,
             "shadow_price": mu, "shadow_price_dp": self.rollout_gdro.shadow_price_dp,
             "bins": {"share": share_B, "reward": reward_B, **acted_on, "rollouts": n_B, "tokens": tokens_B},
             "eval": None}
-        samples = [{"step": step, "id": ids_P[p], "bin": int(bin_P[p]), "n": int(n_P[p]),
-                    "weight": float(weight_P[p]), "answer": problems[p].answer, "reward": float(reward_R[r]),
-                    "truncated": bool(batch.truncated[r]), "prompt": problems[p].prompt, "response": texts[r]}
-                   for p, r in enumerate(offsets_P[:4])]
-        return jsonable(line), samples
+        samples = [{"step": step, "id": ids_P[p], "bin": bin_P[p], "n": n_P[p], "weight": weight_P[p],
+                    "answer": problems[p].answer, "reward": reward_R[r], "truncated": batch.truncated[r],
+                    "prompt": problems[p].prompt, "response": texts[r]} for p, r in enumerate(offsets_P[:4])]
+        return jsonable(line), jsonable(samples)
 
     def _end_step(self, ids_P, bin_P, n_P, surrogate_P, reward_P, correct_P, tokens_B, grad_norm) -> None:
         """The one place where adversaries and bins change; the same on every rank, which is checked."""
