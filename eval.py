@@ -47,8 +47,8 @@ class Evaluation:
         drawn, correct = right.shape[1], right.sum(axis=1)
         powers = [2**i for i in range(drawn.bit_length()) if 2**i <= drawn]
         headline = pass_at_k(correct, drawn, min(8, powers[-1]))
-        kinds = np.array([p.id.split(":")[0] for p in problems])
-        if len(set(kinds)) > 20:  # ids that merely contain a colon, or none
+        kinds = np.array([p.id.split(":")[0] if ":" in p.id else "all" for p in problems])
+        if len(set(kinds)) > 20:  # ids that merely contain a colon
             kinds[:] = "all"
         by_kind = {str(kind): [int((kinds == kind).sum()), float(right[kinds == kind].mean()),
                                float(headline[kinds == kind].mean())] for kind in dict.fromkeys(kinds)}
