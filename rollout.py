@@ -98,10 +98,13 @@ def _errors_only(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
+def _first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _bar(*args, **kwargs) -> tqdm:
     """A progress bar of the first rank, for what takes longer than five seconds."""
-    hide = os.environ.get("RANK", "0") != "0"
-    return tqdm(*args, **{**kwargs, "leave": False, "delay": 5, "disable": hide, "mininterval": 1})
+    return tqdm(*args, **{**kwargs, "leave": False, "delay": 5, "disable": not _first_rank(), "mininterval": 1})
 
 
 @contextmanager
@@ -202,7 +205,8 @@ class VLLMEngine:
                 top_p=sampling.top_p, top_k=sampling.top_k, stop_token_ids=list(sampling.stop_ids), ignore_eos=True,
                 logprobs=0, flat_logprobs=True, detokenize=False))  # logprobs=0: of the drawn token alone
         with _process_state_kept():
-            outputs = self.llm.generate(requests, params, use_tqdm=_bar) if requests else []
+            bar = _bar if _first_rank() else False  # vLLM divides by a bar's seconds, which are 0 where it is disabled
+            outputs = self.llm.generate(requests, params, use_tqdm=bar) if requests else []
         return [_to_rollout(response) for output in outputs for response in output.outputs]
 
     @torch.no_grad()

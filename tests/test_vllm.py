@@ -187,7 +187,7 @@ def test_engine_choice_says_why(monkeypatch):
     assert choose_engine("auto", DEVICE)[0] == choose_engine("vllm", DEVICE)[0] == "vllm"
     assert choose_engine("torch", DEVICE)[0] == "torch"
     assert choose_engine("auto", other) == ("torch", f"The installed vLLM runs on {DEVICE.type}, not on {other.type}.")
-    with pytest.raises(RuntimeError, match="Install a vLLM built for"):
+    with pytest.raises(ValueError, match="Install a vLLM built for"):
         choose_engine("vllm", other)
     with pytest.raises(ValueError):
         choose_engine("sglang", DEVICE)
@@ -197,7 +197,7 @@ def test_engine_choice_says_why(monkeypatch):
 
     monkeypatch.setattr(rollout, "_import_vllm", missing)
     assert choose_engine("auto", DEVICE)[0] == "torch"
-    with pytest.raises(RuntimeError, match="No module named"):
+    with pytest.raises(ValueError, match="No module named"):
         choose_engine("vllm", DEVICE)
 
 
