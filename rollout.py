@@ -234,6 +234,10 @@ class VLLMEngine:
             self.llm.sleep(level=2)  # level 1 would copy to the host weights that are about to change
         self.needs_weights = True
 
+    def close(self) -> None:
+        """End the engine and, with it, the process groups it joined: nothing collective may follow."""
+        self.llm.llm_engine.engine_core.shutdown()
+
 
 def _to_rollout(response) -> Rollout:
     """One of vLLM's CompletionOutputs as a Rollout. Raises RuntimeError when it didn't end by itself."""
@@ -274,6 +278,9 @@ class TorchEngine:
 
     def sleep(self) -> None:
         """Nothing to free: the KV cache lives only inside generate()."""
+
+    def close(self) -> None:
+        """Nothing to end."""
 
     def slots(self, max_len: int) -> int:
         """Rollouts of max_len tokens to decode at once: max_rollouts, or what half of the free GPU memory holds."""

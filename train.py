@@ -1028,7 +1028,8 @@ def main() -> None:
         say(f"\nmodel: {folder.path / 'model'}   log: {folder.path / 'metrics.jsonl'}")
     else:
         say(f"stopped after {trainer.next_step} steps; go on with the same command and --resume")
-    if trainer.ranks.world > 1:
+    trainer.engine.close()
+    if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(0 if complete else 130)
 

@@ -424,7 +424,7 @@ def test_a_single_rollout_packs(base):
 def test_two_ranks_train_on_vllm_and_agree_with_its_log_probs(base, tmp_path):
     pytest.importorskip("vllm", reason="vLLM is an optional second step of the CPU installation")
     output = finish(launch(base, tmp_path / "run", processes=2, engine="vllm", mode="both", steps=3))
-    assert "engine: vllm" in output
+    assert "engine: vllm" in output and "Traceback" not in output  # the engine and its groups end in order
     lines = log(tmp_path / "run")
     assert len(lines) == 3 and all(line["mismatch"]["max"] < 1e-3 for line in lines)
     assert any(line["grad_norm"] > 0 for line in lines[:2])  # so that stale weights would show
