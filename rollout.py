@@ -1,6 +1,9 @@
 """Rollouts: prompts in, sampled responses with the sampler's own log-probabilities out.
 
-`VLLMEngine` runs vLLM inside the trainer's process, one engine a rank, and takes the policy's weights over in place.
+Two engines with the same four methods: `generate`, `load_weights`, `sleep` and `close`. `VLLMEngine` runs vLLM inside
+the trainer's process, one engine a rank, and takes the policy's weights over in place; `TorchEngine` is a KV-cache
+sampler in plain PyTorch for small models, for machines without vLLM, and for runs that must repeat bit for bit.
+
 The log-probabilities are those of the distribution a token was drawn from, so the trainer's recomputed ones must agree
 with them up to rounding: stale weights or a stale cache show there first, and `train.py` compares them on every batch.
 """
