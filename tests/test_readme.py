@@ -33,6 +33,23 @@ def test_the_result_table_is_computed_from_the_logs():
     assert base["problems"] == 500
 
 
+def test_the_paired_differences_to_grpo_are_computed_from_the_logs():
+    readme = (ROOT / "README.md").read_text()
+
+    def differences(mode: str, figure) -> str:
+        pairs = [(figure(evaluations(mode, s)[-1]), figure(evaluations("grpo", s)[-1])) for s in range(3)]
+        return " ".join(f"{ours - grpo:+.3f}" for ours, grpo in pairs)
+
+    for mode in ("prompt", "rollout", "both"):
+        assert differences(mode, lambda e: e["passes"]["pass@8"]) in readme
+    assert f"({differences('prompt', lambda e: e['mean'])})" in readme
+    assert all(x.startswith("-") for x in differences("both", lambda e: e["mean"]).split())
+    runs = [evaluations(mode, s) for mode in MODES for s in range(3)]
+    assert min(run[-1]["passes"]["pass@8"] - run[0]["passes"]["pass@8"] for run in runs) > 0.13
+    squares = [run[-1]["by_kind"]["sum_of_squares"][2] for run in runs]
+    assert f"to {min(squares):.2f}-{max(squares):.2f}," in readme
+
+
 def test_the_quick_start_table_is_that_of_prompt_seed_0():
     first, *_, last = evaluations("prompt", 0)
     readme = (ROOT / "README.md").read_text()
