@@ -1,8 +1,9 @@
-"""The three operations of a GRPO step that deserve a kernel, one file each: what it computes, a torch reference, and
-one public function. Nothing here knows of models, prompts or adversaries."""
+"""The operations of a GRPO step that deserve a kernel, one file each: what it computes and why so, a torch reference,
+the Triton form, and one public function. Nothing here knows of models, prompts or adversaries."""
 
 from kernels.group_advantage import group_advantage
 from kernels.grpo_token_loss import grpo_token_loss
 from kernels.linear_logprob import linear_logprob
+from kernels.logits_logprob import logits_logprob
 
-__all__ = ["group_advantage", "grpo_token_loss", "linear_logprob"]
+__all__ = ["group_advantage", "grpo_token_loss", "linear_logprob", "logits_logprob"]
