@@ -280,10 +280,12 @@ class Transformer(nn.Module):
         """Log-probs of the tokens at indices `targets` (N,) of the packed row, each given what precedes it.
 
         tokens (T,) int64; cu_seqlens (S + 1,) int64; no target is the first of its sequence. Returns (N,) float32, and
-        with `entropy` the entropy of the same distributions. No logits of more than a chunk of rows ever exist.
+        with `entropy` the entropy of the same distributions. Logits of all rows and the whole vocabulary never exist.
+        A head with an attribute `main_grad` gets its gradient as output matrix added there.
         """
         hidden = self(tokens, PackedAttention(cu_seqlens, max_seqlen))
-        return linear_logprob(hidden[targets - 1], self.head, tokens[targets], temperature=temperature, entropy=entropy)
+        return linear_logprob(hidden[targets - 1], self.head, tokens[targets], temperature=temperature, entropy=entropy,
+                              main_grad=getattr(self.head, "main_grad", None))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, D) -> (n, V) float32, accumulated and kept in float32; for the few rows that decoding needs, no grad."""

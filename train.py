@@ -375,7 +375,8 @@ class MasterAdamW:
             place = slice(start, start + p.numel())
             self.weights[place] = p.data.flatten()
             p.data = self.weights[place].view(p.shape)
-            p.register_post_accumulate_grad_hook(self._accumulate_into(self.master.grad[place].view(p.shape)))
+            p.main_grad = self.master.grad[place].view(p.shape)  # where the head's kernel adds straight away
+            p.register_post_accumulate_grad_hook(self._accumulate)
             start = place.stop
         self.master.data.copy_(self.weights)
         self.adam = torch.optim.AdamW([self.master], lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
@@ -383,11 +384,9 @@ class MasterAdamW:
         self.base_rate, self.warmup, self.grad_clip, self.count = cfg.learning_rate, cfg.warmup_steps, cfg.grad_clip, 0
 
     @staticmethod
-    def _accumulate_into(buffer: torch.Tensor):
-        def add(p: torch.Tensor) -> None:
-            buffer.add_(p.grad)
-            p.grad = None
-        return add
+    def _accumulate(p: torch.Tensor) -> None:
+        p.main_grad.add_(p.grad)
+        p.grad = None
 
     @property
     def learning_rate(self) -> float:
@@ -583,14 +582,14 @@ class Trainer:
             reward_R, timeouts, texts = self.grade(batch, problems)
         with clock("advantage"):
             offsets_P = np.concatenate(([0], n_P.cumsum()))
-            advantage_R, constant_P = group_advantage(
-                torch.from_numpy(reward_R), torch.from_numpy(offsets_P), torch.from_numpy(weight_P),
-                clip=cfg.advantage_clip, std_normalize=cfg.std_normalize)
+            rewards, offsets, weights = (torch.from_numpy(x).to(self.device) for x in (reward_R, offsets_P, weight_P))
+            advantage_R, constant_P = (x.cpu().numpy() for x in group_advantage(
+                rewards, offsets, weights, clip=cfg.advantage_clip, std_normalize=cfg.std_normalize))
         with clock("logprob"):
             old_N, ref_N, entropy_N = self.behaviour(batch)
             mismatch_N = self.check_mismatch(batch, old_N, step)
         with clock("update"):
-            update = self.update(batch, n_P, advantage_R.float(), old_N, ref_N, step)
+            update = self.update(batch, n_P, advantage_R, old_N, ref_N, step)
         with clock("sync"):
             self.engine.load_weights(self.model.named_parameters())
 
@@ -609,8 +608,8 @@ class Trainer:
         line = {
             "step": step, "mode": cfg.mode, "seed": cfg.seed, "seconds": clock.total(),
             "reward_mean": reward_P.mean(), "solved_frac": (correct_P > 0).mean(),
-            "zero_std_frac": constant_P.numpy().mean(), **batch.stats(), "entropy": entropy_N.mean(),
-            **{k: update[k] for k in ("loss", "kl", "clip_frac", "grad_norm", "lr")},
+            "zero_std_frac": constant_P.mean(), **batch.stats(), "entropy": entropy_N.mean(),
+            **{k: update[k] for k in ("loss", "kl", "clip_frac", "idle_frac", "grad_norm", "lr")},
             "mismatch": {"mean": mismatch_N.mean(), "max": mismatch_N.max()}, "reward_timeouts": timeouts,
             "shadow_price": mu, "shadow_price_dp": self.rollout_gdro.shadow_price_dp,
             "bins": {"share": share_B, "reward": reward_B, **acted_on, "rollouts": n_B, "tokens": tokens_B},
@@ -707,23 +706,28 @@ class Trainer:
         }[self.cfg.averaging]
         return np.where(inside, weight_R, 0.0)
 
-    def update(self, batch: Batch, n_P, advantage_R: torch.Tensor, old_N, ref_N, step: int) -> dict:
-        """The optimiser steps of one batch, one a mini-batch of prompts; every weight is fixed before any split."""
+    def update(self, batch: Batch, n_P, advantage_R: np.ndarray, old_N, ref_N, step: int) -> dict:
+        """The optimiser steps of one batch, one a mini-batch of prompts; every weight is fixed before any split.
+
+        Without a KL term a rollout of advantage 0 adds exactly 0 to loss, statistics and gradient, and is left out.
+        """
         cfg, P, R = self.cfg, len(n_P), len(batch.owner)
-        stats = np.zeros((3, R))  # surrogate J, KL, clipped tokens: each rank fills its rollouts
+        stats = np.zeros((4, R))  # surrogate J, KL, clipped and busy tokens: each rank fills its rollouts
+        acts_R = (advantage_R != 0) | bool(cfg.kl_beta)
         losses, norms = [], []
         self.model.train()
         for start in range(0, P, cfg.minibatch_prompts):
             prompts = np.arange(start, min(start + cfg.minibatch_prompts, P))
             weight_R = self.token_weights(batch, n_P, prompts)
-            rollouts = np.flatnonzero(weight_R)
+            rollouts = np.flatnonzero(acts_R & (weight_R > 0))
             mine = rollouts[share_out(batch.cost()[rollouts], self.ranks.world) == self.ranks.rank]
             loss_sum = np.zeros(1)
             for micro in micro_batches(batch, mine, cfg.microbatch_tokens, self.device):
                 out = self.token_loss(batch, micro, advantage_R, weight_R, old_N, ref_N)
                 out.loss.backward()
                 loss_sum += out.loss.item()
-                stats[:, micro.rollouts] = torch.stack((out.surrogate, out.kl, out.clipped)).cpu().numpy()
+                busy = micro.offsets.diff() - out.idle
+                stats[:, micro.rollouts] = torch.stack((out.surrogate, out.kl, out.clipped, busy)).cpu().numpy()
             losses.append(float(self.ranks.share(loss_sum)[0]))
             if not np.isfinite(losses[-1]):
                 raise RunError(f"step {step}: the loss is {losses[-1]}; the weights are those before this update")
@@ -731,9 +735,11 @@ class Trainer:
             norms.append(self.optimizer.step(self.ranks, f"step {step}"))
         stats = self.ranks.share(stats)
         return {"surrogate_R": stats[0], "kl_R": stats[1], "kl": float(stats[1].mean()), "loss": float(np.mean(losses)),
-                "clip_frac": float(stats[2].sum() / len(batch.tokens)), "grad_norm": float(np.mean(norms)), "lr": rate}
+                "clip_frac": float(stats[2].sum() / len(batch.tokens)),
+                "idle_frac": float(1 - stats[3].sum() / len(batch.tokens)),
+                "grad_norm": float(np.mean(norms)), "lr": rate}
 
-    def token_loss(self, batch: Batch, micro: Micro, advantage_R: torch.Tensor, weight_R, old_N, ref_N):
+    def token_loss(self, batch: Batch, micro: Micro, advantage_R: np.ndarray, weight_R, old_N, ref_N):
         cfg = self.cfg
 
         def put(x: np.ndarray) -> torch.Tensor:
@@ -745,7 +751,7 @@ class Trainer:
             correction = put(np.minimum(ratio, cfg.importance_cap))
         return grpo_token_loss(
             self.logprobs(self.model, micro), put(old_N[micro.places]),
-            advantage_R[micro.rollouts].to(self.device), micro.offsets, put(weight_R[micro.rollouts]),
+            put(advantage_R[micro.rollouts]), micro.offsets, put(weight_R[micro.rollouts]),
             eps_low=cfg.eps_low, eps_high=cfg.eps_high, beta=cfg.kl_beta,
             ref_logp=None if ref_N is None else put(ref_N[micro.places]), correction=correction)
 

@@ -34,7 +34,7 @@ from kernels.backend import IGNORE_INDEX, INTERPRETED, TensorDescriptor, accumul
 from kernels.softmax import LN2, LOWEST, Partial, check_targets, fold, logit_gradient, pick, tile_gradient
 
 MAX_LOGITS = 1 << 24  # elements of one slice of the reference's float32 logits: 64 MiB
-MAX_EXTRA_BYTES = 400 << 20  # of Triton's backward: a slice of dlogits and the float32 gradient of the hidden states
+MAX_EXTRA_BYTES = 400 << 20  # of Triton's backward: a slice of dlogits beside the rows' copy and float32 gradient
 ROW_BLOCK = 64  # granularity at which rows without gradient are left out
 SPLIT = 4096  # vocabulary columns that one program of Triton's forward folds; fixed, so that results are
 
@@ -266,7 +266,8 @@ def _backward(grad_logp: Tensor, grad_entropy: Tensor | None, hidden: Tensor, we
     work = None
     if on_triton:
         dtype = lse.dtype if INTERPRETED else hidden.dtype  # the interpreter truncates to bf16 instead of rounding
-        free = (MAX_EXTRA_BYTES - dhidden.nbytes) // (max(1, n) * dtype.itemsize)
+        taken = dhidden.nbytes + (row.hidden.nbytes if n < len(hidden) else 0)
+        free = (MAX_EXTRA_BYTES - taken) // (max(1, n) * dtype.itemsize)
         work = torch.empty(n, min(triton.cdiv(V, 256) * 256, max(1024, free // 256 * 256)), device=hidden.device,
                            dtype=dtype)
     columns = max(1, MAX_LOGITS // max(1, n)) if work is None else work.shape[1]

@@ -158,6 +158,27 @@ def test_any_micro_batch_split_gives_the_same_gradient(base, tmp_path, averaging
     assert torch.allclose(whole, split, atol=1e-6) and torch.allclose(whole, single, atol=1e-6)
 
 
+def test_leaving_out_rollouts_of_advantage_0_changes_nothing_but_the_work(base, tmp_path, monkeypatch):
+    packed, pack = [], train_module.micro_batches
+
+    def record(batch, rollouts, *rest):
+        packed.append(len(rollouts))
+        return pack(batch, rollouts, *rest)
+
+    monkeypatch.setattr(train_module, "micro_batches", record)
+    gradients, lines = [], []
+    for kl_beta in (0.0, 1e-30):  # the second is too small to be felt, yet keeps every rollout
+        trainer = trainer_of(base, tmp_path, kl_beta=kl_beta)
+        gradients.append(gradient(trainer))
+        lines.append(trainer.step(1)[0])
+    assert torch.allclose(*gradients, atol=1e-6) and gradients[0].abs().max() > 0
+    half = len(packed) // 2
+    assert sum(packed[:half]) < sum(packed[half:])
+    assert 0 < lines[0]["zero_std_frac"] < 1 and 0 < lines[0]["idle_frac"] < 1
+    for key in ("loss", "clip_frac", "grad_norm"):
+        assert lines[0][key] == pytest.approx(lines[1][key], rel=1e-3, abs=1e-6)
+
+
 def test_token_weights_are_the_three_ways_of_averaging(base, tmp_path):
     trainer = trainer_of(base, tmp_path, mode="rollout")
     n_P = np.array([2, 3, 4, 3])
@@ -211,6 +232,7 @@ def test_two_processes_equal_one(base, tmp_path, mode):
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
     assert len(one) == len(two) == 4 and all(line["grad_norm"] > 0 for line in one)
     for a, b in zip(one, two, strict=True):
+        a.pop("idle_frac"), b.pop("idle_frac")  # with KL: where log-prob and reference agree to the last bit
         close(a, b)
 
 
