@@ -143,7 +143,7 @@ def problems(split: str, count: int) -> list[Problem]:
             continue
         split_of[question] = "train" if (len(split_of) // len(names)) % 2 else "heldout"
         if split_of[question] == split:
-            found.append(Problem(f"{kind}:{question[:-1]}", question, str(answer)))
+            found.append(Problem(f"{kind}:{question[:-1]}", question, str(answer), "gsm8k"))
         if len(found) == count:
             return found
     raise ValueError(f"there are not {count} distinct problems")

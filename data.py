@@ -24,20 +24,25 @@ HUB_SETS = {
     "amc23": ("math-ai/amc23", None, "test"),
     "minerva": ("math-ai/minervamath", None, "test"),
     "olympiad": ("math-ai/olympiadbench", None, "test"),
+    "gpqa": ("Idavidrein/gpqa", "gpqa_diamond", "train"),
 }
 # the first column present is taken; `solution` last, as MATH-500 has both a worked solution and an answer
 PROMPT_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "final_answer", "solution", "reward_model")  # the last: raw DAPO and other verl data
-ID_COLUMNS = ("id", "uid", "unique_id")
+ID_COLUMNS = ("id", "uid", "unique_id", "Record ID")
+CHOICE_COLUMNS = ("Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)))  # of GPQA
 SUFFIXES = (".jsonl", ".json", ".parquet")
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>")  # what chat models end a turn with, where it is not their eos token
 
 
 @dataclass(frozen=True)
 class Problem:
+    """One question with a checkable answer."""
+
     id: str
     prompt: str
     answer: str
+    style: str = "math"  # where a response states its answer, a key of reward.STYLES
 
 
 # ---- loading
@@ -133,21 +138,41 @@ def _read_hub(source: str, revision: str | None) -> tuple[list[tuple[str, dict]]
 def _problem(row: dict, where: str) -> Problem:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: must be an object, it is a {type(row).__name__}")
+    if CHOICE_COLUMNS[1] in row:
+        return _multiple_choice(row, where)
     prompt = _column(row, PROMPT_COLUMNS, where)
     if isinstance(prompt, list):  # chat messages, as in raw DAPO
         users = [m.get("content") for m in prompt if isinstance(m, dict) and m.get("role") == "user"]
         prompt = users[-1] if users else None
     answer = _column(row, ANSWER_COLUMNS, where)
-    if isinstance(answer, dict):
-        answer = answer.get("ground_truth")
+    style = "math"
+    if isinstance(answer, dict):  # verl's rows, whose prompts ask for a last line "Answer: ..."
+        answer, style = answer.get("ground_truth"), "dapo"
     if isinstance(answer, list):
         answer = ", ".join(_text(part) for part in answer)
-    prompt, answer = _text(prompt).strip(), _text(answer).rpartition("####")[2].strip()  # GSM8K: "... #### 18"
+    prompt, (_, hashes, answer) = _text(prompt).strip(), _text(answer).rpartition("####")  # GSM8K: "... #### 18"
+    answer, style = answer.strip(), _text(row.get("style")) or ("gsm8k" if hashes else style)
     for field, value in ("prompt", prompt), ("answer", answer):
         if not value:
             raise ValueError(f"{where}: the {field} is empty or not text; fill it in or remove the row")
+    return Problem(_id(row, prompt), prompt, answer, style)
+
+
+def _multiple_choice(row: dict, where: str) -> Problem:
+    """A GPQA row: the four options behind the question, in an order that only the question's text decides."""
+    question, *options = (_text(_column(row, (name,), where)).strip() for name in CHOICE_COLUMNS)
+    if not question or not all(options):
+        raise ValueError(f"{where}: one of {', '.join(CHOICE_COLUMNS)} is empty; fill it in or remove the row")
+    seed = int.from_bytes(hashlib.blake2b(question.encode(), digest_size=8).digest(), "big")
+    order = np.random.default_rng(seed).permutation(4)  # place -> option; option 0 is the right one
+    lines = [f"({letter}) {options[option]}" for letter, option in zip("ABCD", order, strict=True)]
+    prompt = "\n".join([question, "", *lines, "", "Answer with the letter of the right option."])
+    return Problem(_id(row, prompt), prompt, "ABCD"[list(order).index(0)], "choice")
+
+
+def _id(row: dict, prompt: str) -> str:
     own = next((str(row[c]) for c in ID_COLUMNS if row.get(c) not in (None, "")), None)
-    return Problem(own or hashlib.blake2b(prompt.encode(), digest_size=8).hexdigest(), prompt, answer)
+    return own or hashlib.blake2b(prompt.encode(), digest_size=8).hexdigest()
 
 
 def _column(row: dict, accepted: tuple[str, ...], where: str):

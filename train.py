@@ -35,7 +35,7 @@ from eval import Evaluation, table
 from gdro import BUDGETS, SIGNALS, UTILITIES, DifficultyBins, PromptGDRO, RolloutGDRO, bin_means
 from kernels import group_advantage, grpo_token_loss
 from model import ModelConfig, Transformer, fetch
-from reward import Grader
+from reward import STYLES, Grader
 from rollout import Rollout, Sampling, TorchEngine, VLLMEngine, choose_engine, rollout_seed
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -66,8 +66,9 @@ class Config:
     eval_data: str = arg("math500", "problems for evaluation, in the same forms")
     eval_revision: str = arg("main", "hub revision of the evaluation data; the commit it resolves to is recorded")
     eval_problems: int = arg(0, "use the first so many; 0 = all (arithmetic: 500)")
-    answer_style: str = arg("math", "where a response's answer is: math = \\boxed, 'Answer:', ####, the last number; "
-                                    "number = the last number", ("math", "number"))
+    answer_style: str = arg("auto", "where a response's answer is: math = \\boxed, 'Answer:', ####, the last number; "
+                                    "dapo = 'Answer:' near the end; gsm8k = the number after ####, boxed or last; "
+                                    "choice = a letter; auto = as the data set says", ("auto", *STYLES))
     prompt_suffix: str = arg(" Let's think step by step and output the final answer within \\boxed{}.",
                              "appended to every prompt")
     chat_template: str = arg("auto", "auto = when the tokenizer has one", ("auto", "always", "never"))
@@ -152,8 +153,8 @@ class Config:
 
 
 ARITHMETIC = dict(
-    model="arithmetic", train_data="arithmetic", eval_data="arithmetic", answer_style="number", prompt_suffix="",
-    chat_template="never", max_prompt_tokens=32, max_response_tokens=64, steps=100, prompts_per_step=64,
+    model="arithmetic", train_data="arithmetic", eval_data="arithmetic", prompt_suffix="", chat_template="never",
+    max_prompt_tokens=32, max_response_tokens=64, steps=100, prompts_per_step=64,
     minibatch_prompts=32, learning_rate=1e-4, kl_beta=0.0, gradient_checkpointing=False, save_every=25, eval_every=25,
     eval_rollouts=16, eval_temperature=1.0, eval_top_p=1.0, eval_top_k=0, max_rollouts=512, bin_hysteresis=0.0,
     prompt_signal="reward", prompt_eta=2.0, mean_one=True, rollout_utility="gain", rollout_budget="spread")
@@ -485,7 +486,7 @@ class Trainer:
         self._load_data(folder)
         self.optimizer = MasterAdamW(self.model, cfg)
         self.engine = self._make_engine(folder)
-        self.grader = Grader(style=cfg.answer_style, workers=cfg.grader_workers, timeout=cfg.grader_timeout)
+        self.grader = Grader(workers=cfg.grader_workers, timeout=cfg.grader_timeout)
         self.expected_tokens_B = np.full(self.bins.num_bins, 1.0)  # response tokens by bin, to share out generation
         self.next_step = 0
 
@@ -544,7 +545,10 @@ class Trainer:
         problems, tokens, counts = encode_prompts(
             problems[: limit or None], self.tokenizer, suffix=cfg.prompt_suffix, chat_template=cfg.chat_template,
             max_tokens=cfg.max_prompt_tokens)
-        self.record[f"{name}_data"] = {**record, "encoded": counts, "problems": len(problems)}
+        if cfg.answer_style != "auto":
+            problems = [dataclasses.replace(p, style=cfg.answer_style) for p in problems]
+        self.record[f"{name}_data"] = {**record, "encoded": counts, "problems": len(problems),
+                                       "styles": sorted({p.style for p in problems})}
         dropped = f", {counts['too_long']} over {cfg.max_prompt_tokens} tokens dropped" if counts["too_long"] else ""
         say(f"{name}: {len(problems)} problems{dropped}")
         return problems, tokens
@@ -658,11 +662,12 @@ class Trainer:
                                             skip_special_tokens=True)
         mine_R = np.arange(len(texts)) % self.ranks.world == self.ranks.rank
         ask = np.flatnonzero(mine_R & ~batch.truncated)
-        answers = [problems[batch.owner[r]].answer for r in ask]
-        rewards, timeouts = self.grader.score_all([texts[r] for r in ask], answers)
+        asked = [problems[batch.owner[r]] for r in ask]
+        grades = self.grader.grade([texts[r] for r in ask], [p.answer for p in asked], [p.style for p in asked])
         reward_R = np.where(mine_R, -1.0, 0.0)
-        reward_R[ask] = rewards
-        return self.ranks.share(reward_R), int(self.ranks.share(np.array([timeouts]))[0]), texts
+        reward_R[ask] = [g.reward for g in grades]
+        timeouts = np.array([sum(g.timed_out for g in grades)])
+        return self.ranks.share(reward_R), int(self.ranks.share(timeouts)[0]), texts
 
     @torch.no_grad()
     def behaviour(self, batch: Batch) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:

@@ -43,8 +43,8 @@ def test_worked_solutions_are_true_line_by_line_and_end_in_the_answer(kind):
             else:
                 assert value(left) == int(right)
         response = f"{arithmetic.KINDS[kind].mark}{steps}:{answer}"
-        assert score(response, str(answer), "number") == 1 and len(response) < 63
-        assert score(str(answer), str(answer), "number") == 1
+        assert score(response, str(answer), "gsm8k") == 1 and len(response) < 63
+        assert score(str(answer), str(answer), "gsm8k") == 1
 
 
 def test_problems_are_fixed_distinct_and_never_in_both_splits():

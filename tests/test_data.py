@@ -48,7 +48,7 @@ def test_chat_messages_and_own_ids(tmp_path):
     messages = [{"role": "system", "content": "be good"}, {"role": "user", "content": "1+1?"}]
     row = {"prompt": messages, "reward_model": {"ground_truth": "2", "style": "rule"}, "id": 7}
     problems, _ = load_problems(write(tmp_path / "a.parquet", [row]))
-    assert problems == [Problem("7", "1+1?", "2")]
+    assert problems == [Problem("7", "1+1?", "2", "dapo")]
 
 
 def test_line_separators_inside_strings_do_not_cut_a_row(tmp_path):

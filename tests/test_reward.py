@@ -7,45 +7,15 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import equivalence
 import reward
-from reward import Grader, equivalent, extract, score
+from equivalence import ask_math_verify, equivalent
+from reward import STYLES, Grade, Grader, extract, score
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-
-RIGHT = [  # answer, gold
-    ("5", "5"), ("5.", "5"), ("5.0", "5"), ("+5", "5"), ("05", "5"), ("$5$", "5"), (r"\$5.00", "5"), ("-$5", "-5"),
-    ("1,000", "1000"), ("1{,}000", "1000"), (r"1\,000", "1000"), ("12,345,678.50", "12345678.5"), (".5", "1/2"),
-    ("−3", "-3"), ("6/8", "3/4"), (r"\frac{3}{4}", "0.75"), (r"\dfrac{1}{2}", "1/2"), (r"-\frac{1}{2}", "-0.5"),
-    (r"\frac12", "0.5"), ("1e3", "1000"), (r"1.5\times10^{-7}", "1.5e-7"), ("10^{6}", "1000000"), ("10^3", "1000"),
-    (r"\text{red}", "red"), (r"\left(1, 2\right)", "(1,2)"), (r"2\sqrt{2}", r"\sqrt{8}"), (r"\sqrt2", r"\sqrt{2}"),
-    ("x=5", "5"), ("1,2", "2, 1"), (r"\{1,2\}", "1,2"), (r"\pm 5", "5, -5"), ("x^2+2x+1", "(x+1)^2"), ("p-q", "-q+p"),
-    ("1/2+1/3", "5/6"), (r"\frac{\pi}{2}", r"\frac12\pi"), (r"90^\circ", "90"), (r"5\text{ cm}", "5"), ("5 cm", "5"),
-    (r"50\%", "50"), ("[1,2)", r"\left[1, 2\right)"), (r"2\frac12", "5/2"), ("2^{10}", "1024"), ("6-5i", "6 - 5i"),
-    (r"\text{(A)}", "A"), (r"\infty", r"\infty"), (r"x \in [-2,7]", "[-2,7]"), ("3!", "6"), (r"\(7\)", "7"),
-]
-WRONG = [
-    ("5", "6"), ("", "5"), ("-5", "5"), ("0.33", "1/3"), ("0.333333", "1/3"), ("1.5e-7", "1.6e-7"), ("2 1/2", "21/2"),
-    ("1, 234", "1234"), ("10^{-20}", "10^{-21}"), ("1/0", "5"), (r"\sqrt{2}", r"\sqrt{3}"), ("(1,2)", "(2,1)"),
-    ("[1,2]", "[1,2)"), ("1,2", "1,2,3"), ("5, 6", "5"), ("5 or 6", "5"), ("red", "green"), ("x+1", "x+2"),
-    (r"\frac{", "5"), ("}{", "5"), (r"\text{yes}", r"\text{no}"), ("3.1416", r"\pi"), ("5" * 600, "5"), ("nan", "0"),
-    (r"\infty", "5"), ("__import__", "5"),
-]
-
-
-def test_the_table_has_sixty_pairs():
-    assert len(RIGHT) + len(WRONG) >= 60
-
-
-@pytest.mark.parametrize("answer, gold", RIGHT)
-def test_right(answer, gold):
-    assert equivalent(answer, gold)
-
-
-@pytest.mark.parametrize("answer, gold", WRONG)
-def test_wrong(answer, gold):
-    assert not equivalent(answer, gold)
-
 
 @pytest.mark.parametrize("response, answer", [
     (r"Answer: 1 #### 2 then 3, so \boxed{4}. Wait, 5.", "4"),
@@ -75,11 +45,42 @@ def test_extraction_order(response, answer):
     assert extract(response) == answer
 
 
-def test_number_style_reads_the_last_number_only():
-    assert extract(r"\boxed{3} 4 apples", "number") == "4"
-    assert score("the answer is 3 or 4.", "4", "number") == 1.0 and score("", "4", "number") == -1.0
+@pytest.mark.parametrize("style, response, answer", [
+    ("gsm8k", "3 apples and 4\n#### 1,234 apples\nso 7", "1,234"),
+    ("gsm8k", r"\boxed{18}, since 9 eggs at $2", "18"),
+    ("gsm8k", r"$\boxed{\$3.50}$ for 2", "3.50"),
+    ("gsm8k", r"\boxed{many} or 4 apples", "4"),
+    ("gsm8k", "12*3=36", "36"),
+    ("dapo", "Answer: 5\n" + "so on " * 20 + "\nAnswer: $\\frac{1}{2}$", r"$\frac{1}{2}$"),
+    ("dapo", "**Answer:** \\boxed{34}", "34"),
+    ("dapo", "Answer: 5\n" + "x" * 300, None),  # out of the tail
+    ("dapo", "the answer is 5, " + r"\boxed{5}", None),  # not in the form that was asked for
+    ("choice", r"\boxed{B}", "B"),
+    ("choice", r"\boxed{\text{(C) 12 eV}}", "C"),
+    ("choice", "Answer: (d)", "D"),
+    ("choice", "The correct answer is **option A**.", "A"),
+    ("choice", "(A) is wrong, so it must be (B).", "B"),
+    ("choice", "Let us see.\n\nC", "C"),
+    ("choice", "A proton decays.", None),
+    ("choice", r"\boxed{12}", None),
+])
+def test_styles_look_where_they_say(style, response, answer):
+    assert extract(response, style) == answer
+
+
+def test_an_unknown_style_is_refused_by_name():
     with pytest.raises(KeyError):
         extract("4", "word")
+    with Grader() as grader, pytest.raises(ValueError, match="word.*gsm8k"):
+        grader.grade(["4"], ["4"], ["word"])
+
+
+@pytest.mark.parametrize("style", STYLES)
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(max_size=300) | st.text("\\{}boxed answer:(A)#$0123,./ \n*%", max_size=200))
+def test_extraction_takes_any_text(style, text):
+    found = extract(text, style)
+    assert found is None or (found.strip() and len(found) <= len(text))
 
 
 @pytest.mark.parametrize("text", [
@@ -97,9 +98,9 @@ def test_hostile_answers_are_graded_and_hurt_nobody(tmp_path):
     deep = r"\frac{" * 60 + "1" + "}{1}" * 60
     answers = [deep, "\0", "\ud800", "(" * 200, r"\boxed{" * 60, "$" * 500, r"\operatorname{zeros}(99999,99999)"]
     with Grader(timeout=10) as grader:
-        rewards, _ = grader.score_all([f"Answer: {a}" for a in answers], [r"\sqrt{2}"] * len(answers))
+        rewards, _ = scores(grader, [f"Answer: {a}" for a in answers], [r"\sqrt{2}"] * len(answers))
         assert rewards == [-1.0] * len(answers)
-        assert grader.score_all([r"\boxed{\sqrt{8}}"], [r"2\sqrt{2}"]) == ([1.0], 0)
+        assert scores(grader, [r"\boxed{\sqrt{8}}"], [r"2\sqrt{2}"]) == ([1.0], 0)
 
 
 @pytest.mark.parametrize("payload", [
@@ -119,7 +120,7 @@ def test_nothing_in_an_answer_is_run(payload, tmp_path, monkeypatch):
         made.append(real(*args))
 
     monkeypatch.setattr(sympy.core.evalf, "lambdify", lambdify)
-    assert not equivalent(payload, r"2.5\pi")
+    assert not ask_math_verify(payload, r"2.5\pi") and not equivalent(payload, r"2.5\pi")
     assert bool(tried) == ("sum" in payload)  # the danger is real
     assert not made and not list(tmp_path.iterdir())
 
@@ -127,7 +128,7 @@ def test_nothing_in_an_answer_is_run(payload, tmp_path, monkeypatch):
 def test_code_cannot_pass_the_two_doors_of_sympy():
     import sympy
 
-    with reward._no_code():
+    with equivalence._no_code():
         assert sympy.Number("8") == 8
         for door in (lambda: sympy.sympify("x + 1"), lambda: sympy.lambdify(sympy.Symbol("x"), 1)):
             with pytest.raises(NotImplementedError, match="answer is data"):
@@ -135,10 +136,43 @@ def test_code_cannot_pass_the_two_doors_of_sympy():
     assert sympy.lambdify([], sympy.sympify("1 + 1"))() == 2  # opened again
 
 
+def scores(grader, responses, answers, style="math"):
+    """(rewards, time-outs)"""
+    grades = grader.grade(responses, answers, [style] * len(responses))
+    return [g.reward for g in grades], sum(g.timed_out for g in grades)
+
+
+def test_a_grade_tells_what_was_found():
+    with Grader() as grader:
+        assert grader.grade(["so 4", "none"], ["4", "4"], ["gsm8k"] * 2) == [
+            Grade(True, "4", False), Grade(False, None, False)]
+
+
+def test_one_worker_and_eight_give_the_same_grades():
+    golds = [rf"{i}\sqrt{{{j}}}" for i in range(2, 8) for j in (2, 3, 5)]
+    responses = [rf"\boxed{{\sqrt{{{i * i * j + (i == 4)}}}}}" for i in range(2, 8) for j in (2, 3, 5)]
+    grades = []
+    for workers in (1, 8):
+        with Grader(workers=workers, timeout=60) as grader:
+            grades.append(grader.grade(responses, golds, ["math"] * len(golds)))
+    assert grades[0] == grades[1] and sum(g.right for g in grades[0]) == 15
+
+
+def test_a_worker_starts_without_what_the_trainer_has_loaded():
+    """It runs this project's grader alone: no torch, no main script, whatever the parent imported."""
+    with Grader(workers=1) as grader:
+        grader.grade([r"\boxed{\sqrt{8}}"], [r"2\sqrt{2}"], ["math"])
+        maps = Path(f"/proc/{grader._workers[0].process.pid}/maps")
+        if not maps.exists():
+            pytest.skip("reads /proc")
+        assert "torch" in sys.modules or "torch" not in maps.read_text()
+        assert "libtorch" not in maps.read_text()
+
+
 @pytest.fixture(scope="module")
 def grader():
     with Grader(workers=2, timeout=1.0) as grader:
-        grader.score_all([r"\boxed{\sqrt{8}}", r"\boxed{\sqrt{7}}"], [r"2\sqrt{2}"] * 2)  # both started and warm
+        scores(grader, [r"\boxed{\sqrt{8}}", r"\boxed{\sqrt{7}}"], [r"2\sqrt{2}"] * 2)  # both started and warm
         yield grader
 
 
@@ -147,7 +181,7 @@ TOWER = r"\boxed{9^{9^{9^9}}}"
 
 def test_time_out_is_counted_and_kept_to(grader):
     start = time.monotonic()
-    rewards, timeouts = grader.score_all([TOWER, r"\boxed{\sqrt{18}}", TOWER, "3"], [r"\sqrt{2}", r"3\sqrt{2}"] * 2)
+    rewards, timeouts = scores(grader, [TOWER, r"\boxed{\sqrt{18}}", TOWER, "3"], [r"\sqrt{2}", r"3\sqrt{2}"] * 2)
     assert (rewards, timeouts) == ([-1.0, 1.0, -1.0, -1.0], 2)  # two responses, asked about once
     assert time.monotonic() - start < 2 * grader.timeout
 
@@ -156,17 +190,17 @@ def test_a_killed_worker_loses_no_response(monkeypatch):
     with Grader(workers=2, timeout=5.0) as grader:
         responses = [rf"\boxed{{\sqrt{{{4 * i}}}}}" for i in range(2, 30)]
         golds = [rf"2\sqrt{{{i}}}" for i in range(2, 30)]
-        grader.score_all(responses[:2], golds[:2])
+        scores(grader, responses[:2], golds[:2])
         assign, killed = grader._assign, []
 
         def kill_once(queue):
             assign(queue)
-            busy = [w for w in grader._workers if w.job and w.ready]
-            if len(killed) < 1 and busy and len(queue) < 20:
+            busy = [w for w in grader._workers if w.jobs and w.ready]
+            if len(killed) < 1 and busy:
                 killed.append(os.kill(busy[0].process.pid, signal.SIGKILL))
 
         monkeypatch.setattr(grader, "_assign", kill_once)
-        assert grader.score_all(responses, golds) == ([1.0] * len(golds), 0)
+        assert scores(grader, responses, golds) == ([1.0] * len(golds), 0)
         assert killed
 
 
@@ -174,44 +208,43 @@ def test_an_answer_that_kills_two_workers_is_a_time_out(grader, monkeypatch):
     receive = reward._Worker.receive
 
     def die_of_it(self, *args):
-        if "\\beta" in self.job[0] and self.ready:
+        if "\\beta" in self.jobs[0][0] and self.ready:
             raise EOFError
         receive(self, *args)
 
     monkeypatch.setattr(reward._Worker, "receive", die_of_it)
-    assert grader.score_all([r"\boxed{\beta}", r"\boxed{\sqrt{12}}"], [r"\alpha", r"2\sqrt{3}"]) == ([-1.0, 1.0], 1)
+    assert scores(grader, [r"\boxed{\beta}", r"\boxed{\sqrt{12}}"], [r"\alpha", r"2\sqrt{3}"]) == ([-1.0, 1.0], 1)
 
 
 def test_equal_pairs_are_asked_once(grader, monkeypatch):
     asked = []
     give = reward._Worker.give
-    monkeypatch.setattr(reward._Worker, "give", lambda self, job, t: (asked.append(job), give(self, job, t)))
+    monkeypatch.setattr(reward._Worker, "give", lambda self, jobs, t: (asked.extend(jobs), give(self, jobs, t)))
     for _ in range(2):
-        assert grader.score_all([r"\boxed{\sqrt{20}}"] * 3, [r"2\sqrt{5}"] * 3) == ([1.0] * 3, 0)
+        assert scores(grader, [r"\boxed{\sqrt{20}}"] * 3, [r"2\sqrt{5}"] * 3) == ([1.0] * 3, 0)
     assert len(asked) == 1
 
 
 def test_the_cheap_path_starts_no_process():
     with Grader() as grader:
-        assert grader.score_all(["3", "4", "none"], ["3", "5", "6"]) == ([1.0, -1.0, -1.0], 0)
+        assert scores(grader, ["3", "4", "none"], ["3", "5", "6"]) == ([1.0, -1.0, -1.0], 0)
         assert not grader._workers
         with pytest.raises(ValueError):
-            grader.score_all(["3"], [])
-    with pytest.raises(ValueError, match="style"):
-        Grader(style="word")
+            grader.grade(["3"], [], ["math"])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_workers_die_with_a_parent_killed_by_9(tmp_path):
-    script = tmp_path / "train.py"  # as a user runs it: spawn imports the main script again
+    script = tmp_path / "train.py"
     script.write_text("""
 import json, sys
 from reward import Grader
 if __name__ == "__main__":
     grader = Grader(workers=2, timeout=60)
-    print(grader.score_all([r"\\boxed{\\sqrt{8}}", r"\\boxed{\\sqrt{7}}"], [r"2\\sqrt{2}"] * 2), file=sys.stderr)
+    grades = grader.grade([r"\\boxed{\\sqrt{8}}", r"\\boxed{\\sqrt{7}}"], [r"2\\sqrt{2}"] * 2, ["math"] * 2)
+    print(grades, file=sys.stderr)
     print(json.dumps([w.process.pid for w in grader._workers]), flush=True)
-    grader.score_all([r"\\boxed{9^{9^{9^9}}}"], [r"\\sqrt{2}"])  # one worker computes, the other waits
+    grader.grade([r"\\boxed{9^{9^{9^9}}}"], [r"\\sqrt{2}"], ["math"])  # one worker computes, the other waits
 """)
     parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE,
                               env=os.environ | {"PYTHONPATH": str(Path(reward.__file__).parent)})
@@ -243,5 +276,5 @@ def test_importing_reward_imports_nothing_heavy():
 def test_gold_answers_are_right_in_each_wrapping(wrapping):
     golds = [json.loads(line)["answer"] for f in sorted(DATA.glob("*.jsonl")) for line in f.open(encoding="utf-8")]
     with Grader() as grader:
-        rewards, timeouts = grader.score_all([wrapping % gold for gold in golds], golds)
+        rewards, timeouts = scores(grader, [wrapping % gold for gold in golds], golds)
         assert set(rewards) == {1.0} and timeouts == 0 and not grader._workers
