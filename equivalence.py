@@ -50,13 +50,13 @@ _REWRITES = [
         (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"√\s*(\d+)", r"\\sqrt{\1}"), (r"²", "^2"), (r"³", "^3"),
         (r"\\infin\b|\binfinity\b|\binf\b", r"\\infty "), (r"\\emptyset|∅", r"\\varnothing "),
         (r"\\(?:left|right|bigl?|bigr?|Bigl?|Bigr?|displaystyle|limits)(?![a-zA-Z])\.?", ""),
-        (r"\\[dtc]frac", r"\\frac"), (r"\\geq?(?:slant)?(?![a-zA-Z])", r"\\ge "), (r"\\leq?(?:slant)?(?![a-zA-Z])", r"\\le "),
+        (r"\\[dtc]frac", r"\\frac"), (r"\\([gl])eq?(?:slant)?(?![a-zA-Z])", r"\\\1e "),
         (r"\\[!,;:]|\\(?:q?quad|thinspace)(?![a-zA-Z])", "\x01"),  # a gap: between digits it groups thousands
         (r"(?<=\d)\x01(?=\d{3}(?!\d))", ""), ("\x01", " "),
         (r"\{,\}", ","), (r"\\?\$|\\[()\[\]]|[£€]", ""),
         (r"(?:\^\s*\{?\s*(?:\\circ|∘)\s*\}?|°|\\degrees?(?![a-zA-Z]))\s*([CF](?![a-zA-Z]))?", r" degrees\1 "),
         (r"\\?%|\\?\bpercent\b", "%"),
-        (r"\\(?:text|textbf|textit|textrm|textsf|mathrm|mathbf|mathit|mathsf|operatorname|mbox|hbox)\s*\{([^{}]*)\}", r" \1 "),
+        (r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|it|sf)|operatorname|mbox|hbox)\s*\{([^{}]*)\}", r" \1 "),
         (r"\\(?:boxed|fbox)\s*\{([^{}]*)\}", r"\1"),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
         (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"), (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
@@ -124,8 +124,8 @@ def rational(text: str) -> Fraction | None:
 
 _UNITS = {  # what means the same; a unit not listed is the same as itself and as its plural
     "mm": "millimeter millimetre", "cm": "centimeter centimetre", "m": "meter metre", "km": "kilometer kilometre",
-    "in": "inch inches", "ft": "foot feet", "mi": "mile", "yd": "yard", "g": "gram", "kg": "kilogram", "lb": "pound lbs",
-    "s": "sec second secs", "min": "minute mins", "h": "hr hour hrs", "l": "liter litre", "ml": "milliliter millilitre",
+    "in": "inch inches", "ft": "foot feet", "mi": "mile", "yd": "yard", "g": "gram", "kg": "kilogram", "lb": "pound",
+    "s": "sec second", "min": "minute", "h": "hr hour", "l": "liter litre", "ml": "milliliter millilitre",
     "degrees": "degree deg", "dollars": "dollar", "cents": "cent", "rad": "radian", "sq": "square", "cu": "cubic",
     "mph": "", "n": "newton", "j": "joule", "w": "watt", "v": "volt", "a": "ampere amp", "k": "kelvin", "hz": "hertz",
 }

@@ -1,17 +1,59 @@
-"""How good is a policy on held-out problems? mean@k and pass@k; `train.py --steps 0` evaluates a model as it is.
+"""How good is a policy? mean@k and pass@k with intervals, on the paper's benchmarks or on any file of problems.
 
-    mean@k  the mean share of right responses
-    pass@k  the chance that at least one of k responses is right, estimated without bias from m >= k of them:
+    python eval.py --model Qwen/Qwen3-1.7B-Base --benchmarks paper --k 8 --out out/base
+    python eval.py --model out/arithmetic-prompt-0/model --benchmarks arithmetic
+    python eval.py --regrade out/base/eval_samples.jsonl
+
+    mean@m  the mean share of right responses among the m drawn for each problem
+    pass@k  the chance that at least one of k responses is right, estimated without bias from the m >= k drawn:
             1 - C(m - c, k) / C(m, k) for c right ones
+    [a, b]  95% interval: percentiles of the bootstrap over problems
+
+A response cut at the length limit counts as wrong, as in training. `train.py --eval_every` uses the same functions.
+The folder holds eval_samples.jsonl, a line a response, and eval.json. An interrupted evaluation goes on where it was;
+with torchrun the problems are shared out, and the figures do not depend on the number of processes.
 """
 
+import argparse
 import dataclasses
-from dataclasses import dataclass
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import groupby
 from math import comb
+from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from data import Problem
+import arithmetic
+from data import HUB_SETS, SUFFIXES, Problem, encode_prompts, load_problems, stop_token_ids
+from model import ModelConfig, fetch
+from ranks import Ranks, RunError, draw_together, environment, portable, replace_text, say, write_json
+from reward import STYLES, Grader
+from rollout import Sampling, choose_engine, make_engine, rollout_seed
+
+PAPER_BENCHMARKS = ("math500", "aime24", "aime25", "amc23", "minerva", "olympiad", "gpqa")
+PROMPT_SUFFIX = " Let's think step by step and output the final answer within \\boxed{}."
+CHUNK = 64  # problems that a rank draws between two writes to eval_samples.jsonl
+# Table 1 of the paper: mean@8 in percent by column, and pass@8 over all; AIME is the mean of 2024 and 2025
+PAPER_COLUMNS = ("math500", "aime", "amc23", "minerva", "olympiad", "gpqa", "pass@8")
+PAPER_TABLE = {
+    "1.7B": {"GRPO": (50.62, 5.42, 34.69, 14.56, 23.07, 26.39, 50.74),
+             "Prompt-GDRO": (63.20, 6.88, 39.38, 14.61, 25.07, 29.29, 55.68),
+             "Rollout-GDRO": (63.98, 7.50, 36.87, 17.28, 26.71, 27.72, 56.14)},
+    "4B": {"GRPO": (72.05, 11.25, 60.94, 17.79, 30.48, 35.54, 56.31),
+           "Prompt-GDRO": (75.78, 12.92, 64.06, 26.72, 40.98, 40.88, 63.70),
+           "Rollout-GDRO": (75.20, 13.96, 67.50, 26.47, 39.28, 38.51, 62.27)},
+    "8B": {"GRPO": (73.45, 14.38, 66.56, 28.17, 36.92, 42.25, 62.04),
+           "Prompt-GDRO": (76.18, 16.04, 70.94, 32.17, 42.43, 43.81, 67.60),
+           "Rollout-GDRO": (77.88, 15.63, 66.88, 29.55, 43.62, 43.31, 67.75)},
+}
+
+
+# ------------------------------------------------------------------------------------------------ figures
 
 
 def pass_at_k(correct: np.ndarray, drawn: int, k: int) -> np.ndarray:
@@ -22,9 +64,36 @@ def pass_at_k(correct: np.ndarray, drawn: int, k: int) -> np.ndarray:
     return table[np.asarray(correct)]
 
 
+def bootstrap(strata: list[np.ndarray], draws: int = 2000) -> tuple[float, float]:
+    """95% interval of the mean over strata of their means over problems, (P_i, figures) -> 2 of (figures,).
+
+    Problems are drawn again within each stratum; the draws are a function of the shapes alone.
+    """
+    rng, total = np.random.default_rng(0), 0.0
+    for values in strata:
+        counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=draws)  # (draws, P)
+        total = total + counts @ values / len(values)  # (draws, figures)
+    return tuple(np.percentile(total / len(strata), (2.5, 97.5), axis=0))
+
+
+def figures(strata: list[np.ndarray]) -> dict[str, list[float]]:
+    """name -> [value, low, high] for mean@m and pass@1, 2, 4, ... up to m.
+
+    strata: right or wrong, (P_i, m) bool each. One is the rule; with several (AIME) a figure is the mean of theirs.
+    """
+    drawn = strata[0].shape[1]
+    powers = [2**i for i in range(drawn.bit_length()) if 2**i <= drawn]
+    columns = [np.stack([right.mean(axis=1), *(pass_at_k(right.sum(axis=1), drawn, k) for k in powers)], axis=1)
+               for right in strata]
+    values = np.mean([c.mean(axis=0) for c in columns], axis=0)
+    low, high = bootstrap(columns)
+    return {name: [float(v), float(a), float(b)] for name, v, a, b in
+            zip([f"mean@{drawn}", *(f"pass@{k}" for k in powers)], values, low, high, strict=True)}
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of one evaluation."""
+    """The figures of one evaluation during training."""
 
     step: int  # training steps before it
     problems: int
@@ -34,6 +103,7 @@ class Evaluation:
     response_tokens_mean: float
     truncated_frac: float
     by_kind: dict[str, list[float]]  # what precedes ":" in an id, if there are at most 20 -> [problems, mean, pass@k]
+    intervals: dict[str, list[float]] = field(default_factory=dict)  # "mean@16" and so on -> [low, high], 95%
 
     @property
     def k(self) -> int:
@@ -44,17 +114,16 @@ class Evaluation:
     def of(cls, step: int, problems: list[Problem], right: np.ndarray, response_tokens_mean: float,
            truncated_frac: float) -> "Evaluation":
         """right: (P, rollouts) bool."""
-        drawn, correct = right.shape[1], right.sum(axis=1)
-        powers = [2**i for i in range(drawn.bit_length()) if 2**i <= drawn]
-        headline = pass_at_k(correct, drawn, min(8, powers[-1]))
+        found = figures([right])
+        passes = {int(name.removeprefix("pass@")): f[0] for name, f in found.items() if name.startswith("pass@")}
+        headline = pass_at_k(right.sum(axis=1), right.shape[1], min(8, max(passes)))
         kinds = np.array([p.id.split(":")[0] if ":" in p.id else "all" for p in problems])
         if len(set(kinds)) > 20:  # ids that merely contain a colon
             kinds[:] = "all"
         by_kind = {str(kind): [int((kinds == kind).sum()), float(right[kinds == kind].mean()),
                                float(headline[kinds == kind].mean())] for kind in dict.fromkeys(kinds)}
-        return cls(step, len(problems), drawn, float(right.mean()),
-                   {k: float(pass_at_k(correct, drawn, k).mean()) for k in powers},
-                   response_tokens_mean, truncated_frac, by_kind)
+        return cls(step, len(problems), right.shape[1], float(right.mean()), passes, response_tokens_mean,
+                   truncated_frac, by_kind, {name: f[1:] for name, f in found.items()})
 
     def to_json(self) -> dict:
         out = dataclasses.asdict(self)
@@ -83,3 +152,302 @@ def table(evaluations: list[Evaluation]) -> str:
             values += [e.by_kind[kind][2] for kind in first.by_kind]
         rows = [row + f" {value:.3f} |" for row, value in zip(rows, values, strict=True)]
     return "\n".join(["", "".join(head), "|---|" + "---|" * len(evaluations), *rows])
+
+
+# ------------------------------------------------------------------------------------------------ samples
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A line of eval_samples.jsonl: one response and the verdict on it."""
+
+    benchmark: str
+    id: str  # of the problem
+    sample: int  # counts the problem's responses from 0
+    gold: str
+    style: str  # where the answer is looked for, a key of reward.STYLES
+    response: str
+    extracted: str | None
+    right: bool
+    timed_out: bool  # the grader gave up: counts as wrong
+    tokens: int
+    finish: str  # "stop", or "length" for a response cut at the limit: counts as wrong
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """The whole lines of `path`; a last one without its newline was cut by a kill and is left out.
+
+    Raises ValueError, naming the line, for one that is not a sample.
+    """
+    samples = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+        try:
+            samples.append(Sample(**json.loads(line)))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{path.name}, line {number} is not a sample: {error}") from error
+    return samples
+
+
+def grade(samples: list[Sample], grader: Grader) -> list[Sample]:
+    """The samples with verdicts of the grader as it is now; one cut at the length limit is wrong, whatever it says."""
+    whole = [s for s in samples if s.finish != "length"]
+    grades = iter(grader.grade([s.response for s in whole], [s.gold for s in whole], [s.style for s in whole]))
+    graded = []
+    for s in samples:
+        right, extracted, timed_out = (False, None, False) if s.finish == "length" else next(grades)
+        graded.append(dataclasses.replace(s, right=right, extracted=extracted, timed_out=timed_out))
+    return graded
+
+
+def summary(samples: list[Sample]) -> dict[str, dict]:
+    """benchmark -> problems, responses, figures and counts; then "aime", if both years are there, and "all"."""
+    right: dict[str, np.ndarray] = {}
+    rows: dict[str, dict] = {}
+
+    def add(name: str, strata: list[np.ndarray], of: list[Sample]) -> None:
+        rows[name] = {"problems": sum(map(len, strata)), "responses": strata[0].shape[1], **figures(strata),
+                      "tokens_mean": float(np.mean([s.tokens for s in of])),
+                      "truncated_frac": float(np.mean([s.finish == "length" for s in of])),
+                      "no_answer_frac": float(np.mean([s.extracted is None for s in of])),
+                      "grader_timeouts": sum(s.timed_out for s in of)}
+
+    for name in dict.fromkeys(s.benchmark for s in samples):
+        of = [s for s in samples if s.benchmark == name]
+        by_problem = [[s.right for s in group] for _, group in groupby(of, key=lambda s: s.id)]
+        if len({len(group) for group in by_problem}) > 1:
+            counts = Counter(map(len, by_problem))
+            raise ValueError(f"{name}: problems with {sorted(counts)} responses; the file is incomplete or mixed")
+        right[name] = np.array(by_problem)
+        add(name, [right[name]], of)
+    if {"aime24", "aime25"} <= right.keys():
+        add("aime", [right["aime24"], right["aime25"]], [s for s in samples if s.benchmark in ("aime24", "aime25")])
+    if len(right) > 1 and len({r.shape[1] for r in right.values()}) == 1:
+        add("all", [np.concatenate(list(right.values()))], samples)
+    return rows
+
+
+def markdown(rows: dict[str, dict], model: str) -> str:
+    """The table, in percent with intervals; for a model of the paper, its figures beside ours."""
+    names = [n for n in dict.fromkeys(n for row in rows.values() for n in row) if n.startswith(("mean@", "pass@"))]
+    methods = next((m for size, m in PAPER_TABLE.items() if f"-{size}" in model), {})
+    head = ["benchmark", "problems", *names, "cut", *(f"paper, {m}" for m in methods)]
+    lines = []
+    for benchmark, row in rows.items():
+        cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in row[n])) if n in row else "" for n in names]
+        column = "pass@8" if benchmark == "all" else benchmark
+        paper = [f"{m[PAPER_COLUMNS.index(column)]:.2f}" if column in PAPER_COLUMNS else "" for m in methods.values()]
+        lines.append([benchmark, str(row["problems"]), *cells, f"{100 * row['truncated_frac']:.1f}%", *paper])
+    note = "\n\npaper: mean@8 of each benchmark, and pass@8 over all" if methods else ""
+    return "\n".join(f"| {' | '.join(x)} |" for x in (head, ["---"] * len(head), *lines)) + note
+
+
+# ------------------------------------------------------------------------------------------------ drawing
+
+
+@dataclass
+class Benchmark:
+    """The problems of one benchmark, encoded."""
+
+    name: str
+    problems: list[Problem]
+    prompts: list[list[int]]
+    record: dict
+
+
+def load_benchmarks(names: Iterable[str], tokenizer, args) -> tuple[list[Benchmark], dict[str, str]]:
+    """Those that could be had, and why the others could not."""
+    found, missing = [], {}
+    for name in names:
+        try:
+            if name == "arithmetic":
+                problems, record, suffix = arithmetic.problems("heldout", 500), {"source": "arithmetic"}, ""
+            else:
+                (problems, record), suffix = load_problems(name), args.prompt_suffix
+        except (ConnectionError, FileNotFoundError) as error:
+            missing[portable(name)] = str(error)
+            say(f"WARNING: {name} is left out. {error}")
+            continue
+        if unknown := {p.style for p in problems} - STYLES.keys():
+            raise ValueError(f"{name}: unknown answer style {sorted(unknown)}; there are {', '.join(STYLES)}")
+        problems, prompts, counts = encode_prompts(
+            problems[: args.problems or None], tokenizer, suffix=suffix, chat_template=args.chat_template,
+            max_tokens=args.max_prompt_tokens)
+        if counts["too_long"]:
+            say(f"{name}: {counts['too_long']} problems over {args.max_prompt_tokens} tokens are left out")
+        label = Path(name).stem if name.endswith(SUFFIXES) else name
+        if label in {b.name for b in found}:
+            raise ValueError(f"two benchmarks are called {label!r}; rename a file or name it once")
+        found.append(Benchmark(label, problems, prompts, {**record, "encoded": counts}))
+    return found, missing
+
+
+def draw_samples(benchmarks: list[Benchmark], path: Path, engine, ranks: Ranks, tokenizer, sampling: Sampling, *,
+                 k: int, seed: int, grader: Grader) -> list[Sample]:
+    """Draws, grades and appends to `path` what is not there yet; all samples, in order, on every rank."""
+    work = [(b, p) for b in benchmarks for p in range(len(b.problems))]
+    chunk = CHUNK * ranks.world
+    done = read_samples(path) if ranks.rank == 0 and path.exists() else []
+    finished = len(done) // (chunk * k) * chunk  # problems of whole chunks
+    if len(done) == len(work) * k:
+        finished = len(work)
+    finished = int(ranks.share(np.array([finished * (ranks.rank == 0)]))[0])
+    samples = done[: finished * k]
+    if ranks.rank == 0:
+        replace_text(path, "".join(json.dumps(dataclasses.asdict(s)) + "\n" for s in samples))
+    bar = tqdm(total=len(work), initial=finished, unit="problem", desc="evaluating", disable=ranks.rank > 0)
+    for start in range(finished, len(work), chunk):
+        part = work[start : start + chunk]
+        seed_P = [rollout_seed(seed, -1, b.problems[p].id) for b, p in part]
+        tokens, _, offsets, truncated = draw_together(
+            engine, ranks, [b.prompts[p] for b, p in part], [k] * len(part), seed_P, sampling, np.ones(len(part)))
+        if ranks.rank == 0:
+            responses = tokenizer.batch_decode([x.tolist() for x in np.split(tokens, offsets[1:-1])],
+                                               skip_special_tokens=True)
+            drawn = [Sample(b.name, b.problems[p].id, j, b.problems[p].answer, b.problems[p].style, responses[r], None,
+                            False, False, int(offsets[r + 1] - offsets[r]), "length" if truncated[r] else "stop")
+                     for r, (b, p, j) in enumerate((b, p, j) for b, p in part for j in range(k))]
+            samples += grade(drawn, grader)
+            with open(path, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(dataclasses.asdict(s)) + "\n" for s in samples[-len(drawn):]))
+            bar.set_postfix(right=f"{np.mean([s.right for s in samples]):.3f}")
+        bar.update(len(part))
+    bar.close()
+    return samples
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", help="a Hugging Face folder or hub id; 'arithmetic' = the built-in base model")
+    add("--revision", help="hub revision of the model")
+    add("--benchmarks", nargs="+", default=["paper"], metavar="NAME|FILE",
+        help=f"any of {', '.join(n for n in HUB_SETS if n != 'dapo')}, arithmetic, hub:owner/name[:config[:split]], or "
+             f"{'/'.join(SUFFIXES)} files, with spaces or commas between; paper = the seven of the paper [paper]")
+    add("--regrade", type=Path, metavar="FILE", help="grade this eval_samples.jsonl again, without any model")
+    add("--k", type=int, default=8, help="responses drawn for each problem [8]")
+    add("--problems", type=int, default=0, help="use the first so many of each benchmark; 0 = all [0]")
+    add("--out", type=Path, help="folder for eval.json and eval_samples.jsonl [out/eval-MODEL]")
+    add("--engine", default="auto", choices=["auto", "vllm", "torch"], help="what draws the responses [auto]")
+    add("--temperature", type=float, default=0.6, help="0 = greedy, with --k 1 [0.6]")
+    add("--top_p", type=float, default=0.8, help="1 = off [0.8]")
+    add("--top_k", type=int, default=20, help="0 = off [20]")
+    add("--seed", type=int, default=0, help="of every response [0]")
+    add("--max_prompt_tokens", type=int, help="longer prompts are left out and counted [a half of the context, at most "
+                                              "3200]")
+    add("--max_response_tokens", type=int, help="a response cut here counts as wrong [what the context leaves, at most "
+                                                "4096]")
+    add("--prompt_suffix", default=PROMPT_SUFFIX, help=f"appended to every prompt but arithmetic's [{PROMPT_SUFFIX!r}]")
+    add("--chat_template", default="auto", choices=["auto", "always", "never"],
+        help="auto = when the tokenizer has one [auto]")
+    add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto = bfloat16 on CUDA [auto]")
+    add("--max_rollouts", type=int, default=256, help="responses decoded at once [256]")
+    add("--gpu_memory_utilization", type=float, default=0.85, help="vLLM: share of GPU memory [0.85]")
+    add("--grader_workers", type=int, default=2, help="processes for answers that need math-verify [2]")
+    add("--grader_timeout", type=float, default=5.0, help="seconds per answer; past it a response is wrong [5]")
+    args = parser.parse_args(argv)
+    if (args.model is None) == (args.regrade is None):
+        parser.error("give --model to evaluate one, or --regrade to grade a file again")
+    for name in ("k", "max_rollouts", "max_prompt_tokens", "max_response_tokens", "grader_workers", "grader_timeout"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            parser.error(f"--{name} must be positive, got {getattr(args, name)}")
+    if args.temperature < 0 or (args.temperature == 0 and args.k > 1) or not 0 < args.top_p <= 1 or args.top_k < 0:
+        parser.error("need --temperature > 0 (or 0 with --k 1), 0 < --top_p <= 1 and --top_k >= 0")
+    names = [n for part in args.benchmarks for n in part.split(",") if n]
+    args.benchmarks = list(dict.fromkeys(m for n in names for m in (PAPER_BENCHMARKS if n == "paper" else (n,))))
+    return args
+
+
+def regrade(args: argparse.Namespace) -> None:
+    old = read_samples(args.regrade)
+    if not old:
+        raise ValueError(f"{args.regrade.name} holds no samples")
+    with Grader(workers=args.grader_workers, timeout=args.grader_timeout) as grader:
+        new = grade(old, grader)
+    rows = summary(new)
+    print(markdown(rows, ""))
+    print(f"\n{sum(a.right != b.right for a, b in zip(old, new, strict=True))} of {len(new)} verdicts changed")
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        replace_text(args.out / "eval_samples.jsonl", "".join(json.dumps(dataclasses.asdict(s)) + "\n" for s in new))
+        settings = {"regraded": args.regrade.name}
+        write_json(args.out / "eval.json", {"settings": settings, "environment": environment(), "figures": rows})
+
+
+def begin(out: Path, settings: dict, ranks: Ranks) -> None:
+    """Opens the folder, or reopens that of the same evaluation; raises FileExistsError for another one's."""
+    if ranks.rank == 0:
+        path = out / "eval.json"
+        if path.exists():
+            saved = json.loads(path.read_text())["settings"]
+            if differing := [k for k in settings if saved.get(k) != settings[k]]:
+                was = ", ".join(f"{k} {saved.get(k)!r}" for k in differing)
+                raise FileExistsError(f"{out} holds an evaluation with {was}; choose another --out")
+        else:
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"settings": settings})
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    import torch
+    from transformers import AutoTokenizer
+
+    ranks = Ranks()
+    folder = arithmetic.base_model() if args.model == "arithmetic" else fetch(args.model, args.revision)
+    context = ModelConfig.from_hf(json.loads((folder / "config.json").read_text())).max_position_embeddings
+    args.max_prompt_tokens = args.max_prompt_tokens or min(3200, context // 2)
+    args.max_response_tokens = args.max_response_tokens or min(4096, context - args.max_prompt_tokens)
+    if args.max_prompt_tokens + args.max_response_tokens > context:
+        raise ValueError(f"--max_prompt_tokens + --max_response_tokens is more than the model's context, {context}")
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    generation = folder / "generation_config.json"
+    stop_ids = stop_token_ids(tokenizer, generation_config=json.loads(generation.read_text()) if generation.exists()
+                              else None)
+    benchmarks, missing = load_benchmarks(args.benchmarks, tokenizer, args)
+    if not benchmarks:
+        raise ValueError("no benchmark could be loaded")
+    kind, why = choose_engine(args.engine, ranks.device)
+    say(f"engine: {kind}. {why}")
+    dtype = {"auto": torch.bfloat16 if ranks.device.type == "cuda" else torch.float32, "bfloat16": torch.bfloat16,
+             "float32": torch.float32}[args.dtype]
+    names = ("k", "temperature", "top_p", "top_k", "seed", "max_prompt_tokens", "max_response_tokens", "prompt_suffix",
+             "chat_template")
+    settings = {"model": portable(args.model), "folder": folder.name, "engine": kind, "dtype": str(dtype)[6:],
+                **{name: getattr(args, name) for name in names},
+                "benchmarks": {b.name: {"problems": len(b.problems), **b.record} for b in benchmarks}}
+    out = args.out or Path("out") / f"eval-{Path(args.model).name}"
+    begin(out, settings, ranks)
+    engine = make_engine(kind, folder, dtype=dtype, device=ranks.device, max_prompt_tokens=args.max_prompt_tokens,
+                         max_response_tokens=args.max_response_tokens, max_rollouts=args.max_rollouts, seed=args.seed,
+                         gpu_memory_utilization=args.gpu_memory_utilization)
+    sampling = Sampling(args.max_response_tokens, args.temperature, args.top_p, args.top_k, stop_ids)
+    with Grader(workers=args.grader_workers, timeout=args.grader_timeout) as grader:
+        samples = draw_samples(benchmarks, out / "eval_samples.jsonl", engine, ranks, tokenizer, sampling, k=args.k,
+                               seed=args.seed, grader=grader)
+    if ranks.rank == 0:
+        rows = summary(samples)
+        write_json(out / "eval.json", {"settings": settings, "missing": missing, "environment": environment(),
+                                       "figures": rows})
+        print(markdown(rows, args.model))
+        for name in missing:
+            print(f"left out: {name}")
+        print(f"\nfigures: {out / 'eval.json'}   responses: {out / 'eval_samples.jsonl'}")
+    engine.close()
+    ranks.leave()
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        regrade(args) if args.regrade else evaluate(args)
+    except (ValueError, OSError, RunError) as error:
+        sys.exit(f"eval.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("eval.py: interrupted; the same command goes on where it was")
+
+
+if __name__ == "__main__":
+    main()

@@ -53,6 +53,10 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(tensor)
 
+    def leave(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
     def assert_equal(self, digest: int, what: str) -> None:
         """Raises when the ranks do not hold the same 63-bit digest."""
         mine = np.zeros(self.world, np.int64)

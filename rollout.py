@@ -73,6 +73,17 @@ def choose_engine(name: str, device: torch.device) -> tuple[str, str]:
     return "torch", problem
 
 
+def make_engine(kind: str, folder: str | os.PathLike, *, dtype: torch.dtype, device: torch.device,
+                max_prompt_tokens: int, max_response_tokens: int, max_rollouts: int, seed: int,
+                gpu_memory_utilization: float) -> "VLLMEngine | TorchEngine":
+    """The engine that `choose_engine` named, with the weights in `folder`."""
+    if kind == "torch":
+        return TorchEngine(folder, dtype=dtype, device=device, max_rollouts=max_rollouts)
+    return VLLMEngine(folder, dtype=str(dtype).removeprefix("torch."), max_prompt_tokens=max_prompt_tokens,
+                      max_response_tokens=max_response_tokens, max_rollouts=max_rollouts, seed=seed,
+                      gpu_memory_utilization=gpu_memory_utilization)
+
+
 def _vllm_problem(device: torch.device) -> str | None:
     """Why vLLM can't run on `device`, or None if it can."""
     try:

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import arithmetic
@@ -44,7 +43,7 @@ from ranks import (
     write_json,
 )
 from reward import STYLES, Grader
-from rollout import Sampling, TorchEngine, VLLMEngine, choose_engine, rollout_seed
+from rollout import Sampling, TorchEngine, VLLMEngine, choose_engine, make_engine, rollout_seed
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -507,11 +506,10 @@ class Trainer:
 
     def _make_engine(self, folder: Path) -> VLLMEngine | TorchEngine:
         cfg = self.cfg
-        if self.engine_kind == "torch":
-            return TorchEngine(folder, dtype=self.dtype, device=self.device, max_rollouts=cfg.max_rollouts)
-        return VLLMEngine(folder, dtype=str(self.dtype).removeprefix("torch."), max_prompt_tokens=cfg.max_prompt_tokens,
-                          max_response_tokens=cfg.max_response_tokens, max_rollouts=cfg.max_rollouts, seed=cfg.seed,
-                          gpu_memory_utilization=cfg.gpu_memory_utilization)
+        return make_engine(self.engine_kind, folder, dtype=self.dtype, device=self.device,
+                           max_prompt_tokens=cfg.max_prompt_tokens, max_response_tokens=cfg.max_response_tokens,
+                           max_rollouts=cfg.max_rollouts, seed=cfg.seed,
+                           gpu_memory_utilization=cfg.gpu_memory_utilization)
 
     # -- one step
 
@@ -939,8 +937,7 @@ def main() -> None:
     else:
         say(f"stopped after {trainer.next_step} steps; go on with the same command and --resume")
     trainer.engine.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    trainer.ranks.leave()
     sys.exit(0 if complete else 130)
 
 
