@@ -1,12 +1,20 @@
-"""pass@k is unbiased, and evaluations survive the log."""
+"""pass@k is unbiased, intervals cover, and an evaluation is the same however it was interrupted or shared out."""
 
+import json
+import subprocess
+import sys
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import arithmetic
+import eval as eval_module
 from data import Problem
-from eval import Evaluation, pass_at_k, table
+from eval import PAPER_BENCHMARKS, Evaluation, evaluate, figures, markdown, parse_args, pass_at_k, summary, table
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("drawn", [1, 2, 5, 8])
@@ -21,6 +29,29 @@ def test_pass_at_k_equals_the_enumeration_of_all_subsets(drawn):
 def test_pass_at_k_needs_k_responses():
     with pytest.raises(ValueError, match="pass@4 needs at least 4 responses"):
         pass_at_k(np.array([1]), 3, 4)
+
+
+@pytest.mark.parametrize("problems, responses", [(100, 8), (150, 1)])
+def test_intervals_cover_the_truth_19_times_in_20(problems, responses):
+    """Problems of pass rates from Beta(0.5, 1.5): mean 1/4, and pass@8 = 1 - E(1 - p)^8."""
+    rng = np.random.default_rng(0)
+    none_right = np.prod([(1.5 + i) / (2 + i) for i in range(responses)])
+    truth = {f"mean@{responses}": 0.25, f"pass@{responses}": 1 - none_right}
+    covered, trials = dict.fromkeys(truth, 0), 300
+    for _ in range(trials):
+        right = rng.random((problems, responses)) < rng.beta(0.5, 1.5, problems)[:, None]
+        for name, (_, low, high) in figures([right]).items():
+            covered[name] = covered.get(name, 0) + (low <= truth.get(name, -1) <= high)
+    for name in truth:
+        assert 0.92 <= covered[name] / trials <= 0.985  # 3 standard errors, and the bootstrap's own bias
+
+
+def test_a_mean_of_two_years_weighs_them_alike():
+    right = np.zeros((10, 4), bool)
+    right[:5] = True
+    both = figures([right, np.ones((30, 4), bool)])
+    assert both["mean@4"][0] == both["pass@4"][0] == 0.75
+    assert both["mean@4"][1] > 0.5  # the second part adds no spread
 
 
 def evaluation(step: int) -> Evaluation:
@@ -39,10 +70,143 @@ def test_figures_are_means_over_problems_and_by_kind():
 
 
 def test_evaluations_survive_json_and_print_as_markdown():
-    import json
-
     e = evaluation(3)
+    assert e.intervals["mean@16"][0] < e.mean < e.intervals["mean@16"][1]
     assert Evaluation.from_json(json.loads(json.dumps(e.to_json()))) == e
     lines = table([evaluation(0), e]).strip().splitlines()
     assert lines[0] == "| 3 held-out problems x 16 | step 0 | step 3 |"
     assert {line.count("|") for line in lines} == {4} and lines[2].startswith("| mean@16 | 0.417")
+
+
+# ---- the command
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    settings = arithmetic.BaseSettings(steps=100, lines_per_step=32, hidden_size=64, layers=2)
+    return arithmetic.base_model(settings, cache=tmp_path_factory.mktemp("cache"))
+
+
+def flags(base: Path, out: Path, *more: str) -> list[str]:
+    return ["--model", str(base), "--benchmarks", "arithmetic", "--engine", "torch", "--k", "4", "--problems", "150",
+            "--max_prompt_tokens", "32", "--max_response_tokens", "24", "--temperature", "1", "--top_p", "1", "--top_k",
+            "0", "--out", str(out), *more]
+
+
+def run(base: Path, out: Path, *more: str) -> dict:
+    evaluate(parse_args(flags(base, out, *more)))
+    return json.loads((out / "eval.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def evaluated(base, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    run(base, out)
+    return out
+
+
+def test_an_evaluation_writes_every_response_and_the_figures(evaluated):
+    lines = [json.loads(x) for x in (evaluated / "eval_samples.jsonl").read_text().splitlines()]
+    saved = json.loads((evaluated / "eval.json").read_text())
+    assert len(lines) == 600 and list(lines[0]) == ["benchmark", "id", "sample", "gold", "style", "response",
+                                                   "extracted", "right", "timed_out", "tokens", "finish"]
+    row = saved["figures"]["arithmetic"]
+    assert row["mean@4"][0] == pytest.approx(np.mean([x["right"] for x in lines])) and 0 < row["mean@4"][0] < 1
+    assert row["truncated_frac"] == np.mean([x["finish"] == "length" for x in lines])
+    assert not any(x["right"] for x in lines if x["finish"] == "length")
+    assert all(x["right"] == (x["extracted"] == x["gold"]) for x in lines if x["finish"] == "stop")
+    assert saved["settings"]["k"] == 4 and str(evaluated) not in json.dumps(saved)
+
+
+@pytest.mark.parametrize("kept", [0, 64 * 4 + 7, 100 * 4])
+def test_an_interrupted_evaluation_goes_on_to_the_same_file(base, evaluated, tmp_path, kept, monkeypatch):
+    whole = (evaluated / "eval_samples.jsonl").read_text()
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "eval_samples.jsonl").write_text("".join(lines[:kept]) + lines[kept][:20])  # killed in mid-line
+    settings = json.loads((evaluated / "eval.json").read_text())["settings"]
+    (tmp_path / "eval.json").write_text(json.dumps({"settings": settings}))
+    drawn, draw = [], eval_module.draw_together
+
+    def record(engine, ranks, prompts, *rest):
+        drawn.append(len(prompts))
+        return draw(engine, ranks, prompts, *rest)
+
+    monkeypatch.setattr(eval_module, "draw_together", record)
+    saved = run(base, tmp_path)
+    assert (tmp_path / "eval_samples.jsonl").read_text() == whole
+    assert saved["figures"] == json.loads((evaluated / "eval.json").read_text())["figures"]
+    assert sum(drawn) == 150 - kept // 256 * 64  # whole chunks of 64 problems are kept
+    drawn.clear()
+    run(base, tmp_path)
+    assert not drawn  # finished: nothing is drawn again
+
+
+def test_two_processes_evaluate_alike(base, evaluated, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "eval.py", *flags(base, tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "eval_samples.jsonl").read_text() == (evaluated / "eval_samples.jsonl").read_text()
+    assert "| arithmetic | 150 |" in done.stdout
+
+
+def test_other_settings_in_the_same_folder_are_refused(base, evaluated):
+    with pytest.raises(FileExistsError, match="seed 0"):
+        run(base, evaluated, "--seed", "1")
+
+
+def test_regrading_gives_the_same_table_and_counts_changed_verdicts(evaluated, tmp_path, capsys):
+    rows = json.loads((evaluated / "eval.json").read_text())["figures"]
+    lines = (evaluated / "eval_samples.jsonl").read_text().splitlines()
+    wrong = next(i for i, x in enumerate(lines) if json.loads(x)["finish"] == "stop" and not json.loads(x)["right"])
+    lines[wrong] = json.dumps({**json.loads(lines[wrong]), "right": True})
+    (tmp_path / "s.jsonl").write_text("\n".join(lines) + "\n")
+    eval_module.regrade(parse_args(["--regrade", str(tmp_path / "s.jsonl"), "--out", str(tmp_path / "again")]))
+    printed = capsys.readouterr().out
+    assert markdown(rows, "") in printed and "1 of 600 verdicts changed" in printed
+    assert json.loads((tmp_path / "again" / "eval.json").read_text())["figures"] == rows
+    assert (tmp_path / "again" / "eval_samples.jsonl").read_text() == (evaluated / "eval_samples.jsonl").read_text()
+
+
+def test_a_benchmark_that_cannot_be_had_is_named_and_the_others_go_on(base, tmp_path, monkeypatch, capsys):
+    def gated(name, **_):
+        raise ConnectionError(f"cannot load {name}: log in (`hf auth login`)")
+
+    monkeypatch.setattr(eval_module, "load_problems", gated)
+    args = flags(base, tmp_path)
+    args[args.index("arithmetic")] = "gpqa,arithmetic"
+    evaluate(parse_args([*args, "--problems", "10"]))
+    out = capsys.readouterr().out
+    assert "left out: gpqa" in out and "| arithmetic | 10 |" in out
+    assert "hf auth login" in json.loads((tmp_path / "eval.json").read_text())["missing"]["gpqa"]
+
+
+def test_local_files_are_benchmarks_and_the_whole_is_pooled_over_problems(base, tmp_path):
+    rows = [{"problem": f"{i}+1=", "answer": i + 1} for i in range(6)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "b.json").write_text(json.dumps([{"question": "2+2=", "final_answer": "4"}]))
+    args = flags(base, tmp_path / "out", "--prompt_suffix", "")
+    args[args.index("arithmetic")] = f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.json'}"
+    evaluate(parse_args(args))
+    rows = json.loads((tmp_path / "out" / "eval.json").read_text())["figures"]
+    assert [rows[x]["problems"] for x in ("a", "b", "all")] == [6, 1, 7]
+    assert rows["all"]["mean@4"][0] == pytest.approx((6 * rows["a"]["mean@4"][0] + rows["b"]["mean@4"][0]) / 7)
+
+
+def test_the_papers_row_stands_beside_its_models():
+    samples = [eval_module.Sample(b, "1", j, "1", "math", "1", "1", j > 3, False, 5, "stop")
+               for b in PAPER_BENCHMARKS for j in range(8)]
+    rows = summary(samples)
+    assert list(rows) == [*PAPER_BENCHMARKS, "aime", "all"]
+    lines = {x.split(" | ")[0][2:]: x for x in markdown(rows, "Qwen/Qwen3-4B-Base").splitlines()}
+    assert lines["aime"].endswith("| 11.25 | 12.92 | 13.96 |") and lines["all"].endswith("| 56.31 | 63.70 | 62.27 |")
+    assert "paper" not in markdown(rows, "arithmetic")
+    assert parse_args(["--model", "x"]).benchmarks == list(PAPER_BENCHMARKS)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "--model"), (["--model", "x", "--regrade", "y"], "--regrade"), (["--model", "x", "--k", "0"], "--k"),
+    (["--model", "x", "--temperature", "0"], "--temperature"), (["--model", "x", "--bench", "aime24"], "--bench"),
+])
+def test_wrong_flags_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(arguments)
+    assert message in capsys.readouterr().err
