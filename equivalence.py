@@ -42,30 +42,36 @@ Ask = Callable[[str, str], bool]  # answer, gold -> are these two expressions eq
 
 # ---- normal form
 
+_MARK = "\x02"  # stands before what \text{...} held: 5 \text{ m} is a length, 5 m may be a product
 _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"[−–]", "-"), (r"×", r"\\times "), (r"·|⋅", r"\\cdot "), (r"π", r"\\pi "), (r"∞", r"\\infty "),
         (r"±", r"\\pm "), (r"∪", r"\\cup "), (r"≤", r"\\le "), (r"≥", r"\\ge "), (r"∈", r"\\in "),
         (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"√\s*(\d+)", r"\\sqrt{\1}"), (r"²", "^2"), (r"³", "^3"),
-        (r"\\infin\b|\binfinity\b|\binf\b", r"\\infty "), (r"\\emptyset|∅", r"\\varnothing "),
+        *((sign, rf"\\frac{{{a}}}{{{b}}}") for sign, a, b in ("½12", "⅓13", "⅔23", "¼14", "¾34")),
+        (r"\\infin\b|\binfinity\b|\binf\b", r"\\infty "), (r"\\emptyset|∅|\\\{\s*\\\}", r"\\varnothing "),
         (r"\\(?:left|right|bigl?|bigr?|Bigl?|Bigr?|displaystyle|limits)(?![a-zA-Z])\.?", ""),
         (r"\\[dtc]frac", r"\\frac"), (r"\\([gl])eq?(?:slant)?(?![a-zA-Z])", r"\\\1e "),
+        (r"(?<=\d),\s*\\!\s*(?=\d{3})", ","),
         (r"\\[!,;:]|\\(?:q?quad|thinspace)(?![a-zA-Z])", "\x01"),  # a gap: between digits it groups thousands
-        (r"(?<=\d)\x01(?=\d{3}(?!\d))", ""), ("\x01", " "),
-        (r"\{,\}", ","), (r"\\?\$|\\[()\[\]]|[£€]", ""),
-        (r"(?:\^\s*\{?\s*(?:\\circ|∘)\s*\}?|°|\\degrees?(?![a-zA-Z]))\s*([CF](?![a-zA-Z]))?", r" degrees\1 "),
+        (r"(?<=\d)\x01(?=\d{3}(?!\d))", ""), ("\x01", " "), (r"\{,\}", ","),
+        (r"(?<!\\)\\ |~|\\\\$", " "), (r"\s+", " "),
+        # money is a unit; else $ is LaTeX's own
+        (r"^([-+]?) ?(?:\\\$|\$(?=[^$]*$)) ?([-+]?[\d.,]+)", r"\1\2 dollars"), (r"^([-+]?)£ ?([\d.,]+)", r"\1\2 gbp"),
+        (r"^([-+]?)€ ?([\d.,]+)", r"\1\2 euros"), (r"\\?\$|\\[()\[\]]", ""),
+        (r"\^ ?\{? ?(?:\\circ|∘) ?\}?|\\degrees?(?![a-zA-Z])", "°"),
+        (r"°(?: ?(?:\\(?:text|mathrm) ?\{ ?)?([CF])(?![a-zA-Z])\}?)?", r" degrees\1 "),
         (r"\\?%|\\?\bpercent\b", "%"),
-        (r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|it|sf)|operatorname|mbox|hbox)\s*\{([^{}]*)\}", r" \1 "),
-        (r"\\(?:boxed|fbox)\s*\{([^{}]*)\}", r"\1"),
-        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
-        (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"), (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
-        (r"([_^])\s*\{\s*(\w)\s*\}", r"\1\2"),
-        (r"\\ |~|\\\\$", " "),
-        (r"[\s*]+$|^[\s*]+", ""), (r"(?<=.)[.,;]$", ""),
-        (r"\s+", " "),
+        (r"\\(?:text|mbox) ?\{ ?(and|or) ?\}", r" \1 "),
+        (r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|it|sf)|operatorname|mbox|hbox) ?\{ ?([^{}]*)\}", rf" {_MARK}\1 "),
+        (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"), (r"\\frac ?(\d) ?\{", r"\\frac{\1}{"),
+        (r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}"), (r"\\sqrt ?(\d)", r"\\sqrt{\1}"),
+        (r"(?<=\\frac\{)(\d{1,3}),(\d{3})(?=\})", r"\1\2"),
+        (r"([_^]) ?\{ ?\x02?(\w) ?\}", r"\1\2"), (r"^\((\w+)\)(?=_)", r"\1"),
+        (r"^[ *]*\x02|[ *]+$|^[ *]+", ""), (r"(?<=.)[.,;]$", ""), (r" +", " "),
         # "2 1/2" is not 21/2, "5 cm" not the product 5cm, and "1, 234" not 1,234: elsewhere a space means nothing
-        (r"(?<![\w,)}%]) | (?![\w(\\%-])|(?<=[)}%,]) (?=[-(\\{%])|(?<=\\ge) |(?<=\\le) ", ""),
+        (r"(?<![\w,)}%]) | (?![\w(\\%\x02-])|(?<=[)}%,]) (?=[-(\\{%])|(?<=\\ge) |(?<=\\le) ", ""),
     ]
 ]
 
@@ -73,6 +79,8 @@ _REWRITES = [
 def normalise(text: str) -> str:
     """Text without what LaTeX and style put around the same mathematics."""
     text = text.strip()
+    if (box := re.match(r"\\(?:boxed|fbox)\s*(?=\{)", text)) and _closes_last(text[box.end() :]):
+        text = text[box.end() + 1 : -1].strip()
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     return text.strip()
@@ -81,17 +89,19 @@ def normalise(text: str) -> str:
 # ---- numbers
 
 NUMBER_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+"
-_POWER = r"(?:(?:\\times|\\cdot|\*) ?10\^(?:\{([-+]?\d{1,3})\}|(\d))|[eE]([-+]?\d{1,3}))?"
-_PLAIN = re.compile(rf"([-+]?)({NUMBER_DIGITS})(?: ?/ ?({NUMBER_DIGITS})|{_POWER})", re.ASCII)
+_POWER = r"(?: ?(?:\\times|\\cdot|\*) ?10\^(?:\{([-+]?\d{1,3})\}|(\d))|[eE]([-+]?\d{1,3}))?"
+_PLAIN = re.compile(rf"([-+]?) ?({NUMBER_DIGITS})(?: ?/ ?({NUMBER_DIGITS})|{_POWER})", re.ASCII)
 _FRACTION = re.compile(r"([-+]?)\\frac\{ ?([-+]?\d+) ?\}\{ ?([-+]?\d+) ?\}", re.ASCII)
 _MIXED = re.compile(r"([-+]?)(\d+) ?(?:\\frac\{(\d+)\}\{(\d+)\}|(?<= )(\d+)/(\d+))", re.ASCII)
 _INTEGER_POWER = re.compile(r"([-+]?)(\d{1,9})\^(?:\{(-?\d{1,3})\}|(\d))", re.ASCII)
 _REPEATING = re.compile(r"([-+]?)(\d*)\.(\d*)\\overline\{(\d+)\}", re.ASCII)
+_MULTIPLES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+_MULTIPLE = re.compile(rf"(.*\d) ?{_MARK}?({'|'.join(_MULTIPLES)})")
 
 
 def rational(text: str) -> Fraction | None:
     """The exact value of a number: 1,000  -2.50  3/4  \\frac{3}{4}  1\\frac12  1.5\\times10^{-7}  2^{10}
-    0.\\overline{3}; None for anything else. Raises ZeroDivisionError for 1/0."""
+    0.\\overline{3}  5 million; None for anything else. Raises ZeroDivisionError for 1/0."""
     if len(text) > MAX_NUMBER:
         return None
     if match := _FRACTION.fullmatch(text):
@@ -115,6 +125,11 @@ def rational(text: str) -> Fraction | None:
         sign, whole, head, cycle = match.groups()
         shift = 10 ** len(head)
         value = Fraction(int(whole + head or "0"), shift) + Fraction(int(cycle), shift * (10 ** len(cycle) - 1))
+    elif match := _MULTIPLE.fullmatch(text):
+        factor = rational(match[1])
+        return None if factor is None else factor * _MULTIPLES[match[2]]
+    elif re.fullmatch(r"[-+]?\d{1,3}(?: \d{3})+", text, re.ASCII):
+        sign, value = "", Fraction(text.replace(" ", ""))
     else:
         return None
     return -value if sign == "-" else value
@@ -125,90 +140,117 @@ def rational(text: str) -> Fraction | None:
 _UNITS = {  # what means the same; a unit not listed is the same as itself and as its plural
     "mm": "millimeter millimetre", "cm": "centimeter centimetre", "m": "meter metre", "km": "kilometer kilometre",
     "in": "inch inches", "ft": "foot feet", "mi": "mile", "yd": "yard", "g": "gram", "kg": "kilogram", "lb": "pound",
-    "s": "sec second", "min": "minute", "h": "hr hour", "l": "liter litre", "ml": "milliliter millilitre",
-    "degrees": "degree deg", "dollars": "dollar", "cents": "cent", "rad": "radian", "sq": "square", "cu": "cubic",
-    "mph": "", "n": "newton", "j": "joule", "w": "watt", "v": "volt", "a": "ampere amp", "k": "kelvin", "hz": "hertz",
+    "s": "sec second", "min": "minute", "h": "hr hour", "l": "L liter litre", "ml": "mL milliliter millilitre",
+    "degrees": "degree deg", "dollars": "dollar", "cents": "cent", "euros": "euro", "gbp": "", "rad": "radian",
+    "N": "newton", "J": "joule", "W": "watt", "V": "volt", "A": "ampere amp", "K": "kelvin", "Hz": "hertz", "eV": "",
+    "degreesC": "", "degreesF": "", "am": "", "pm": "", "units": "unit", "mi/h": "mph", "km/h": "kph kmh",
 }
 _UNIT_OF = {word: unit for unit, words in _UNITS.items() for word in (unit, *words.split())}
-_NO_UNIT = {"pi", "sqrt", "sin", "cos", "tan", "log", "ln", "exp", "mod", "and", "or", "in"}  # after a number
-_UNIT = re.compile(r"(.*[\d)}%]) ?((?:per |/ ?)?[A-Za-z]+(?:\^[23])?(?:(?: |/| / | per )[A-Za-z]+(?:\^[23])?)*)")
+_POWERS_OF_UNITS = {"square": "^2", "sq": "^2", "cubic": "^3", "cu": "^3"}
+_NO_UNITS = set("is not no wrong right more less than minus plus times over squared cubed out of if for when where but "
+                "then mod pi and or the a an we get so because since".split())
+_WORDS_AT_THE_END = re.compile(rf"[ {_MARK}A-Za-z/]*(?:\^[23])?(?:[ {_MARK}A-Za-z/]*)$")
 
 
 def _split_unit(text: str) -> tuple[str, tuple[str, ...]]:
-    """("5", ("cm",)) of "5 cm", ("5", ("m", "/", "s")) of "5 m/s"; (text, ()) where no unit stands behind a number."""
-    match = _UNIT.fullmatch(text)
-    if not match or rational(match[1].rstrip("%")) is None and "\\" not in match[1] and "(" not in match[1]:
+    """("5", ("cm",)) of "5 cm", ("5", ("m", "/", "s")) of "5 m/s"; (text, ()) where no unit stands behind a value.
+
+    A unit was LaTeX text, or stands behind a plain number and is known or a word of three letters: 5 cm, 5 apples.
+    """
+    tail = text.rfind(f" {_MARK}")
+    if tail > 0:
+        value, phrase, marked = text[:tail], text[tail:], True
+    else:
+        start = _WORDS_AT_THE_END.search(text).start()
+        value, phrase, marked = text[:start].strip(), text[start:], False
+    phrase = re.sub(r"\bper\b", "/", phrase.replace(_MARK, "")).strip()
+    words = re.findall(r"[A-Za-z]+|/|\^[23]", phrase)
+    whole = "".join(words) == phrase.replace(" ", "")
+    if not value or not 0 < len(words) <= 6 or not whole or words[0][0] == "^" or _NO_UNITS & set(words):
         return text, ()
-    words = re.findall(r"[A-Za-z]+|/|\^[23]", match[2].replace(" per ", "/"))
-    spaced = text[len(match[1])] == " "
-    if words[0] in _NO_UNIT - ({"in"} if spaced else set()) or (not spaced and len(words[0]) == 1):
-        return text, ()
-    if len(words) == 1 and len(words[0]) == 1 and words[0].lower() not in _UNIT_OF:
-        return text, ()
-    names = [_UNIT_OF.get(w.lower(), _UNIT_OF.get(w.lower().removesuffix("s"), w.lower().removesuffix("s")))
-             for w in words]
-    for power, word in (("^2", "sq"), ("^3", "cu")):  # "square cm" is cm^2
-        while word in names[:-1]:
-            at = names.index(word)
-            names[at : at + 2] = [names[at + 1], power]
-    return match[1], tuple(names)
+    if not marked:
+        known = all(w in _UNIT_OF or w in _POWERS_OF_UNITS or w.removesuffix("s") in _UNIT_OF or not w.isalpha()
+                    for w in words)
+        noun = len(words[0]) > 2 and words[0] not in _MULTIPLES
+        joined_letter = len(words[0]) == 1 and text[len(value)] != " "  # 5m is a product
+        if rational(value.removesuffix("%")) is None or not (known or noun) or joined_letter:
+            return text, ()
+    names: list[str] = []
+    power = None
+    for word in words:
+        if word in _POWERS_OF_UNITS:
+            power = _POWERS_OF_UNITS[word]
+            continue
+        stem = word.removesuffix("s") if len(word) > 2 else word
+        names += re.findall(r"[A-Za-z]+|/", _UNIT_OF.get(word) or _UNIT_OF.get(stem) or stem.lower()) or [word]
+        if power and word.isalpha():
+            names.append(power)
+            power = None
+    return value.strip(), tuple(names)
 
 
 # ---- comparison
 
-_BRACKETS = {"(": ")", "[": "]", "{": "}"}
-_LEFT_SIDE = re.compile(r"(?:\\?[A-Za-z|∠][\w\\{}()',| ]*|[\d +*/^().-]+)(?:=|\\in )")
+_NOT_IN_NAMES = re.compile(r"[-+*/^<>]|^\d|\\(?:frac|sqrt|cdot|times|cup)")
 _SUBSCRIPT = re.compile(r"(?<!\\log)_(?:\{[^{}]*\}|.)")
 _JOIN = re.compile(r" ?(?:[,;] ?(?:and |or )?|\band\b|\bor\b) ?")
+_GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_SHORT_WORDS = {"no", "on", "up", "or", "am", "pm", "by", "to", "is", "it"}
 
 
 def _split(text: str, separator: re.Pattern) -> list[str]:
     """Parts of `text` between separators outside all brackets."""
     parts, depth, start, position = [], 0, 0, 0
     while position < len(text):
-        character = text[position]
         if depth == 0 and (match := separator.match(text, position)) and match.end() > position:
             parts.append(text[start:position].strip())
             start = position = match.end()
             continue
-        depth += (character in "([{") - (character in ")]}")
-        depth = max(depth, 0)
-        position += 2 if character == "\\" and text[position : position + 2] not in (r"\{", r"\}") else 1
+        depth = max(0, depth + (text[position] in "([{") - (text[position] in ")]}"))
+        position += 2 if text[position] == "\\" and text[position + 1 : position + 2] not in "{}" else 1
     return [*parts, text[start:].strip()]
-
-
-def _parts(text: str) -> tuple[str, list[str]]:
-    """What `text` is and its parts: ("(]", [a, b]) an interval, "()" a tuple, "{}" a set, "," a list, "u" a union,
-    "" a single thing."""
-    if rational(text) is not None:
-        return "", [text]
-    pieces = _split(text, re.compile(r" ?\\cup ?"))
-    if len(pieces) > 1:
-        return "u", pieces
-    pieces = _split(text, _JOIN)
-    if len(pieces) > 1 and all(pieces):
-        return ",", pieces
-    if text.startswith(r"\{") and text.endswith(r"\}"):
-        inside = text[2:-2].strip()
-        return "{}", _split(inside, _JOIN) if inside else []
-    if len(text) > 2 and text[0] in "([" and text[-1] in ")]" and _closes_last(text):
-        inside = _split(text[1:-1].strip(), re.compile(r" ?, ?"))
-        if len(inside) > 1 and all(inside):
-            return text[0] + text[-1], inside
-    if r"\pm" in text and text.count(r"\pm") == 1:
-        plus, minus = text.replace(r"\pm", "+"), text.replace(r"\pm", "-")
-        return ",", [normalise(plus).removeprefix("+").strip(), normalise(minus)]
-    return "", [text]
 
 
 def _closes_last(text: str) -> bool:
     """Whether the bracket that opens `text` is closed by its last character."""
     depth = 0
     for position, character in enumerate(text):
-        depth += (character in "([") - (character in ")]")
+        depth += (character in "([{") - (character in ")]}")
         if depth == 0:
             return position == len(text) - 1
     return False
+
+
+def _parts(text: str) -> tuple[str, list[str]]:
+    """What `text` is and its parts: "()", "[)" and so on a tuple or interval, "{}" a set, "," a list, "u" a union,
+    ":" a ratio, "" a single thing."""
+    if rational(text) is not None:
+        return "", [text]
+    pieces = _split(text, re.compile(r" ?\\cup ?"))
+    if len(pieces) > 1:
+        return "u", pieces
+    ungrouped = _GROUPED.sub(lambda match: match[0].replace(",", ""), text) if text[0] not in "([{\\" else text
+    pieces = [x for piece in _split(ungrouped, _JOIN) for x in _plus_and_minus(piece)]
+    if len(pieces) > 1 and all(pieces):
+        return ",", pieces
+    bare = text.replace(r"\{", "{").replace(r"\}", "}")
+    if bare[0] == "{" and bare[-1] == "}" and _closes_last(bare):
+        inside = text[2:-2] if text[0] == "\\" else text[1:-1]
+        return "{}", [x for piece in _split(inside.strip(), _JOIN) for x in _plus_and_minus(piece)]
+    if len(text) > 2 and text[0] in "([" and text[-1] in ")]" and _closes_last(text):
+        inside = _split(text[1:-1].strip(), re.compile(r" ?, ?"))
+        if len(inside) > 1 and all(inside):
+            return text[0] + text[-1], inside
+    pieces = text.split(":")
+    if len(pieces) > 1 and all(rational(piece.strip()) is not None for piece in pieces):
+        return ":", [piece.strip() for piece in pieces]
+    return "", [ungrouped]
+
+
+def _plus_and_minus(text: str) -> list[str]:
+    if text.count(r"\pm") != 1:
+        return [text]
+    return [normalise(text.replace(r"\pm", "+")).removeprefix("+").strip(), normalise(text.replace(r"\pm", "-"))]
 
 
 def compare(answer: str | None, gold: str, ask: Ask | None = None) -> bool | None:
@@ -228,27 +270,40 @@ def _compare(answer: str, gold: str, ask: Ask | None) -> bool | None:
         return answer != ""
     if not answer or not gold:
         return False
-    answer, gold = _without_left_side(answer, gold)
     (kind, ours), (kind_gold, theirs) = _parts(answer), _parts(gold)
+    if len(_sides(answer)) + len(_sides(gold)) > 2:
+        if kind == kind_gold == "":
+            return _equations(answer, gold, ask)
+        if "" in (kind, kind_gold):  # x = \{1, 2\} and \{1, 2\}
+            bare = [_right_side(text) if k == "" else text for k, text in ((kind, answer), (kind_gold, gold))]
+            if None not in bare and bare != [answer, gold]:
+                return _compare(*bare, ask)
     if kind == kind_gold == "":
-        return _single(answer, gold, ask)
+        return _single(ours[0], theirs[0], ask)
     kinds = {kind, kind_gold}
-    if kind == kind_gold and kind[0] in "([" or kinds == {",", "()"}:  # in order
+    if kind == kind_gold and (kind[0] in "([" or kind == ":") or kinds == {",", "()"}:  # in order
         if len(ours) != len(theirs):
             return False
         verdicts = [_compare(a, g, ask) for a, g in zip(ours, theirs, strict=True)]
         return False if False in verdicts else None if None in verdicts else True
     if kind == kind_gold or kinds == {",", "{}"}:
         return _any_order(ours, theirs, ask)
-    if kinds == {"", "{}"}:  # {5} and 5
+    if kinds == {"", "{}"} and r"\varnothing" not in answer + gold:  # {5} and 5
         return _any_order(ours, theirs, ask)
-    return False if "" not in kinds or "," in kinds else _single(answer, gold, ask)
+    if kinds == {"", ":"} and len(ours) + len(theirs) == 3:  # 3:4 and 3/4
+        ratio, single = (ours, theirs[0]) if kind == ":" else (theirs, ours[0])
+        return rational(single) == rational(ratio[0]) / rational(ratio[1])
+    if "" in kinds and kinds & {"()", "(]", "[)", "[]", "u"}:  # x > 3 and (3, \infty)
+        return None if ask is None else ask(answer, gold)
+    return False
 
 
 def _any_order(ours: list[str], theirs: list[str], ask: Ask | None) -> bool | None:
     """Whether each of ours is one of theirs and the other way round, each used once."""
     if len(ours) != len(theirs):
         return False
+    if len(ours) > 32:  # quadratic; a longer list is the same to the letter or not at all
+        return sorted(ours) == sorted(theirs)
     left, unsure = list(theirs), False
     for a in ours:
         verdicts = [_compare(a, g, ask) for g in left]
@@ -261,24 +316,45 @@ def _any_order(ours: list[str], theirs: list[str], ask: Ask | None) -> bool | No
     return None if unsure else True
 
 
-def _without_left_side(answer: str, gold: str) -> tuple[str, str]:
-    """Both without `x =`, where only one has it or both have the same; a chain `2 + 3 = 5` is its last member."""
-    found = [_LEFT_SIDE.match(text) if text.count("=") <= 2 else None for text in (answer, gold)]
-    rest = [text[m.end() :].strip() if m else text for m, text in zip(found, (answer, gold), strict=True)]
-    if all(found):
-        sides = [m[0].removesuffix("=").removesuffix(r"\in ").replace(" ", "") for m in found]
-        variables = all(len(s) == 1 and s.isalpha() for s in sides)
-        if variables and sides[0] != sides[1]:
-            return answer, gold
-        return tuple(rest)
-    if any(found):
-        with_it = answer if found[0] else gold
-        if _split(with_it, _JOIN) == [with_it]:  # "x = 1, y = 2" is taken apart first
-            return tuple(rest)
-    return answer, gold
+def _sides(text: str) -> list[str]:
+    return [side.strip() for side in re.split(r"(?<![<>!\\])=|\\in(?![a-zA-Z]) ?", text)]
+
+
+def _is_name(side: str) -> bool:
+    """Something that an answer may be called: x, f(x), a_n, AB, \\angle ABC, Area."""
+    side = re.sub(r"\^\{?-1\}?", "", side)  # the inverse of a function
+    return len(side) <= 40 and bool(re.search("[A-Za-z]", side)) and not _NOT_IN_NAMES.search(side)
+
+
+def _right_side(text: str) -> str | None:
+    """What follows `x =` or `2 + 3 =`, `text` itself where there is no equation, None for one of another kind."""
+    *left, right = _sides(text)
+    return right if all(_is_name(side) or not re.search("[A-Za-z]", side) for side in left) else None
+
+
+def _equations(answer: str, gold: str, ask: Ask | None) -> bool | None:
+    """`x = 3` against `3` or `3 = x`; two equations are the same if their differences of sides are, up to sign."""
+    ours, theirs = _sides(answer), _sides(gold)
+    if min(len(ours), len(theirs)) == 1 or max(len(ours), len(theirs)) > 2:
+        right = _right_side(answer), _right_side(gold)
+        return False if None in right or right == (answer, gold) else _compare(*right, ask)
+    tight = [[side.replace(" ", "").replace(_MARK, "") for side in sides] for sides in (ours, theirs)]
+    if tight[0] == tight[1][::-1]:
+        return True
+    names = tight[0][0], tight[1][0]
+    if _is_name(names[0]) and _is_name(names[1]):
+        functions = sorted("f(x)" if re.fullmatch(r"[a-z]\([a-z]\)", name) else name for name in names)
+        same = names[0] == names[1] or functions == ["f(x)", "y"]
+        return _compare(ours[1], theirs[1], ask) if same else False
+    if ask is None:
+        return None
+    difference = [f"({left})-({right})" for left, right in (ours, theirs)]
+    return ask(*difference) or ask(f"-({difference[0]})", difference[1])
 
 
 def _single(answer: str, gold: str, ask: Ask | None) -> bool | None:
+    if re.sub(" (?=[A-Za-z])", "", answer) == re.sub(" (?=[A-Za-z])", "", gold):
+        return True
     (a, unit), (g, unit_gold) = _split_unit(answer), _split_unit(gold)
     if unit and unit_gold and unit != unit_gold:
         return False
@@ -290,17 +366,33 @@ def _single(answer: str, gold: str, ask: Ask | None) -> bool | None:
             return numbers[0] == numbers[1]
         return numbers[0] == numbers[1] or numbers[0] * (100 if percent[1] else 1) == numbers[1] * (
             100 if percent[0] else 1)
-    a, g = (re.sub(r"^\(([A-Za-z])\)$", r"\1", text) for text in (a, g))  # the choice (B)
-    if a == g:
-        return True
-    words = [re.fullmatch(r"[A-Za-z]{3,}(?:[ '-][A-Za-z]+)*", text) for text in (a, g)]
-    if any(words):
-        return a.replace(" ", "").casefold() == g.replace(" ", "").casefold()
-    if sorted(_SUBSCRIPT.findall(a)) != sorted(_SUBSCRIPT.findall(g)):
-        return False
     if percent[0] != percent[1]:
         return False
+    a, g = _choice(a, g), _choice(g, a)
+    was_text = _MARK in a + g
+    a, g = (text.replace(_MARK, "").strip() for text in (a, g))
+    if a == g:
+        return True
+    words = [bool(re.fullmatch(r"[A-Za-z]{3,}|[A-Za-z]+(?:[ '-][A-Za-z]{2,})+", text)) or text.lower() in _SHORT_WORDS
+             or was_text and text.isalpha() for text in (a, g)]
+    if any(words):
+        return _word(a) == _word(g)
+    if sorted(_SUBSCRIPT.findall(a)) != sorted(_SUBSCRIPT.findall(g)):
+        return False
     return None if ask is None else ask(a, g)
+
+
+def _word(text: str) -> str:
+    word = re.sub("[ '-]", "", text).casefold()
+    return r"\varnothing" if re.fullmatch("no(real)?solutions?", word) else word
+
+
+def _choice(text: str, other: str) -> str:
+    """(B) is B; "(B) 12" is B where the other is a letter, else 12."""
+    match = re.fullmatch(rf"{_MARK}?\(([A-J])\)(?: ?{_MARK}?(.*))?", text)
+    if not match:
+        return text
+    return match[1] if not match[2] or re.fullmatch(r"\(?[A-J]\)?", other) else match[2]
 
 
 # ---- math-verify
@@ -333,18 +425,34 @@ def _no_code():
 def _math_verify():
     import math_verify
     import sympy.physics.units  # noqa: F401  (simplify imports it late, and its names go through parse_expr)
+    from latex2sympy2_extended import NormalizationConfig
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time-outs are off; they must be
-    config = math_verify.LatexExtractionConfig(boxed_match_priority=0)
+    dress = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, equations=False)
+    config = math_verify.LatexExtractionConfig(boxed_match_priority=0, normalization_config=dress)
     parse = functools.partial(math_verify.parse, extraction_config=[config], parsing_timeout=None)
-    return parse, functools.partial(math_verify.verify, float_rounding=12, numeric_precision=40, timeout_seconds=None)
+    return parse, functools.partial(math_verify.verify, float_rounding=12, numeric_precision=40,
+                                    allow_set_relation_comp=True, timeout_seconds=None)
 
 
 def ask_math_verify(answer: str, gold: str) -> bool:
     """math-verify's verdict on two expressions in LaTeX. No time-out."""
+    import sympy
+
     parse, verify = _math_verify()
     with _no_code():
-        return verify(parse(rf"\boxed{{{gold}}}"), parse(rf"\boxed{{{answer}}}"))
+        parsed = [parse(rf"\boxed{{{_in_radians(text)}}}") for text in (gold, answer)]
+        letters = {x.name for found in parsed for e in found if isinstance(e, sympy.Basic) for x in e.free_symbols}
+        if letters == {"i"}:  # no index, no variable: the imaginary unit
+            parsed = [[e.xreplace({x: sympy.I for x in e.free_symbols}) if isinstance(e, sympy.Basic) else e
+                       for e in found] for found in parsed]
+        return verify(*parsed)
+
+
+def _in_radians(text: str) -> str:
+    if not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
+        return text
+    return re.sub(r"(\d+(?:\.\d+)?) ?degrees", r"(\\frac{\1\\pi}{180})", text)
 
 
 def equivalent(answer: str | None, gold: str) -> bool:
