@@ -260,6 +260,9 @@ def compare(answer: str | None, gold: str, ask: Ask | None = None) -> bool | Non
     if max(len(answer), len(gold)) > MAX_ANSWER:
         return answer == gold
     try:
+        numbers = rational(answer), rational(gold)
+        if None not in numbers:  # most answers, most of the time
+            return numbers[0] == numbers[1]
         return _compare(normalise(answer), normalise(gold), ask)
     except ZeroDivisionError:  # 5/0 is no number and equals none
         return False

@@ -54,10 +54,11 @@ class Rows(NamedTuple):
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     wide = torch.promote_types(hidden.dtype, torch.float32)  # float64 stays float64, for gradcheck
-    return (hidden.to(wide) @ weight.to(wide).T).div_(temperature)
+    return (hidden.to(wide) / temperature) @ weight.to(wide).T
 
 
-def _fold_reference(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Partial, Tensor]:
+def _fold_reference(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float,
+                    entropy: bool) -> tuple[Partial, Tensor]:
     """The partials of S slices, stacked (S, T), and the logits of the targets (T,); NaN for one that is no word."""
     columns = max(1, MAX_LOGITS // len(hidden))
     partials, chosen = [], torch.full_like(targets, torch.nan, dtype=torch.promote_types(hidden.dtype, torch.float32))
@@ -65,15 +66,15 @@ def _fold_reference(hidden: Tensor, weight: Tensor, targets: Tensor, temperature
         logits = _logits(hidden, weight[first : first + columns], temperature)  # (T, slice)
         here = pick(logits, targets - first)
         chosen = torch.where(here.isnan(), chosen, here)
-        partials.append(Partial.of(logits))
+        partials.append(Partial.of(logits, entropy))
     return Partial(*map(torch.stack, zip(*partials, strict=True))), chosen
 
 
 def _dlogits_reference(row: Rows, head: Tensor, first: int, temperature: float) -> Tensor:
     """The gradient in hidden @ head.T, (T, slice), for the slice of the weight, `head`, that begins at `first`."""
     log_p = _logits(row.hidden, head, temperature) - row.lse[:, None]
-    gradient = logit_gradient(log_p, row.targets - first, row.entropy, row.grad_logp, row.grad_entropy)
-    return gradient.div_(temperature)
+    h = None if row.grad_entropy is None else row.grad_entropy / temperature
+    return logit_gradient(log_p, row.targets - first, row.entropy, row.grad_logp / temperature, h)
 
 
 # ------------------------------------------------------------------------------------------------ Triton
@@ -95,7 +96,7 @@ def _tiles(dtype: torch.dtype) -> Tiles:
         return Tiles(32, 128, 32, 2, 4, 2)
     if dtype.itemsize == 2:
         return Tiles(128, 256, 64, 16, 8, 4)  # of the tiles tried for sm_90 the largest that spills no register
-    return Tiles(64, 64, 32, 16, 4, 3)  # float32 runs on the ordinary cores, in full precision
+    return Tiles(64, 64, 16, 16, 8, 3)  # float32 runs on the ordinary cores, in full precision; likewise
 
 
 @jit
@@ -216,10 +217,8 @@ def _forward(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
     if not len(hidden):
         empty = hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
         return empty, empty.clone(), empty.clone()
-    if on_triton:
-        slices, chosen = _fold_triton(hidden, weight, targets, temperature, entropy)
-    else:
-        slices, chosen = _fold_reference(hidden, weight, targets, temperature)
+    fold_all = _fold_triton if on_triton else _fold_reference
+    slices, chosen = fold_all(hidden, weight, targets, temperature, entropy)
     lse, entropy_T = slices.lse_and_entropy()
     ignored = targets == IGNORE_INDEX
     return (chosen - lse).masked_fill(ignored, 0.0), lse, entropy_T.masked_fill(ignored, 0.0)

@@ -36,22 +36,24 @@ def _chunks(logits: Tensor):
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    """A copy in the accumulators' dtype, divided by the temperature."""
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    return x if temperature == 1 else x.div_(temperature)
 
 
-def _forward_reference(logits: Tensor, targets: Tensor, temperature: float, out: Tensor) -> None:
+def _forward_reference(logits: Tensor, targets: Tensor, temperature: float, entropy: bool, out: Tensor) -> None:
     """The target's logit, lse and entropy of every row into `out` (3, T)."""
     for rows in _chunks(logits):
         x = _scaled(logits[rows], temperature)
         out[0, rows] = pick(x, targets[rows])
-        out[1, rows], out[2, rows] = Partial(*(p[None] for p in Partial.of(x))).lse_and_entropy()
+        out[1, rows], out[2, rows] = Partial(*(p[None] for p in Partial.of(x, entropy))).lse_and_entropy()
 
 
 def _backward_reference(logits, targets, lse, entropy, grad_logp, grad_entropy, temperature: float, out) -> None:
     for rows in _chunks(logits):
-        log_p = _scaled(logits[rows], temperature) - lse[rows, None]
-        h = None if grad_entropy is None else grad_entropy[rows]
-        out[rows] = logit_gradient(log_p, targets[rows], entropy[rows], grad_logp[rows], h).div_(temperature)
+        log_p = _scaled(logits[rows], temperature).sub_(lse[rows, None])
+        h = None if grad_entropy is None else grad_entropy[rows] / temperature
+        out[rows] = logit_gradient(log_p, targets[rows], entropy[rows], grad_logp[rows] / temperature, h)
 
 
 # ------------------------------------------------------------------------------------------------ Triton
@@ -114,7 +116,7 @@ def _forward(logits: Tensor, targets: Tensor, temperature: float, entropy: bool,
         _forward_kernel[(T,)](logits, targets, *out, V, logits.stride(0), SCALE=math.log2(math.e) / temperature,
                               STEPS=STEPS, LANES=LANES, ENTROPY=entropy, ACC=accumulator(logits), num_warps=4)
     else:
-        _forward_reference(logits, targets, temperature, out)
+        _forward_reference(logits, targets, temperature, entropy, out)
     ignored = targets == IGNORE_INDEX
     return (out[0] - out[1]).masked_fill(ignored, 0.0), out[1].clone(), out[2].masked_fill(ignored, 0.0)
 

@@ -32,12 +32,14 @@ class Partial(NamedTuple):
     moment: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor) -> "Partial":
-        """Of logits (T, piece), which are overwritten."""
+    def of(cls, logits: Tensor, entropy: bool) -> "Partial":
+        """Of logits (T, piece), which are overwritten. Without `entropy` the moment is 0."""
         peak = logits.amax(dim=1)
-        logits.sub_(peak[:, None]).clamp_(min=-1e30)
+        logits.sub_(peak[:, None])
+        if not entropy:
+            return cls(peak, logits.exp_().sum(dim=1), torch.zeros_like(peak))
         p = logits.exp()
-        return cls(peak, p.sum(dim=1), torch.linalg.vecdot(p, logits))
+        return cls(peak, p.sum(dim=1), logits.clamp_(min=-1e30).mul_(p).sum(dim=1))
 
     def lse_and_entropy(self) -> tuple[Tensor, Tensor]:
         """(T,) each, of the partials (S, T) of S pieces."""
