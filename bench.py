@@ -1,22 +1,33 @@
-"""Timings side by side, in one run: `python bench.py [adversary] [engine] [step] [--out FILE.json]` (default: all).
+"""Measurements side by side, in one run: `python bench.py [NAME ...] [--out FILE.json]`.
 
+Without names the first three, which take about a minute on two CPU cores:
 adversary  bins and adversaries, one step at the paper's size: 256 prompts of 14,116, 10 bins, 11 arms, 1,024 rollouts
 engine     TorchEngine against transformers' generate on the arithmetic base model, 256 rollouts
 step       a whole training step of the arithmetic preset, by phase, in every mode
+
+By name only:
+kernels    CUDA, under 8 minutes: every kernel against plain torch, torch.compile and the installed ones of other
+           projects. CPU, under 3 minutes: the torch references against whole logits, seconds and memory
+memory     Linux, CPU: peak memory of a training step with 151,936 words, with and without whole logits; needs 16 GB
+sm90       needs Triton but no GPU: what the compiler makes of every kernel for sm_90 (H100, H200)
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import arithmetic
+import model
+from bench_kernels import VOCABULARY, bench_kernels, bench_sm90, forget_peak, in_fresh_process, resident_mib
 from gdro import BUDGETS, UTILITIES, DifficultyBins, PromptGDRO, RolloutGDRO
 from rollout import Sampling, TorchEngine, rollout_seed
 from train import Ranks, Trainer, environment, parse_args
@@ -123,30 +134,122 @@ def bench_step(steps: int = 6) -> list[dict]:
     return rows
 
 
+def whole_logits(hidden, weight, targets, *, temperature=1.0, entropy=False, main_grad=None):
+    """linear_logprob as it is mostly written: logits of the whole batch, and autograd. Leaves main_grad to the hook."""
+    log_p = (hidden @ weight.T / temperature).log_softmax(dim=1)
+    logp = log_p.gather(1, targets[:, None]).squeeze(1)
+    return (logp, -(log_p.exp() * log_p).sum(dim=1)) if entropy else logp
+
+
+def memory_of_a_step(folder: Path, whole: bool) -> dict:
+    """One training step: by phase the peak in MiB and what of it came on top, and what the two forms must agree on.
+
+    A random model solves nothing, all advantages would be 0 and no backward would run: coins are tossed for rewards.
+    """
+    if whole:
+        model.linear_logprob = whole_logits
+    cfg, _, _ = parse_args(["--preset", "arithmetic", "--model", str(folder), "--engine", "torch",
+                            "--prompts_per_step", "16", "--minibatch_prompts", "16"])
+    trainer, peaks = Trainer(cfg, Ranks()), {}
+
+    def watched(name: str, method: Callable) -> Callable:
+        def call(*args, **kwargs):
+            held = forget_peak()
+            out = method(*args, **kwargs)
+            peaks[name] = resident_mib("VmHWM"), resident_mib("VmHWM") - held
+            return out
+
+        return call
+
+    grade = trainer.grade
+
+    def toss(batch, problems):
+        rewards, timeouts, texts = grade(batch, problems)
+        return np.random.default_rng(0).choice([-1.0, 1.0], len(rewards)), timeouts, texts
+
+    trainer.grade = toss
+    for name in ("sample", "behaviour", "update"):
+        setattr(trainer, name, watched(name, getattr(trainer, name)))
+    with trainer.grader:
+        line, _ = trainer.step(0)
+    return {"MiB": peaks, **{k: line[k] for k in ("tokens_generated", "loss", "grad_norm", "entropy")}}
+
+
+def bench_memory() -> list[dict]:
+    """One step of the arithmetic preset, 64 rollouts, on a tiny random Qwen3 with the vocabulary of a real one.
+
+    `behaviour` computes log-probs and entropies without gradients, `update` is forward, backward and AdamW; `sample`
+    has one row of logits a rollout in either form. `peak` is of the process, `on top` beyond what it held when the
+    phase began. The loss is 0 in both: the policy is still the one that drew, and advantages have mean 0. Raises
+    AssertionError where the two forms do not agree to 1e-4.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        config = model.ModelConfig("qwen3", VOCABULARY, 64, 192, 2, 4, 2, 16, 10_000.0, 1e-6, True, 256)
+        tiny = model.Transformer(config)
+        tiny.init_weights(torch.Generator().manual_seed(0))
+        tiny.save_pretrained(folder)
+        arithmetic.tokenizer().save_pretrained(folder)
+        chunked, whole = (in_fresh_process(memory_of_a_step, Path(folder), form) for form in (False, True))
+    rows, same = [], [name for name in chunked if name != "MiB"]
+    for phase, ours in chunked["MiB"].items():
+        row, theirs = {"phase": phase}, whole["MiB"][phase]
+        for what, a, b in zip(("peak", "on top"), ours, theirs, strict=True):
+            row |= {f"chunked MiB, {what}": a, f"whole logits MiB, {what}": b, f"ratio, {what}": a / b}
+        rows.append(row)
+    for name in same:
+        assert abs(chunked[name] - whole[name]) < 1e-4 * max(1, abs(whole[name])), (name, chunked, whole)
+    return rows + [{"the same step": name, "chunked": chunked[name], "whole logits": whole[name]} for name in same]
+
+
 def markdown(title: str, rows: list[dict]) -> str:
+    """A table of each run of rows that have the same columns."""
+
     def cell(x) -> str:
+        if isinstance(x, bool) or x is None:
+            return {True: "yes", False: "no", None: ""}[x]
         return x if isinstance(x, str) else f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
 
-    columns = list(rows[0])
-    table = [columns, ["---"] * len(columns), *([cell(x) for x in row.values()] for row in rows)]
-    return f"\n### {title}\n" + "\n".join(f"| {' | '.join(line)} |" for line in table)
+    text = f"\n### {title}\n"
+    for columns, group in itertools.groupby(rows, key=tuple):
+        table = [columns, ["---"] * len(columns), *([cell(x) for x in row.values()] for row in group)]
+        text += "\n" + "\n".join(f"| {' | '.join(line)} |" for line in table) + "\n"
+    return text
 
 
-BENCHES = {"adversary": bench_adversary, "engine": bench_engine, "step": bench_step}
+def versions(*names: str) -> dict[str, str]:
+    """Of the packages that are installed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+BENCHES = {"adversary": bench_adversary, "engine": bench_engine, "step": bench_step, "kernels": bench_kernels,
+           "memory": bench_memory, "sm90": bench_sm90}
+WITHOUT_NAMES = ("adversary", "engine", "step")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("what", nargs="*", choices=[*BENCHES, []], help="which to run; all without any")
-    parser.add_argument("--out", type=Path, help="write the figures, with versions and hardware, to this .json file")
+    parser.add_argument("names", nargs="*", choices=[*BENCHES, []], metavar="NAME", help="which to run; see above")
+    parser.add_argument("--out", type=Path, help="write the figures, with versions and hardware, to this .json file, "
+                                                 "and the tables to an .md file beside it")
     args = parser.parse_args()
-    results = {name: BENCHES[name]() for name in args.what or BENCHES}
-    for name, rows in results.items():
-        print(markdown(name, rows))
+    if args.out and args.out.suffix != ".json":
+        parser.error(f"--out must end in .json, got {args.out}")
+    results = {name: BENCHES[name]() for name in args.names or WITHOUT_NAMES}
+    tables = "".join(markdown(name, rows) for name, rows in results.items())
+    print(tables)
     if args.out:
+        peers = versions("triton", "liger-kernel", "cut-cross-entropy", "trl", "verl")
+        record = {"environment": {**environment(), **peers}, **results}
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"environment": environment(), **results}, indent=1) + "\n")
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        args.out.with_suffix(".md").write_text(tables.lstrip())
 
 
 if __name__ == "__main__":

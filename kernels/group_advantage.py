@@ -53,9 +53,9 @@ def _kernel(rewards, offsets, weights, advantages, constant, EPS: tl.constexpr, 
         low = tl.minimum(low, tl.where(at < last, r, float("inf")))
         high = tl.maximum(high, tl.where(at < last, r, float("-inf")))
         total += r
-    equal = tl.max(high, axis=0) <= tl.min(low, axis=0)
     size = tl.maximum(last - first, 1).to(tl.float64)
     mean = tl.sum(total, axis=0) / size
+    equal = (tl.max(high, axis=0) <= tl.min(low, axis=0)) & (mean == mean)  # min and max pass over NaN
     for start in range(first, last, BLOCK):
         at = start + lane
         centred = tl.where(at < last, tl.load(rewards + at, mask=at < last, other=0.0).to(tl.float64) - mean, 0.0)

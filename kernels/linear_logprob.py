@@ -5,21 +5,24 @@
     entropy[t]  = lse[t] - sum_v p[t, v] logit[t, v]
 
 With 16,384 tokens and 151,936 words the logits alone are 10 GB in float32, and as much again in backward. Here they
-exist only a piece at a time. Both directions go through the vocabulary in slices:
+exist only a piece at a time. On CUDA:
 
-    forward    each slice leaves three numbers a row, which combine exactly into lse and entropy (`softmax.py`). On
-               CUDA its logits never leave the registers.
-    backward   each slice's logits are computed again and become their own gradient, dlogits. It is written once, in
-               the operands' dtype, and two matrix products take it up: dweight[slice] = dlogits^T hidden, finished,
-               and dhidden += dlogits weight[slice].
+    forward    a program walks through 4,096 columns for 128 rows, logits staying in registers, and leaves three numbers
+               a row, which combine exactly into lse and entropy (`softmax.py`).
+    backward   goes through the vocabulary in slices. A slice's logits are computed again, become their own gradient,
+               dlogits, are written once, in the operands' dtype, and taken up by two matrix products:
+               dweight[slice] = dlogits^T hidden, finished, and dhidden += dlogits weight[slice].
 
 Why slices of the vocabulary and not of the tokens: only dhidden, the smaller by far, is then accumulated, in float32.
 Why float32 from the accumulator to the softmax, whatever the operands: rounded to bf16, log-probs at this vocabulary
 are off by up to 3e-2, and the p - 1 of a confident token changes its sign.
 
 Tokens whose incoming gradients are exactly zero (rollouts of prompts that all succeeded or all failed, tokens that the
-clip holds) are left out of backward, in blocks of 64: whole responses are long runs of such rows, and leaving out
-aligned blocks keeps the order of every sum that remains. All sums have a fixed order: no atomics, the same bits twice.
+clip holds) are left out of backward, a tile of rows at a time: whole responses are long runs of such rows. Leaving a
+tile out changes no bit of what remains, as every sum goes through its terms in a fixed order and would add zeros. No
+atomics, no locks, no library product that chooses its order by the shape: the same bits twice, and with more zeros.
+
+The torch reference takes rows in chunks, the whole vocabulary at once.
 """
 
 import math
@@ -31,50 +34,53 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.backend import IGNORE_INDEX, INTERPRETED, TensorDescriptor, accumulator, jit, tl, triton, use_triton
-from kernels.softmax import LN2, LOWEST, Partial, check_targets, fold, logit_gradient, pick, tile_gradient
+from kernels.softmax import (
+    LN2,
+    LOWEST,
+    Partial,
+    check_targets,
+    chunks,
+    fold,
+    logit_gradient,
+    of_whole_rows,
+    tile_gradient,
+)
 
-MAX_LOGITS = 1 << 24  # elements of one slice of the reference's float32 logits: 64 MiB
-MAX_EXTRA_BYTES = 400 << 20  # of Triton's backward: a slice of dlogits beside the rows' copy and float32 gradient
-ROW_BLOCK = 64  # granularity at which rows without gradient are left out
+MAX_LOGITS = 1 << 24  # elements of one chunk of the reference's float32 logits: 64 MiB, or what 128 rows need
+MAX_EXTRA_BYTES = 448 << 20  # of Triton's backward: a slice of dlogits beside the float32 gradient of the hidden states
 SPLIT = 4096  # vocabulary columns that one program of Triton's forward folds; fixed, so that results are
-
-
-class Rows(NamedTuple):
-    """What backward needs of each row, (T, D) and (T,); grad_entropy is None where the entropy was not used."""
-
-    hidden: Tensor
-    targets: Tensor
-    lse: Tensor
-    entropy: Tensor
-    grad_logp: Tensor
-    grad_entropy: Tensor | None
 
 
 # ------------------------------------------------------------------------------------------------ torch reference
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    wide = torch.promote_types(hidden.dtype, torch.float32)  # float64 stays float64, for gradcheck
-    return (hidden.to(wide) / temperature) @ weight.to(wide).T
+    return (hidden.to(weight.dtype) / temperature) @ weight.T
 
 
-def _fold_reference(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float,
-                    entropy: bool) -> tuple[Partial, Tensor]:
-    """The partials of S slices, stacked (S, T), and the logits of the targets (T,); NaN for one that is no word."""
-    columns = max(1, MAX_LOGITS // len(hidden))
-    partials, chosen = [], torch.full_like(targets, torch.nan, dtype=torch.promote_types(hidden.dtype, torch.float32))
-    for first in range(0, len(weight), columns):
-        logits = _logits(hidden, weight[first : first + columns], temperature)  # (T, slice)
-        here = pick(logits, targets - first)
-        chosen = torch.where(here.isnan(), chosen, here)
-        partials.append(Partial.of(logits, entropy))
-    return Partial(*map(torch.stack, zip(*partials, strict=True))), chosen
+def _forward_reference(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool,
+                       out: Tensor) -> None:
+    """The target's logit, lse and entropy of every row into `out` (3, T)."""
+    weight = weight.to(out.dtype)
+    for rows in chunks(len(hidden), len(weight), MAX_LOGITS, 128):
+        found = of_whole_rows(_logits(hidden[rows], weight, temperature), targets[rows], entropy)
+        out[:, rows] = torch.stack(found)
 
 
-def _dlogits_reference(row: Rows, head: Tensor, first: int, temperature: float) -> Tensor:
-    """The gradient in hidden @ head.T, (T, slice), for the slice of the weight, `head`, that begins at `first`."""
-    log_p = _logits(row.hidden, head, temperature) - row.lse[:, None]
-    h = None if row.grad_entropy is None else row.grad_entropy / temperature
-    return logit_gradient(log_p, row.targets - first, row.entropy, row.grad_logp / temperature, h)
+def _backward_reference(grad_logp, grad_entropy, hidden, weight, targets, lse, entropy, temperature: float,
+                        dhidden: Tensor, dweight: Tensor | None) -> None:
+    """Adds the gradients to dhidden (T, D) and dweight (V, D)."""
+    weight, h = weight.to(lse.dtype), None
+    for rows in chunks(len(hidden), len(weight), MAX_LOGITS, 128):
+        g = grad_logp[rows] / temperature
+        if grad_entropy is not None:
+            h = grad_entropy[rows] / temperature
+        if not (g.any() or h is not None and h.any()):
+            continue
+        log_p = _logits(hidden[rows], weight, temperature).sub_(lse[rows, None])
+        dlogits = logit_gradient(log_p, targets[rows], entropy[rows], g, h)  # (n, V)
+        dhidden[rows] += dlogits @ weight
+        if dweight is not None:
+            dweight += dlogits.T @ hidden[rows].to(dlogits.dtype)
 
 
 # ------------------------------------------------------------------------------------------------ Triton
@@ -149,24 +155,68 @@ def _fold_kernel(hidden, weight, targets, peak_ST, total_ST, moment_ST, chosen_T
 
 
 @jit
-def _dlogits_kernel(hidden, weight, targets, lse_T, entropy_T, grad_logp_T, grad_entropy_T, dlogits, T, V, D, first,
-                    SCALE: tl.constexpr, TEMPERATURE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def _dlogits_kernel(hidden, head, targets, lse_T, entropy_T, grad_logp_T, grad_entropy_T, live, count, dlogits, T, N, D,
+                    first, SCALE: tl.constexpr, TEMPERATURE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                     DEPTH: tl.constexpr, GROUP: tl.constexpr, ENTROPY: tl.constexpr, ACC: tl.constexpr,
                     WIDEN: tl.constexpr):
-    """One tile of the logits of a slice of V columns from `first` on, turned into its gradient."""
-    tile, slab = _place(T, tl.cdiv(V, COLUMNS), ROWS, GROUP)
-    logits = _logits_tile(hidden, weight, tile * ROWS, slab * COLUMNS, D, SCALE, ROWS, COLUMNS, DEPTH, ACC, WIDEN)
-    row = tile * ROWS + tl.arange(0, ROWS)
+    """A tile of the logits of the slice `head`, N columns from `first` on, becomes its gradient."""
+    place, slab = _place(T, tl.cdiv(N, COLUMNS), ROWS, GROUP)
+    if place >= tl.load(count):
+        return
+    start = tl.load(live + place) * ROWS
+    logits = _logits_tile(hidden, head, start, slab * COLUMNS, D, SCALE, ROWS, COLUMNS, DEPTH, ACC, WIDEN)
+    row = start + tl.arange(0, ROWS)
+    known = tl.minimum(row, T - 1)  # past the end: anything finite, as the gradient is 0 there
     column = first + slab * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    lse = tl.load(lse_T + row, mask=row < T, other=0.0)[:, None]
+    lse, target = tl.load(lse_T + known)[:, None], tl.load(targets + known)[:, None]
     grad = tl.load(grad_logp_T + row, mask=row < T, other=0.0)[:, None]
-    target = tl.load(targets + row, mask=row < T, other=-1)[:, None]
     entropy, grad_entropy = lse, grad
     if ENTROPY:
-        entropy = tl.load(entropy_T + row, mask=row < T, other=0.0)[:, None]
+        entropy = tl.load(entropy_T + known)[:, None]
         grad_entropy = tl.load(grad_entropy_T + row, mask=row < T, other=0.0)[:, None]
     gradient = tile_gradient(logits * LN2 - lse, column == target, entropy, grad, grad_entropy, ENTROPY) / TEMPERATURE
-    dlogits.store([tile * ROWS, slab * COLUMNS], gradient.to(dlogits.dtype))
+    dlogits.store([place * ROWS, slab * COLUMNS], gradient.to(dlogits.dtype))
+
+
+@jit
+def _dhidden_kernel(dlogits, head, live, count, dhidden, T, N, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                    DEPTH: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr, WIDEN: tl.constexpr):
+    """A tile of dhidden += dlogits @ head; the sum goes on where the slice before left it."""
+    place, slab = _place(T, tl.cdiv(D, COLUMNS), ROWS, GROUP)
+    if place >= tl.load(count):
+        return
+    row = tl.load(live + place) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = slab * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    at, mask = dhidden + row.to(tl.int64) * D + column, (row < T) & (column < D)
+    tile = tl.load(at, mask=mask, other=0.0)
+    for n in range(0, N, DEPTH):
+        d, w = dlogits.load([place * ROWS, n]), head.load([n, slab * COLUMNS])
+        if WIDEN:
+            d, w = d.to(ACC), w.to(ACC)
+        tile = tl.dot(d, w, tile, input_precision="ieee", out_dtype=ACC)
+    tl.store(at, tile, mask=mask)
+
+
+@jit
+def _dweight_kernel(dlogits, hidden, live, count, dweight, N, D, stride, ADD: tl.constexpr, TILE: tl.constexpr,
+                    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+                    ACC: tl.constexpr, WIDEN: tl.constexpr):
+    """A tile of dweight[slice] (+)= dlogits^T hidden over the live tiles of TILE rows, DEPTH of them at a time."""
+    place, slab = _place(N, tl.cdiv(D, COLUMNS), ROWS, GROUP)
+    row = place * ROWS + tl.arange(0, ROWS)[:, None]
+    column = slab * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    at, mask = dweight + row.to(tl.int64) * stride + column, (row < N) & (column < D)
+    tile = tl.zeros((ROWS, COLUMNS), dtype=ACC)
+    if ADD:
+        tile = tl.load(at, mask=mask, other=0.0)
+    STEPS: tl.constexpr = TILE // DEPTH
+    for step in range(0, tl.load(count) * STEPS):
+        t = tl.load(live + step // STEPS) * TILE + step % STEPS * DEPTH
+        d, h = dlogits.load([step * DEPTH, place * ROWS]), hidden.load([t, slab * COLUMNS])
+        if WIDEN:
+            d, h = d.to(ACC), h.to(ACC)
+        tile = tl.dot(d.T, h, tile, input_precision="ieee", out_dtype=ACC)
+    tl.store(at, tile.to(dweight.dtype.element_ty), mask=mask)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -177,33 +227,71 @@ def _aligned(x: Tensor) -> Tensor:
     return F.pad(x, (0, -x.shape[1] % unit)).contiguous()
 
 
-def _fold_triton(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float,
-                 entropy: bool) -> tuple[Partial, Tensor]:
-    """As `_fold_reference`, with slices of SPLIT columns; also with NaN for a target that is no word."""
+def _forward_triton(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool,
+                    out: Tensor) -> None:
+    """As `_forward_reference`; NaN for a target that is no word."""
     (T, D), V = hidden.shape, len(weight)
     tiles, acc = _tiles(hidden.dtype), accumulator(hidden)
     splits = triton.cdiv(V, SPLIT)
-    out = torch.empty(3, splits, T, device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
-    chosen = torch.full((T,), torch.nan, device=hidden.device, dtype=out.dtype)
+    partial = Partial(*out.new_empty(3, splits, T))
+    out[0] = torch.nan
     hidden, weight = _aligned(hidden), _aligned(weight)
     _fold_kernel[(triton.cdiv(T, tiles.ROWS) * splits,)](
         TensorDescriptor.from_tensor(hidden, [tiles.ROWS, tiles.DEPTH]),
-        TensorDescriptor.from_tensor(weight, [tiles.COLUMNS, tiles.DEPTH]), targets, *out, chosen, T, V, D,
+        TensorDescriptor.from_tensor(weight, [tiles.COLUMNS, tiles.DEPTH]), targets, *partial, out[0], T, V, D,
         SCALE=math.log2(math.e) / temperature, SPLIT=SPLIT, ENTROPY=entropy, ACC=acc, WIDEN=INTERPRETED,
         **tiles._asdict())
-    return Partial(*out), chosen
+    out[1], out[2] = partial.lse_and_entropy()
 
 
-def _dlogits_triton(row: Rows, weight: Tensor, first: int, temperature: float, out: Tensor) -> None:
-    """As `_dlogits_reference`, into `out` (T, slice)."""
-    tiles, hidden, head = _tiles(weight.dtype), _aligned(row.hidden), _aligned(weight)
-    _dlogits_kernel[(triton.cdiv(len(hidden), tiles.ROWS) * triton.cdiv(len(weight), tiles.COLUMNS),)](
-        TensorDescriptor.from_tensor(hidden, [tiles.ROWS, tiles.DEPTH]),
-        TensorDescriptor.from_tensor(head, [tiles.COLUMNS, tiles.DEPTH]), row.targets, row.lse, row.entropy,
-        row.grad_logp, row.grad_entropy, TensorDescriptor.from_tensor(out, [tiles.ROWS, tiles.COLUMNS]),
-        len(hidden), len(weight), weight.shape[1], first, SCALE=math.log2(math.e) / temperature,
-        TEMPERATURE=temperature, ENTROPY=row.grad_entropy is not None, ACC=accumulator(hidden), WIDEN=INTERPRETED,
-        **tiles._asdict())
+def _live_tiles(grad_logp: Tensor, grad_entropy: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
+    """Tiles of `rows` rows, those with any gradient first, in order, and how many these are, (1,); both int32.
+
+    Both stay on the device: nothing waits for it.
+    """
+    live = grad_logp != 0  # NaN is live
+    if grad_entropy is not None:
+        live |= grad_entropy != 0
+    tiles = F.pad(live, (0, -len(live) % rows)).view(-1, rows).any(dim=1)
+    return tiles.logical_not().byte().argsort(stable=True).int(), tiles.sum(dtype=torch.int32)[None]
+
+
+def _backward_triton(grad_logp, grad_entropy, hidden, weight, targets, lse, entropy, temperature: float,
+                     dhidden: Tensor, dweight: Tensor | None, add: bool) -> None:
+    """Adds to dhidden (T, D), and to dweight (V, D) too or, without `add`, writes it."""
+    tiles, (T, D), V = _tiles(hidden.dtype), hidden.shape, len(weight)
+    live, count = _live_tiles(grad_logp, grad_entropy, tiles.ROWS)
+    hidden, weight = _aligned(hidden), _aligned(weight)
+    rows = triton.cdiv(T, tiles.ROWS) * tiles.ROWS
+    dtype = lse.dtype if INTERPRETED else hidden.dtype  # the interpreter truncates to bf16 instead of rounding
+    most = (MAX_EXTRA_BYTES - dhidden.nbytes) // (rows * dtype.itemsize)
+    columns = min(triton.cdiv(V, 256) * 256, max(1024, most // 256 * 256))
+    work = torch.empty(rows, columns, device=hidden.device, dtype=dtype)  # dlogits of a slice, live tiles first
+    options = dict(ACC=accumulator(hidden), WIDEN=INTERPRETED, **tiles._asdict())
+    # to keep as many tiles in flight although the next one's place is itself loaded
+    indirect = dict(options, TILE=tiles.ROWS, num_stages=2 * tiles.num_stages - 1)
+
+    def described(x: Tensor, *block: int) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(x, list(block))
+
+    def grid(rows: int, columns: int) -> tuple[int]:
+        return (triton.cdiv(rows, tiles.ROWS) * triton.cdiv(columns, tiles.COLUMNS),)
+
+    for first in range(0, V, columns):
+        head = weight[first : first + columns]  # (N, D)
+        N, dlogits = len(head), work[:, : len(head)]
+        _dlogits_kernel[grid(T, N)](
+            described(hidden, tiles.ROWS, tiles.DEPTH), described(head, tiles.COLUMNS, tiles.DEPTH), targets, lse,
+            entropy, grad_logp, grad_entropy, live, count, described(dlogits, tiles.ROWS, tiles.COLUMNS), T, N, D,
+            first, SCALE=math.log2(math.e) / temperature, TEMPERATURE=temperature, ENTROPY=grad_entropy is not None,
+            **options)
+        _dhidden_kernel[grid(T, D)](
+            described(dlogits, tiles.ROWS, tiles.DEPTH), described(head, tiles.DEPTH, tiles.COLUMNS), live, count,
+            dhidden, T, N, D, **options)
+        if dweight is not None:
+            _dweight_kernel[grid(N, D)](
+                described(dlogits, tiles.DEPTH, tiles.ROWS), described(hidden, tiles.DEPTH, tiles.COLUMNS), live, count,
+                dweight[first : first + columns], N, D, dweight.stride(0), ADD=add, **indirect)
 
 
 # ------------------------------------------------------------------------------------------------ both directions
@@ -214,37 +302,17 @@ def _forward(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
              on_triton: bool) -> tuple[Tensor, Tensor, Tensor]:
     """logp, lse, entropy: (T,) each, in float32 or wider. Without `entropy` the last is not meant to be used."""
     check_targets(targets, len(weight))
-    if not len(hidden):
-        empty = hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        return empty, empty.clone(), empty.clone()
-    fold_all = _fold_triton if on_triton else _fold_reference
-    slices, chosen = fold_all(hidden, weight, targets, temperature, entropy)
-    lse, entropy_T = slices.lse_and_entropy()
+    out = torch.zeros(3, len(hidden), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    if len(hidden):
+        (_forward_triton if on_triton else _forward_reference)(hidden, weight, targets, temperature, entropy, out)
     ignored = targets == IGNORE_INDEX
-    return (chosen - lse).masked_fill(ignored, 0.0), lse, entropy_T.masked_fill(ignored, 0.0)
+    return (out[0] - out[1]).masked_fill(ignored, 0.0), out[1].clone(), out[2].masked_fill(ignored, 0.0)
 
 
 @_forward.register_fake
 def _(hidden, weight, targets, temperature, entropy, on_triton):
     like = targets.new_empty(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
     return like, torch.empty_like(like), torch.empty_like(like)
-
-
-def _live_rows(grad_logp: Tensor, grad_entropy: Tensor | None) -> Tensor:
-    """Indices of the rows of all blocks of ROW_BLOCK in which any gradient is not zero. Waits for the device."""
-    live = grad_logp != 0
-    if grad_entropy is not None:
-        live |= grad_entropy != 0
-    blocks = F.pad(live, (0, -len(live) % ROW_BLOCK)).view(-1, ROW_BLOCK).any(dim=1)
-    return blocks.repeat_interleave(ROW_BLOCK)[: len(live)].nonzero().squeeze(1)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, summed in total's dtype whatever the operands'."""
-    if total.is_cuda and total.dtype != a.dtype:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 @torch.library.custom_op("group_dro::linear_logprob_backward", mutates_args=("main_grad",))
@@ -255,42 +323,23 @@ def _backward(grad_logp: Tensor, grad_entropy: Tensor | None, hidden: Tensor, we
     counts = targets != IGNORE_INDEX
     grad_logp = torch.where(counts, grad_logp, 0.0)
     grad_entropy = None if grad_entropy is None else torch.where(counts, grad_entropy, 0.0)
-    live = _live_rows(grad_logp, grad_entropy)
-    row = Rows(hidden, targets, lse, entropy, grad_logp, grad_entropy)
-    if len(live) < len(hidden):
-        row = Rows(*(None if x is None else x[live] for x in row))
-    (n, D), V = row.hidden.shape, len(weight)
-    dweight = torch.zeros_like(weight) if needs_weight and main_grad is None else weight.new_empty(0)
-    dhidden = torch.zeros(n, D, device=hidden.device, dtype=lse.dtype)
-    work = None
-    if on_triton:
-        dtype = lse.dtype if INTERPRETED else hidden.dtype  # the interpreter truncates to bf16 instead of rounding
-        taken = dhidden.nbytes + (row.hidden.nbytes if n < len(hidden) else 0)
-        free = (MAX_EXTRA_BYTES - taken) // (max(1, n) * dtype.itemsize)
-        work = torch.empty(n, min(triton.cdiv(V, 256) * 256, max(1024, free // 256 * 256)), device=hidden.device,
-                           dtype=dtype)
-    columns = max(1, MAX_LOGITS // max(1, n)) if work is None else work.shape[1]
-    for first in range(0, V if n else 0, columns):
-        head = weight[first : first + columns]  # (slice, D)
-        if work is None:
-            dlogits = _dlogits_reference(row, head, first, temperature)
-        else:
-            dlogits = work[:, : len(head)]
-            _dlogits_triton(row, head, first, temperature, dlogits)
-        _add_product(dhidden, dlogits, head)
-        if main_grad is not None:
-            _add_product(main_grad[first : first + columns], dlogits.T, row.hidden)
-        elif needs_weight:
-            dweight[first : first + columns] = dlogits.T @ row.hidden.to(dlogits.dtype)
-    if n == len(hidden):
-        return dhidden.to(hidden.dtype), dweight
-    return torch.zeros_like(hidden).index_copy_(0, live, dhidden.to(hidden.dtype)), dweight
+    dhidden = torch.zeros(hidden.shape, device=hidden.device, dtype=lse.dtype)
+    dweight, add = main_grad if needs_weight else None, True
+    if needs_weight and main_grad is None:  # Triton rounds its float32 sums once, where it writes them
+        add = not on_triton or not len(hidden) or INTERPRETED and weight.dtype != lse.dtype
+        dweight = torch.zeros(weight.shape, device=weight.device, dtype=lse.dtype) if add else torch.empty_like(
+            weight, memory_format=torch.contiguous_format)
+    given = grad_logp, grad_entropy, hidden, weight, targets, lse, entropy, temperature, dhidden, dweight
+    if len(hidden):
+        _backward_triton(*given, add) if on_triton else _backward_reference(*given)
+    none = weight.new_empty(0)
+    return dhidden.to(hidden.dtype), none if dweight is None or main_grad is not None else dweight.to(weight.dtype)
 
 
 @_backward.register_fake
 def _(grad_logp, grad_entropy, hidden, weight, targets, lse, entropy, main_grad, temperature, needs_weight, on_triton):
     whole = needs_weight and main_grad is None
-    return torch.empty_like(hidden), torch.empty_like(weight) if whole else weight.new_empty(0)
+    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape if whole else 0)
 
 
 class _LinearLogprob(torch.autograd.Function):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.backend import IGNORE_INDEX, INTERPRETED, accumulator, clamp, jit, tl, triton, use_triton
-from kernels.softmax import LN2, LOWEST, Partial, check_targets, fold, logit_gradient, pick, tile_gradient
+from kernels.softmax import LN2, LOWEST, check_targets, chunks, fold, logit_gradient, of_whole_rows, tile_gradient
 
 MAX_LOGITS = 1 << 24  # elements that the reference holds in float32 at once: 64 MiB
 LANES, STEPS = (64, 2) if INTERPRETED else (1024, 8)  # a tile of the row: STEPS strides of LANES columns
@@ -27,12 +27,6 @@ BLOCK = 128 if INTERPRETED else 4096  # columns of one program of backward
 
 
 # ------------------------------------------------------------------------------------------------ torch reference
-
-
-def _chunks(logits: Tensor):
-    """Slices of rows whose logits the reference holds in float32."""
-    rows = max(1, MAX_LOGITS // logits.shape[1])
-    return (slice(first, first + rows) for first in range(0, len(logits), rows))
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
@@ -43,14 +37,13 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
 
 def _forward_reference(logits: Tensor, targets: Tensor, temperature: float, entropy: bool, out: Tensor) -> None:
     """The target's logit, lse and entropy of every row into `out` (3, T)."""
-    for rows in _chunks(logits):
-        x = _scaled(logits[rows], temperature)
-        out[0, rows] = pick(x, targets[rows])
-        out[1, rows], out[2, rows] = Partial(*(p[None] for p in Partial.of(x, entropy))).lse_and_entropy()
+    for rows in chunks(*logits.shape, MAX_LOGITS):
+        found = of_whole_rows(_scaled(logits[rows], temperature), targets[rows], entropy)
+        out[:, rows] = torch.stack(found)
 
 
 def _backward_reference(logits, targets, lse, entropy, grad_logp, grad_entropy, temperature: float, out) -> None:
-    for rows in _chunks(logits):
+    for rows in chunks(*logits.shape, MAX_LOGITS):
         log_p = _scaled(logits[rows], temperature).sub_(lse[rows, None])
         h = None if grad_entropy is None else grad_entropy[rows] / temperature
         out[rows] = logit_gradient(log_p, targets[rows], entropy[rows], grad_logp[rows] / temperature, h)

@@ -50,15 +50,22 @@ class Partial(NamedTuple):
         return peak + total.log(), total.log() - moment / total
 
 
-def pick(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits (T, n) at targets (T,), NaN where that is no column."""
+def of_whole_rows(logits: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(logit of the target, NaN where that is no column; lse; entropy), (n,) each, of logits (n, V), overwritten."""
     inside = (targets >= 0) & (targets < logits.shape[1])
-    return torch.where(inside, logits.gather(1, torch.where(inside, targets, 0)[:, None]).squeeze(1), torch.nan)
+    chosen = torch.where(inside, logits.gather(1, torch.where(inside, targets, 0)[:, None]).squeeze(1), torch.nan)
+    return chosen, *Partial(*(x[None] for x in Partial.of(logits, entropy))).lse_and_entropy()
+
+
+def chunks(rows: int, columns: int, most: int, multiple: int = 1) -> list[slice]:
+    """Slices of the rows, each of at most `most` logits or, if that is too few, of `multiple` rows."""
+    size = max(1, most // (columns * multiple)) * multiple
+    return [slice(first, first + size) for first in range(0, rows, size)]
 
 
 def logit_gradient(log_p: Tensor, targets: Tensor, entropy: Tensor, grad_logp: Tensor,
                    grad_entropy: Tensor | None) -> Tensor:
-    """The gradient above for a piece (T, n) of log p, which is overwritten; targets count from its first column."""
+    """The gradient above for log p (n, V), which is overwritten."""
     pull = grad_logp[:, None]
     if grad_entropy is not None:
         pull = pull + grad_entropy[:, None] * (log_p.clamp_(min=-1e30) + entropy[:, None])

@@ -1,0 +1,51 @@
+"""The bench's own machinery, and what the compiler makes of the kernels that matter most."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bench
+import bench_kernels
+
+ROOT = Path(__file__).parents[1]
+
+
+def compiled_for_sm90(*operations: str) -> list[dict]:
+    """In a process of its own, where Triton compiles even if these tests run it as an interpreter."""
+    triton = importlib.util.find_spec("triton")
+    if triton is None or not (Path(triton.origin).parent / "backends/nvidia/bin/nvdisasm").exists():
+        pytest.skip("needs Triton with its NVIDIA tools")
+    code = f"import json, bench_kernels as b; print(json.dumps(b.compile_for_sm90({operations!r})))"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_linear_logprob_in_bf16_uses_wgmma_and_tma_and_spills_nothing_on_sm_90():
+    rows = [r for r in compiled_for_sm90("linear_logprob") if r["form"].startswith("bfloat16")]
+    kernels = {"_fold_kernel", "_dlogits_kernel", "_dhidden_kernel", "_dweight_kernel"}
+    assert {r["kernel"] for r in rows} == kernels and len(rows) == 8
+    for row in rows:
+        assert row["spill stores"] == row["spill loads"] == row["stack bytes"] == 0, row
+        assert row["wgmma"] and row["TMA loads"], row
+        assert row["shared KiB"] < 227, row  # what a block may have
+
+
+def test_tables_split_where_columns_change():
+    rows = [{"a": 1, "b": None}, {"a": 2, "b": True}, {"c": 12_345.6}]
+    assert bench.markdown("x", rows) == ("\n### x\n\n| a | b |\n| --- | --- |\n| 1 |  |\n| 2 | yes |\n"
+                                         "\n| c |\n| --- |\n| 12,346 |\n")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_the_peak_of_memory_is_seen_and_forgotten():
+    held = bench_kernels.forget_peak()
+    bytearray(64 << 20)[:] = bytes(64 << 20)
+    assert bench_kernels.resident_mib("VmHWM") - held > 60
+    assert bench_kernels.forget_peak() > 0 and bench_kernels.resident_mib("VmHWM") - held < 60
