@@ -53,6 +53,11 @@ SPLIT = 4096  # vocabulary columns that one program of Triton's forward folds; f
 
 # ------------------------------------------------------------------------------------------------ torch reference
 
+def _live(grad_logp: Tensor, grad_entropy: Tensor | None) -> Tensor:
+    """Which rows have any gradient, (T,) bool; NaN is one."""
+    return grad_logp != 0 if grad_entropy is None else (grad_logp != 0) | (grad_entropy != 0)
+
+
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     return (hidden.to(weight.dtype) / temperature) @ weight.T
 
@@ -70,12 +75,13 @@ def _backward_reference(grad_logp, grad_entropy, hidden, weight, targets, lse, e
                         dhidden: Tensor, dweight: Tensor | None) -> None:
     """Adds the gradients to dhidden (T, D) and dweight (V, D)."""
     weight, h = weight.to(lse.dtype), None
+    live = _live(grad_logp, grad_entropy)
     for rows in chunks(len(hidden), len(weight), MAX_LOGITS, 128):
+        if not live[rows].any():
+            continue
         g = grad_logp[rows] / temperature
         if grad_entropy is not None:
             h = grad_entropy[rows] / temperature
-        if not (g.any() or h is not None and h.any()):
-            continue
         log_p = _logits(hidden[rows], weight, temperature).sub_(lse[rows, None])
         dlogits = logit_gradient(log_p, targets[rows], entropy[rows], g, h)  # (n, V)
         dhidden[rows] += dlogits @ weight
@@ -166,13 +172,13 @@ def _dlogits_kernel(hidden, head, targets, lse_T, entropy_T, grad_logp_T, grad_e
     start = tl.load(live + place) * ROWS
     logits = _logits_tile(hidden, head, start, slab * COLUMNS, D, SCALE, ROWS, COLUMNS, DEPTH, ACC, WIDEN)
     row = start + tl.arange(0, ROWS)
-    known = tl.minimum(row, T - 1)  # past the end: anything finite, as the gradient is 0 there
     column = first + slab * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    lse, target = tl.load(lse_T + known)[:, None], tl.load(targets + known)[:, None]
+    lse = tl.load(lse_T + row, mask=row < T, other=1e30)[:, None]  # rows past the end: p = 0, and not exp(0 - lse)
+    target = tl.load(targets + row, mask=row < T, other=-1)[:, None]
     grad = tl.load(grad_logp_T + row, mask=row < T, other=0.0)[:, None]
     entropy, grad_entropy = lse, grad
     if ENTROPY:
-        entropy = tl.load(entropy_T + known)[:, None]
+        entropy = tl.load(entropy_T + row, mask=row < T, other=0.0)[:, None]
         grad_entropy = tl.load(grad_entropy_T + row, mask=row < T, other=0.0)[:, None]
     gradient = tile_gradient(logits * LN2 - lse, column == target, entropy, grad, grad_entropy, ENTROPY) / TEMPERATURE
     dlogits.store([place * ROWS, slab * COLUMNS], gradient.to(dlogits.dtype))
@@ -249,9 +255,7 @@ def _live_tiles(grad_logp: Tensor, grad_entropy: Tensor | None, rows: int) -> tu
 
     Both stay on the device: nothing waits for it.
     """
-    live = grad_logp != 0  # NaN is live
-    if grad_entropy is not None:
-        live |= grad_entropy != 0
+    live = _live(grad_logp, grad_entropy)
     tiles = F.pad(live, (0, -len(live) % rows)).view(-1, rows).any(dim=1)
     return tiles.logical_not().byte().argsort(stable=True).int(), tiles.sum(dtype=torch.int32)[None]
 

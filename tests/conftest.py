@@ -1,10 +1,15 @@
-"""Tiny random Hugging Face checkpoints, shared by the tests of the model and of the engine."""
+"""Where the kernels run, and tiny random Hugging Face checkpoints for the tests of the model and of the engine."""
 
 import functools
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # the kernels go through Triton's interpreter, which the first import decides;
+    with pytest.MonkeyPatch.context() as environment:  # what the tests start as processes must not inherit that
+        environment.setenv("TRITON_INTERPRET", "1")
+        import kernels  # noqa: F401
 
 VOCAB = 61
 

@@ -1,5 +1,6 @@
 """What only a GPU can show. Every test skips itself elsewhere."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import arithmetic
+from kernels import group_advantage, grpo_token_loss, linear_logprob, logits_logprob
 from model import PackedAttention, Transformer
 from rollout import Sampling, TorchEngine
 from train import MasterAdamW, Ranks, parse_args
@@ -122,3 +124,178 @@ def test_packed_attention_takes_the_flash_path_in_half_precision():
     finally:
         model_module.varlen_attn = real
     assert calls
+
+
+# ------------------------------------------------------------------------------------------------ kernels at full size
+
+T, V = 16384, 151936  # T * V is beyond 2^31
+SAMPLE = 512
+
+
+def generator(seed=0):
+    return torch.Generator("cuda").manual_seed(seed)
+
+
+def head_case(D: int, V: int = V, T: int = T):
+    """hidden, weight in bf16, targets, incoming gradients of log-probs and entropies; logits are N(0, 4)."""
+    g = generator()
+    hidden = (torch.randn(T, D, device="cuda", generator=g) * 2 * D**-0.5).bfloat16()
+    weight = torch.randn(V, D, device="cuda", generator=g).bfloat16()
+    targets = torch.randint(V, (T,), device="cuda", generator=g)
+    targets[:4] = torch.tensor([0, V - 1, 4095, 4096], device="cuda")
+    targets[-1] = V - 1
+    return hidden, weight, targets, *torch.randn(2, T, device="cuda", generator=g)
+
+
+def head_gradients(hidden, weight, targets, a, b, **options):
+    """logp, entropy, gradient in hidden, gradient in weight."""
+    h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    logp, entropy = linear_logprob(h, w, targets, entropy=True, backend="triton", **options)
+    ((a * logp).sum() + (b * entropy).sum()).backward()
+    return logp.detach(), entropy.detach(), h.grad, w.grad
+
+
+def dlogits(logits, targets, a, b):
+    """(logp, entropy, gradient in the logits) of whole rows, in the logits' dtype."""
+    log_p = logits.log_softmax(1)
+    p = log_p.exp()
+    entropy = -(p * log_p).sum(1)
+    gradient = -p * (a[:, None] + b[:, None] * (log_p + entropy[:, None]))
+    gradient.scatter_add_(1, targets[:, None], a[:, None])
+    return log_p.gather(1, targets[:, None]).squeeze(1), entropy, gradient
+
+
+def relative_error(got, expected) -> float:
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def sampled_rows(T: int) -> torch.Tensor:
+    """SAMPLE rows, the first and the last among them."""
+    return torch.cat((torch.tensor([0, T - 1], device="cuda"),
+                      torch.randperm(T, device="cuda", generator=generator(1))[: SAMPLE - 2])).unique()
+
+
+@pytest.mark.parametrize("D, V", [(2048, V), (4096, V), (2056, V + 1), (2048, V + 1)])
+def test_linear_logprob_at_full_size_equals_the_exact_one_on_sampled_rows(D, V):
+    hidden, weight, targets, a, b = head_case(D, V)
+    logp, entropy, dh, dw = head_gradients(hidden, weight, targets, a, b)
+    rows = sampled_rows(T)
+    exact_head = weight.double()  # 5 GB at D = 4096
+    plain_errors, errors = [], []
+    for part in rows.split(64):
+        logits = hidden[part].double() @ exact_head.T
+        exact_logp, exact_entropy, gradient = dlogits(logits, targets[part], a[part].double(), b[part].double())
+        assert (logp[part] - exact_logp).abs().max() < 1e-4
+        assert (entropy[part] - exact_entropy).abs().max() < 1e-4
+        exact = gradient @ exact_head
+        _, _, plain = dlogits((hidden[part] @ weight.T).float(), targets[part], a[part], b[part])  # logits in bf16
+        errors.append((dh[part] - exact).norm())
+        plain_errors.append((plain.bfloat16() @ weight - exact).norm())
+        scale = exact.norm()
+        assert errors[-1] <= plain_errors[-1] + 1e-2 * scale
+    del exact_head, exact, logits, gradient, plain
+    # The gradient of sampled words takes all tokens. Its exact form needs the lse of every row, which the rows above
+    # have shown to be right to 1e-4; here it comes from float32 logits, in chunks of rows.
+    words = torch.cat((targets[:4], sampled_rows(V)[: SAMPLE - 4])).unique()
+    exact, plain = torch.zeros(len(words), D, device="cuda", dtype=torch.float64), torch.zeros(len(words), D,
+                                                                                               device="cuda")
+    wide = weight.float()
+    for start in range(0, T, 1024):
+        at = slice(start, start + 1024)
+        _, _, gradient = dlogits(hidden[at].float() @ wide.T, targets[at], a[at], b[at])
+        exact += gradient[:, words].double().T @ hidden[at].double()
+        _, _, gradient = dlogits((hidden[at] @ weight.T).float(), targets[at], a[at], b[at])
+        plain += (gradient[:, words].bfloat16().T @ hidden[at]).float()
+    assert relative_error(dw[words], exact) <= relative_error(plain.bfloat16(), exact) + 1e-2
+
+
+def test_main_grad_at_full_size_is_the_gradient_and_autograd_gets_none():
+    hidden, weight, targets, a, b = head_case(2048)
+    _, _, dh, dw = head_gradients(hidden, weight, targets, a, b)
+    main = torch.zeros(V, 2048, device="cuda")
+    _, _, dh_too, none = head_gradients(hidden, weight, targets, a, b, main_grad=main)
+    assert none is None and torch.equal(dh_too, dh)
+    assert relative_error(dw, main) < 2**-8  # bf16 against float32 of the same sums
+    once = main.clone()
+    head_gradients(hidden, weight, targets, a, b, main_grad=main)
+    assert relative_error(main, 2 * once) < 1e-5
+
+
+def test_kernels_give_the_same_bits_twice():
+    case = head_case(2048)
+    for x, y in zip(head_gradients(*case), head_gradients(*case), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_rows_left_out_of_backward_change_no_bit(monkeypatch):
+    linear = importlib.import_module("kernels.linear_logprob")
+    hidden, weight, targets, a, b = head_case(2048)
+    live = (torch.arange(T, device="cuda") // 1000) % 3 == 0
+    a, b = a * live, b * live
+    skipped = head_gradients(hidden, weight, targets, a, b)
+    monkeypatch.setattr(linear, "_live", lambda grad_logp, _: torch.ones_like(grad_logp, dtype=torch.bool))
+    for x, y in zip(skipped, head_gradients(hidden, weight, targets, a, b), strict=True):
+        assert torch.equal(x, y)
+    assert (skipped[2][~live] == 0).all()
+
+
+@pytest.mark.parametrize("D", [2048, 4096])
+def test_linear_logprob_needs_half_a_gigabyte_beyond_its_outputs(D):
+    hidden, weight, targets, a, b = head_case(D)
+    linear_logprob(hidden[:64], weight, targets[:64], backend="triton")  # what a first call loads
+    h, w = hidden.requires_grad_(), weight.requires_grad_()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    logp, entropy = linear_logprob(h, w, targets, entropy=True, backend="triton")
+    assert torch.cuda.max_memory_allocated() - before < 0.5e9
+    ((a * logp).sum() + (b * entropy).sum()).backward()
+    outputs = h.grad.nbytes + w.grad.nbytes + logp.nbytes + entropy.nbytes
+    assert torch.cuda.max_memory_allocated() - before < 0.5e9 + outputs
+    assert T * V * 2 > 4e9  # what it must not hold
+
+
+def test_logits_logprob_finds_rows_beyond_two_to_the_31():
+    logits = torch.randn(T, V, device="cuda", dtype=torch.bfloat16, generator=generator())
+    targets = torch.randint(V, (T,), device="cuda", generator=generator(1))
+    a, b = torch.randn(2, T, device="cuda", generator=generator(2))
+    rows = torch.cat((torch.arange(4, device="cuda"), torch.arange(2**31 // V - 4, 2**31 // V + 4, device="cuda"),
+                      torch.arange(T - 16, T, device="cuda")))
+    exact_logp, exact_entropy, exact = dlogits(logits[rows].double(), targets[rows], a[rows].double(),
+                                               b[rows].double())
+    x = logits.requires_grad_()
+    logp, entropy = logits_logprob(x, targets, entropy=True, inplace_backward=True, backend="triton")
+    assert (logp[rows] - exact_logp).abs().max() < 1e-4 and (entropy[rows] - exact_entropy).abs().max() < 1e-4
+    assert logp.isfinite().all()
+    ((a * logp).sum() + (b * entropy).sum()).backward()
+    assert x.grad.data_ptr() == x.data_ptr()  # written over the logits
+    for got, expected in zip(x.grad[rows], exact, strict=True):
+        assert relative_error(got, expected) < 2**-8
+
+
+def launches(call) -> list[str]:
+    """Names of the kernels that a call puts on the device, its second time."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA
+            and not e.name.startswith(("Memcpy", "Memset"))]
+
+
+def test_group_advantage_is_one_launch():
+    rewards = torch.randn(4096, device="cuda")
+    offsets = torch.arange(0, 4097, 8, device="cuda")
+    weights = torch.rand(512, device="cuda")
+    names = launches(lambda: group_advantage(rewards, offsets, weights, clip=3.0))
+    assert names == ["_kernel"], names
+
+
+def test_grpo_token_loss_is_one_launch_and_a_sum():
+    """A third copies the statistics, so that none of them shares memory with the loss."""
+    logp, old, ref = -torch.rand(3, 65536, device="cuda")
+    advantage, weight = torch.randn(2, 64, device="cuda")
+    offsets = torch.arange(0, 65537, 1024, device="cuda")
+    names = launches(lambda: grpo_token_loss(logp, old, advantage, offsets, weight, beta=0.04, ref_logp=ref))
+    assert names.count("_kernel") == 1 and len(names) <= 3, names

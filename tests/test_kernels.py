@@ -1,15 +1,20 @@
-"""The three operations against their definitions: float64, brute-force loops, and torch.distributions."""
+"""The torch references against their definitions: float64, brute-force loops, and torch.distributions."""
 
 import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import group_advantage, grpo_token_loss, linear_logprob
+from kernels import group_advantage, grpo_token_loss, linear_logprob, logits_logprob
 
-LINEAR = importlib.import_module("kernels.linear_logprob")  # the module: the package has a function of this name
+ROOT = Path(__file__).parents[1]
+LINEAR, LOGITS = (importlib.import_module(f"kernels.{name}_logprob") for name in ("linear", "logits"))  # the modules:
+# the package has functions of these names
 
 
 def generator(seed=0):
@@ -128,43 +133,134 @@ def test_linear_logprob_passes_gradcheck(monkeypatch, max_logits):
         (hidden.requires_grad_(), weight.requires_grad_()))
 
 
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation, forward or backward, put out."""
+# MiB that a process of its own holds at most (VmHWM) beyond what it held before, after forward and after backward:
+# with chunks of 4 MiB, then with whole logits.
+PEAK = """
+import importlib, sys, torch
+from kernels import linear_logprob, logits_logprob
+operation, T, V = sys.argv[1], 2048, 16384
+module, function = importlib.import_module(f"kernels.{operation}"), globals()[operation]
+targets = torch.randint(V, (T,))
+if operation == "linear_logprob":
+    operands = torch.randn(T, 8, requires_grad=True), torch.randn(V, 8, requires_grad=True)
+else:
+    operands = torch.full((T, V), 0.5, requires_grad=True),
 
-    numel = 0
+def peak():
+    return next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("VmHWM")) / 1024
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
-        return out
+function(*(x[:, :8] for x in operands), targets % 8, entropy=True)[0].sum().backward()  # what the first call loads
+for x in operands:
+    x.grad = None
+before = peak()
+for module.MAX_LOGITS in (1 << 20, T * V):
+    logp, entropy = function(*operands, targets, entropy=True)
+    print(peak() - before)
+    gradient = torch.autograd.grad(logp.sum() + entropy.sum(), operands)
+    print(peak() - before)
+    del gradient, logp, entropy
+"""
 
 
-@pytest.mark.parametrize("entropy", [False, True])
-def test_no_more_than_a_chunk_of_logits_ever_exists(monkeypatch, entropy):
-    rows, (hidden, weight, targets) = 4, linear_case(n=300, d=4, v=200)
-    biggest_operand = max(hidden.numel(), weight.numel())
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process's peak memory from Linux's /proc")
+@pytest.mark.parametrize("operation, output", [("linear_logprob", 0), ("logits_logprob", 128)])
+def test_no_more_than_a_chunk_of_logits_ever_exists(operation, output):
+    """2048 x 16384 logits are 128 MiB in float32; either direction must do with a few chunks of 4 MiB beside the
+    operands and its output, which from given logits is as large as they are."""
+    done = subprocess.run([sys.executable, "-c", PEAK, operation], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    forward, both, whole_forward, whole_both = map(float, done.stdout.split())
+    assert forward < 48 and both < output + 48
+    assert whole_forward > 128 and whole_both > output + 128  # the probe sees logits where they are made whole
 
-    def largest(max_logits):
-        monkeypatch.setattr(LINEAR, "MAX_LOGITS", max_logits)
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        kept = {}  # storages that autograd holds between forward and backward
 
-        def keep(x):
-            kept[x.untyped_storage().data_ptr()] = x.detach()
-            return x
+def test_the_backward_keeps_no_logits():
+    """Of what autograd holds between forward and backward, nothing is larger than the operands."""
+    kept = []
+    hidden, weight, targets = linear_case(n=300, d=4, v=200)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        linear_logprob(hidden.requires_grad_(), weight.requires_grad_(), targets, entropy=True)
+    assert max(kept) == 300 * 4
 
-        with Largest() as mode:
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                out = linear_logprob(h, w, targets, entropy=entropy)
-            (sum(x.sum() for x in out) if entropy else out.sum()).backward()
-        return mode.numel, sum(x.untyped_storage().nbytes() // x.itemsize for x in kept.values())
 
-    made, kept = largest(1 << 24)
-    assert made == 300 * 200 <= kept  # the probe sees logits where they are made whole
-    made, kept = largest(rows * 200 + 199)
-    assert made == biggest_operand == 1200 > rows * 200 and kept < 4 * biggest_operand
+def test_operands_of_two_dtypes_raise():
+    hidden, weight, targets = linear_case()
+    for h, w in ((hidden, weight.bfloat16()), (hidden.double(), weight), (hidden.long(), weight.long())):
+        with pytest.raises(TypeError, match="one floating dtype"):
+            linear_logprob(h, w, targets)
+
+
+@pytest.mark.parametrize("wrong", [41, -1, -99, 10**9])
+def test_a_target_that_is_no_word_raises(wrong):
+    hidden, weight, targets = linear_case()
+    targets[7] = wrong
+    for call in (lambda: linear_logprob(hidden, weight, targets), lambda: logits_logprob(hidden @ weight.T, targets)):
+        with pytest.raises(IndexError, match=rf"targets\[7\] is {wrong}, and there are 41 words"):
+            call()
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_temperature_that_is_not_positive_raises(temperature):
+    hidden, weight, targets = linear_case()
+    for call in (lambda: linear_logprob(hidden, weight, targets, temperature=temperature),
+                 lambda: logits_logprob(hidden @ weight.T, targets, temperature=temperature)):
+        with pytest.raises(ValueError, match="temperature must be positive"):
+            call()
+
+
+@pytest.mark.parametrize("max_logits", [1 << 24, 23 * 5], ids=["whole", "in slices"])
+def test_rows_with_target_minus_100_count_for_nothing(monkeypatch, max_logits):
+    monkeypatch.setattr(LINEAR, "MAX_LOGITS", max_logits)
+    hidden, weight, targets = linear_case()
+    ignored = torch.arange(23) % 3 == 0
+    holes = targets.masked_fill(ignored, -100)
+    grads = []
+    for h, y in ((hidden, holes), (hidden[~ignored], targets[~ignored])):
+        h, w = h.clone().requires_grad_(), weight.clone().requires_grad_()
+        logp, entropy = linear_logprob(h, w, y, entropy=True)
+        (logp.square() + entropy).sum().backward()
+        grads.append((logp, entropy, h.grad, w.grad))
+    for x, y in zip(grads[0][:3], grads[1][:3], strict=True):
+        assert (x[ignored] == 0).all()
+        torch.testing.assert_close(x[~ignored], y)
+    torch.testing.assert_close(grads[0][3], grads[1][3])
+    assert (linear_logprob(hidden, weight, torch.full_like(targets, -100)) == 0).all()
+
+
+@pytest.mark.parametrize("max_logits", [1 << 24, 23 * 5], ids=["whole", "in slices"])
+def test_main_grad_is_added_to_and_autograd_gets_nothing(monkeypatch, max_logits):
+    monkeypatch.setattr(LINEAR, "MAX_LOGITS", max_logits)
+    hidden, weight, targets = linear_case()
+    plain, mine, main = weight.clone().requires_grad_(), weight.clone().requires_grad_(), torch.ones_like(weight)
+    for at in (slice(0, 10), slice(10, 23)):
+        linear_logprob(hidden[at], plain, targets[at]).square().sum().backward()
+        linear_logprob(hidden[at], mine, targets[at], main_grad=main).square().sum().backward()
+    assert mine.grad is None
+    torch.testing.assert_close(main, 1 + plain.grad)
+    with pytest.raises(ValueError, match="must have the shape of weight"):
+        linear_logprob(hidden, weight, targets, main_grad=main[1:])
+
+
+@pytest.mark.parametrize("max_logits", [1 << 24, 41 * 4, 1], ids=["one chunk", "chunks of 4 rows", "row by row"])
+def test_from_logits_comes_what_comes_from_their_factors(monkeypatch, max_logits):
+    monkeypatch.setattr(LOGITS, "MAX_LOGITS", max_logits)
+    hidden, weight, targets = linear_case(dtype=torch.float64)
+    targets[3] = -100
+    logits = (hidden @ weight.T).requires_grad_()
+    expected = linear_logprob(hidden.requires_grad_(), weight, targets, temperature=0.8, entropy=True)
+    got = logits_logprob(logits, targets, temperature=0.8, entropy=True)
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+    for logp, entropy in (got, expected):
+        (logp.square() + entropy).sum().backward()
+    torch.testing.assert_close(logits.grad @ weight, hidden.grad, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape, stride", [((5, 7), (1, 5)), ((5, 7, 1), (7, 1, 1)), ((4, 7), (7, 1))])
+def test_logits_of_another_form_raise(shape, stride):
+    with pytest.raises(ValueError, match="shapes do not fit|contiguous along V"):
+        logits_logprob(torch.zeros(60).as_strided(shape, stride), torch.zeros(5, dtype=torch.long))
 
 
 @pytest.mark.parametrize("hidden, weight, targets", [
@@ -305,7 +401,7 @@ def test_offsets_that_do_not_span_the_rewards_raise(offsets):
 
 
 def test_offsets_that_fall_raise():
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="never fall"):
         group_advantage(torch.ones(3), torch.tensor([0, 2, 1, 3]))
 
 
@@ -330,11 +426,11 @@ def loss_case(seed=0, responses=6, spread=0.4, dtype=torch.float64):
 def naive_loss(logp, old_logp, advantage, offsets, token_weight, *, eps_low=LOWER, eps_high=UPPER, beta=0.0,
                ref_logp=None, correction=None):
     """(4)-(6) one token at a time, with the clip written as the two cases it is."""
-    loss, surrogates, kls, clips = 0.0, [], [], []
+    loss, surrogates, kls, clips, idles = 0.0, [], [], [], []
     for s, a in enumerate(advantage.tolist()):
-        surrogate = kl = clipped = 0.0
+        surrogate = kl = clipped = idle = 0.0
         for t in range(int(offsets[s]), int(offsets[s + 1])):
-            ratio = np.exp(float(logp[t] - old_logp[t]))
+            ratio, held = np.exp(float(logp[t] - old_logp[t])), clipped
             if a > 0 and ratio > 1 + eps_high:
                 objective, clipped = (1 + eps_high) * a, clipped + 1
             elif a < 0 and ratio < 1 - eps_low:
@@ -346,12 +442,13 @@ def naive_loss(logp, old_logp, advantage, offsets, token_weight, *, eps_low=LOWE
             if beta:
                 d = float(ref_logp[t] - logp[t])
                 token_kl = np.exp(d) - d - 1
+            idle += (clipped > held or a == 0) and (not beta or ref_logp[t] == logp[t])
             kl += token_kl
             objective *= 1 if correction is None else float(correction[t])
             loss += float(token_weight[s]) * (beta * token_kl - objective)
         length = int(offsets[s + 1] - offsets[s])
-        surrogates.append(surrogate / length), kls.append(kl / length), clips.append(clipped)
-    return loss, surrogates, kls, clips
+        surrogates.append(surrogate / length), kls.append(kl / length), clips.append(clipped), idles.append(idle)
+    return loss, surrogates, kls, clips, idles
 
 
 @pytest.mark.parametrize("options", [
@@ -368,6 +465,29 @@ def test_loss_equals_a_loop_over_tokens(options):
             torch.testing.assert_close(x, torch.tensor(y, dtype=torch.float64), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_idle_counts_the_tokens_without_gradient(beta):
+    """Those of advantage 0 and those that the clip holds, unless the KL pulls at them; a weight of 0 idles all."""
+    (logp, old, advantage, offsets, weight), extra = loss_case(3, responses=12)
+    advantage[::3], weight[1] = 0.0, 0.0
+    extra["ref_logp"][::2] = logp[::2]
+    x = logp.clone().requires_grad_()
+    result = grpo_token_loss(x, old, advantage, offsets, weight, beta=beta, **extra)
+    result.loss.backward()
+    idle = torch.stack([(g == 0).sum() for g in x.grad.split(offsets.diff().tolist())])
+    assert torch.equal(result.idle, idle.double()) and result.idle[1] == offsets[2] - offsets[1]
+    assert 0 < idle.sum() < len(logp) and (beta or (result.idle >= result.clipped).all())
+    if not beta:
+        assert torch.equal(result.idle[::3], offsets.diff()[::3].double())
+
+
+@pytest.mark.parametrize("offsets", [[0, 2], [1, 3], [0, 3, 2, 4], [0, 1, 1, 4], [0, 5]])
+def test_offsets_that_leave_a_response_empty_or_a_token_out_raise(offsets):
+    x, per_response = torch.zeros(4), torch.ones(len(offsets) - 1)
+    with pytest.raises(ValueError, match="offsets must go from 0 to 4 without empty responses"):
+        grpo_token_loss(x, x, per_response, torch.tensor(offsets), per_response)
+
+
 @pytest.mark.parametrize("options", [{}, {"beta": 0.1}], ids=["no KL", "KL"])
 def test_loss_passes_gradcheck(options):
     (logp, *rest), extra = loss_case(2)
@@ -381,7 +501,7 @@ def test_only_the_loss_carries_a_gradient():
     case, extra = loss_case()
     result = grpo_token_loss(case[0].clone().requires_grad_(), *case[1:], beta=0.1, **extra)
     assert result.loss.requires_grad
-    assert not any(x.requires_grad for x in (result.surrogate, result.kl, result.clipped))
+    assert not any(x.requires_grad for x in result[1:])
 
 
 def one_token(ratio, advantage, **options):
@@ -510,5 +630,5 @@ def test_a_batch_is_the_sum_of_its_parts():
         parts.append(grpo_token_loss(logp[at], old[at], advantage[a:b], offsets[a : b + 1] - offsets[a], weight[a:b],
                                      beta=0.1, **{k: v[at] for k, v in extra.items()}))
     torch.testing.assert_close(sum(p.loss for p in parts), whole.loss)
-    for name in ("surrogate", "kl", "clipped"):
+    for name in ("surrogate", "kl", "clipped", "idle"):
         torch.testing.assert_close(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name))
