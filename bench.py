@@ -6,6 +6,7 @@ engine     TorchEngine against transformers' generate on the arithmetic base mod
 step       a whole training step of the arithmetic preset, by phase, in every mode
 
 By name only:
+grader     verdicts a second with two workers beside math-verify alone, and the longest delay by 2,000 hostile strings
 kernels    CUDA, under 8 minutes: every kernel against plain torch, torch.compile and the installed ones of other
            projects. CPU, under 3 minutes: the torch references against whole logits, seconds and memory
 memory     Linux, CPU: peak memory of a training step with 151,936 words, with and without whole logits; needs 16 GB
@@ -29,6 +30,7 @@ import arithmetic
 import model
 from bench_kernels import VOCABULARY, bench_kernels, bench_sm90, forget_peak, in_fresh_process, resident_mib
 from gdro import BUDGETS, UTILITIES, DifficultyBins, PromptGDRO, RolloutGDRO
+from reward import Grader
 from rollout import Sampling, TorchEngine, rollout_seed
 from train import Ranks, Trainer, environment, parse_args
 
@@ -216,6 +218,60 @@ def markdown(title: str, rows: list[dict]) -> str:
     return text
 
 
+def answer_pairs(rng: np.random.Generator, count: int) -> dict[str, list[tuple[str, str]]]:
+    """load -> (response, gold), about half of them right: numbers, what only math-verify can tell, and a step's mix."""
+    numbers = [(rf"so it is \boxed{{{n + wrong}}}.", f"{n:,}") for n, wrong in
+               zip(rng.integers(0, 10**5, count), rng.integers(0, 2, count), strict=True)]
+    symbolic = []
+    for i, wrong in zip(rng.permutation(count) + 2, rng.integers(0, 2, count), strict=True):
+        symbolic.append([(rf"thus \boxed{{\sqrt{{{4 * i + wrong}}}}}", rf"2\sqrt{{{i}}}"),
+                         (rf"\boxed{{(x+{i})(x-{i + wrong})}}", rf"x^2-{i * i}"),
+                         (rf"\boxed{{\frac{{{i + wrong}\pi}}{{{7 * i}}}}}", r"\frac{\pi}{7}")][i % 3])
+    pool = [pair for some, right in ((numbers, 0.7), (symbolic, 0.3)) for pair in some[: int(count // 8 * right)]]
+    mix = [pool[i] for i in rng.integers(0, len(pool), count)]  # eight responses a problem say much the same
+    return {"numbers": numbers, "for math-verify": symbolic, "training mix with repeats": mix}
+
+
+def bench_grader(count: int = 900) -> list[dict]:
+    """Each load once through a fresh Grader whose workers are up, then through math-verify's own parse and verify."""
+    import math_verify
+
+    rows = []
+    for load, pairs in answer_pairs(np.random.default_rng(0), count).items():
+        responses, golds = map(list, zip(*pairs, strict=True))
+        with Grader(workers=2) as grader:
+            grader.grade([r"\boxed{\sqrt{8}}", r"\boxed{\sqrt{7}}"], [r"2\sqrt{2}"] * 2, ["math"] * 2)
+            start = time.perf_counter()
+            ours = [g.right for g in grader.grade(responses, golds, ["math"] * count)]
+            seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        theirs = [math_verify.verify(math_verify.parse(f"${gold}$"), math_verify.parse(response))
+                  for response, gold in pairs]
+        alone = time.perf_counter() - start
+        differ = sum(a != b for a, b in zip(ours, theirs, strict=True))
+        rows.append({"what": load, "ours/s": count / seconds, "math-verify/s": count / alone, "ratio": alone / seconds,
+                     "right": f"{sum(ours)} of {count}", "verdicts that differ": differ})
+    return rows + [longest_delay()]
+
+
+def longest_delay(count: int = 2000, timeout: float = 1.0) -> dict:
+    """Hostile answers one by one: the longest that a call took, of those that started no worker and of all."""
+    rng, delays, gave_up = np.random.default_rng(1), [], 0
+    pieces = ["{", "}", "\\frac{", "\\sqrt{", "^{9", "9^{9^{9", "(", "[", ",", "\0", "\ud800", "\u202e", "per ", "="]
+    hard = [r"9^{9^{9^9}}", r"\operatorname{zeros}(99999,99999)", r"\sum_{n=0}^{\infty} \frac{1}{n!}^n", "10^{10^9}!"]
+    with Grader(workers=1, timeout=timeout) as grader:
+        for i in range(count):
+            text = "".join(pieces[j] for j in rng.integers(0, len(pieces), rng.integers(1, 60)))
+            text = hard[i // 100 % len(hard)] if i % 100 == 0 else text * (2500 if i % 50 == 1 else 1)
+            start, workers = time.perf_counter(), list(grader._workers)
+            grade = grader.grade([rf"Answer: {text}"], [r"\sqrt{2}+\pi"], ["math"])[0]
+            delays.append((time.perf_counter() - start, workers == grader._workers or grade.timed_out))
+            gave_up += grade.timed_out
+    steady = max(d for d, kept in delays if kept)
+    return {"what": f"{count} hostile strings, deadline {timeout:g} s", "longest delay s": steady,
+            "with a worker's start s": max(d for d, _ in delays), "timed out": gave_up}
+
+
 def versions(*names: str) -> dict[str, str]:
     """Of the packages that are installed."""
     found = {}
@@ -227,8 +283,8 @@ def versions(*names: str) -> dict[str, str]:
     return found
 
 
-BENCHES = {"adversary": bench_adversary, "engine": bench_engine, "step": bench_step, "kernels": bench_kernels,
-           "memory": bench_memory, "sm90": bench_sm90}
+BENCHES = {"adversary": bench_adversary, "engine": bench_engine, "step": bench_step, "grader": bench_grader,
+           "kernels": bench_kernels, "memory": bench_memory, "sm90": bench_sm90}
 WITHOUT_NAMES = ("adversary", "engine", "step")
 
 

@@ -172,7 +172,7 @@ def test_no_more_than_a_chunk_of_logits_ever_exists(operation, output):
     assert done.returncode == 0, done.stderr
     forward, both, whole_forward, whole_both = map(float, done.stdout.split())
     assert forward < 48 and both < output + 48
-    assert whole_forward > 128 and whole_both > output + 128  # the probe sees logits where they are made whole
+    assert whole_forward > 100 and whole_both > output + 100  # the probe sees logits where they are made whole
 
 
 def test_the_backward_keeps_no_logits():
