@@ -246,3 +246,71 @@ def test_the_shared_word_problems_load(name, rows):
     problems, record = load_problems(str(DATA / f"{name}.jsonl"))
     assert len(problems) == record["counts"]["rows"] == rows
     assert len({p.id for p in problems}) == rows
+
+
+# Rows as the hub's sets hold them: every column of the documented schema, short contents.
+HUB_ROWS = {
+    "dapo": ({"prompt": "In triangle $ABC$, ...", "solution": "34", "data_source": "math_dapo", "source_prompt": [
+        {"role": "user", "content": "Solve the following math problem step by step. ..."}], "ability": "MATH",
+        "reward_model": {"ground_truth": "34", "style": "rule-lighteval/MATH_v2"}, "extra_info": {"index": "9a9b"}},
+        ("In triangle $ABC$, ...", "34", "math")),
+    "math500": ({"problem": "Convert $(0,3)$ ...", "solution": "We have ... \\boxed{...}", "answer":
+                 "\\left( 3, \\frac{\\pi}{2} \\right)", "subject": "Precalculus", "level": 2, "unique_id":
+                 "test/precalculus/807.json"},
+                ("Convert $(0,3)$ ...", "\\left( 3, \\frac{\\pi}{2} \\right)", "math")),
+    "aime24": ({"id": 60, "problem": "Every morning Aya ...", "solution": "... \\boxed{204}", "answer": "204", "url":
+                "https://artofproblemsolving.com", "year": "2024"}, ("Every morning Aya ...", "204", "math")),
+    "aime25": ({"problem_idx": 1, "problem": "Find the sum of all ...", "answer": 70, "problem_type": ["Algebra"]},
+               ("Find the sum of all ...", "70", "math")),
+    "amc23": ({"id": 0, "question": "Cities $A$ and $B$ ...", "answer": "27.0", "url": "https://..."},
+              ("Cities $A$ and $B$ ...", "27.0", "math")),
+    "minerva": ({"question": "Each of the two Magellan telescopes ...", "answer": "1.6e-7"},
+                ("Each of the two Magellan telescopes ...", "1.6e-7", "math")),
+    "olympiad": ({"id": 1606, "subfield": "Combinatorics", "context": None, "question": "Xenia and Sergey ...",
+                  "images": None, "final_answer": ["$2$", "$\\frac{1}{2}$"], "is_multiple_answer": True, "unit": None,
+                  "answer_type": "Numerical", "error": None, "solution": ["..."]},
+                 ("Xenia and Sergey ...", "$2$, $\\frac{1}{2}$", "math")),
+    "gpqa": ({"Record ID": "rec06", "Question": "Two states with energies ...", "Correct Answer": "10^-4 eV",
+              "Incorrect Answer 1": "10^-11 eV", "Incorrect Answer 2": "10^-8 eV", "Incorrect Answer 3": "10^-9 eV",
+              "Explanation": "...", "Subdomain": "Physics", "High-level domain": "Physics"}, None),
+}
+
+
+def test_every_hub_set_has_its_rows_here():
+    assert HUB_ROWS.keys() == data.HUB_SETS.keys()
+
+
+@pytest.mark.parametrize("name", HUB_ROWS)
+def test_rows_of_every_hub_set_load(name, tmp_path, monkeypatch):
+    """Through `datasets` itself, from a parquet file in the set's schema."""
+    import datasets
+    import huggingface_hub
+
+    row, expected = HUB_ROWS[name]
+    write(tmp_path / "rows.parquet", [row])
+    asked, load = [], datasets.load_dataset
+
+    def local(repo, config, *, split, revision):
+        asked.append((repo, config, split, revision))
+        return load("parquet", data_files=str(tmp_path / "rows.parquet"), split="train", cache_dir=str(tmp_path))
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(
+        dataset_info=lambda repo, revision: SimpleNamespace(sha="c" * 40)))
+    [problem], record = load_problems(name)
+    assert asked == [(*data.HUB_SETS[name], "c" * 40)] and record["revision"] == "c" * 40
+    if name != "gpqa":
+        assert (problem.prompt, problem.answer, problem.style) == expected
+        return
+    assert problem.style == "choice" and problem.id == "rec06"
+    letter = {line[4:]: line[1] for line in problem.prompt.splitlines() if line[:1] == "("}
+    assert letter.keys() == {row[c] for c in data.CHOICE_COLUMNS[1:]} and letter["10^-4 eV"] == problem.answer
+
+
+def test_the_right_option_stands_in_every_place_alike(tmp_path):
+    rows = [{"Question": f"Question {i}?", "Correct Answer": "yes", "Incorrect Answer 1": "no", "Incorrect Answer 2":
+             "perhaps", "Incorrect Answer 3": "never"} for i in range(400)]
+    problems, _ = load_problems(write(tmp_path / "g.jsonl", rows))
+    counts = [sum(p.answer == letter for p in problems) for letter in "ABCD"]
+    assert min(counts) > 70 and sum(counts) == 400
+    assert load_problems(write(tmp_path / "h.jsonl", rows[::-1]))[0] == problems[::-1]  # the order is the question's

@@ -278,3 +278,15 @@ def test_gold_answers_are_right_in_each_wrapping(wrapping):
     with Grader() as grader:
         rewards, timeouts = scores(grader, [wrapping % gold for gold in golds], golds)
         assert set(rewards) == {1.0} and timeouts == 0 and not grader._workers
+
+
+@pytest.mark.skipif(not DATA.exists(), reason=f"no {DATA.name}/ of word problems beside the checkout")
+def test_gold_answers_are_wrong_for_another_problem():
+    golds = [json.loads(line)["answer"] for f in sorted(DATA.glob("*.jsonl")) for line in f.open(encoding="utf-8")]
+    values = [float(gold.replace(",", "")) for gold in golds]
+    pairs = [(golds[i], golds[i + 1]) for i in range(len(golds) - 1) if values[i] != values[i + 1]]
+    assert len(pairs) > 0.9 * len(golds)
+    with Grader() as grader:
+        for style in ("math", "gsm8k"):
+            grades = grader.grade([rf"so \boxed{{{a}}}" for a, _ in pairs], [b for _, b in pairs], [style] * len(pairs))
+            assert not any(g.right for g in grades)
