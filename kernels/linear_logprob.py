@@ -173,7 +173,7 @@ def _dlogits_kernel(hidden, head, targets, lse_T, entropy_T, grad_logp_T, grad_e
     logits = _logits_tile(hidden, head, start, slab * COLUMNS, D, SCALE, ROWS, COLUMNS, DEPTH, ACC, WIDEN)
     row = start + tl.arange(0, ROWS)
     column = first + slab * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    lse = tl.load(lse_T + row, mask=row < T, other=1e30)[:, None]  # rows past the end: p = 0, and not exp(0 - lse)
+    lse = tl.load(lse_T + row, mask=row < T, other=0.0)[:, None]  # past the end logits are 0, too: finite, times 0
     target = tl.load(targets + row, mask=row < T, other=-1)[:, None]
     grad = tl.load(grad_logp_T + row, mask=row < T, other=0.0)[:, None]
     entropy, grad_entropy = lse, grad
@@ -384,8 +384,9 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperatu
         raise TypeError(f"hidden and weight must have one floating dtype, got {hidden.dtype} and {weight.dtype}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    if main_grad is not None and main_grad.shape != weight.shape:
-        raise ValueError(f"main_grad {tuple(main_grad.shape)} must have the shape of weight {tuple(weight.shape)}")
-    logp, entropy_T = _LinearLogprob.apply(hidden, weight, targets.long(), float(temperature), entropy, main_grad,
-                                           use_triton(backend, hidden))
+    if main_grad is not None and (main_grad.shape != weight.shape or main_grad.stride(1) != 1):
+        raise ValueError(f"main_grad must have the shape of weight, {tuple(weight.shape)}, and contiguous rows, got "
+                         f"{tuple(main_grad.shape)} with strides {main_grad.stride()}")
+    logp, entropy_T = _LinearLogprob.apply(hidden, weight, targets.long().contiguous(), float(temperature), entropy,
+                                           main_grad, use_triton(backend, hidden))
     return (logp, entropy_T) if entropy else logp

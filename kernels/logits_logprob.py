@@ -174,6 +174,6 @@ def logits_logprob(logits: Tensor, targets: Tensor, *, temperature: float = 1.0,
         raise ValueError(f"logits must be floating and contiguous along V, got {logits.dtype}, {logits.stride()}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    logp, entropy_T = _LogitsLogprob.apply(logits, targets.long(), float(temperature), entropy, inplace_backward,
-                                           use_triton(backend, logits))
+    logp, entropy_T = _LogitsLogprob.apply(logits, targets.long().contiguous(), float(temperature), entropy,
+                                           inplace_backward, use_triton(backend, logits))
     return (logp, entropy_T) if entropy else logp

@@ -233,6 +233,17 @@ def test_strides_change_no_bit(name, dtype):
                    for x, y in zip(got[2:], expected[2:], strict=True))
 
 
+@pytest.mark.parametrize("how", ["triton", "torch"])
+def test_targets_may_be_every_other_one_of_a_row(how):
+    hidden, weight, targets = linear_case(9, 140, 24)
+    apart = torch.stack((targets, torch.zeros_like(targets)), dim=1)[:, 0]
+    assert apart.stride() == (2,)
+    logits = hidden @ weight.T
+    assert torch.equal(linear_logprob(hidden, weight, apart, backend=how),
+                       linear_logprob(hidden, weight, targets, backend=how))
+    assert torch.equal(logits_logprob(logits, apart, backend=how), logits_logprob(logits, targets, backend=how))
+
+
 def test_one_row_seen_many_times():
     hidden, weight, targets = linear_case(9, 140, 24)
     got = linear(hidden[:1].expand(9, 24), weight, targets)
