@@ -66,3 +66,18 @@ def test_every_test_and_file_that_the_readme_names_exists():
         assert f"def {name}" in tests or (ROOT / "tests" / f"{name}.py").exists(), name
     for name in re.findall(r"`([\w/]+\.(?:py|txt))`", readme):
         assert (ROOT / name).exists(), name
+
+
+def test_the_speeds_are_those_of_the_files():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    grader = json.loads((ROOT / "results" / "bench" / "grader.json").read_text())["grader"]
+    numbers, symbolic, mix, hostile = grader
+    assert f"{round(numbers['ours/s'], -3):,.0f} verdicts a second" in readme
+    assert f"{symbolic['ours/s']:.0f} on answers" in readme and f"{round(mix['ours/s'], -3):,.0f} on a mix" in readme
+    assert f"{numbers['ratio']:.0f}, {symbolic['ratio']:.1f} and {mix['ratio']:.1f} times math-verify" in readme
+    assert f"was {hostile['longest delay s']:.1f} s" in readme
+    memory = json.loads((ROOT / "results" / "kernels" / "cpu.json").read_text())["memory"]
+    for row in memory:
+        if row.get("phase") in ("behaviour", "update"):
+            assert f"{row['chunked MiB, on top']:,.0f} MiB" in readme
+            assert f"{row['whole logits MiB, on top']:,.0f} MiB" in readme
