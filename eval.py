@@ -367,13 +367,14 @@ def regrade(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.regrade.name} holds no samples")
     with Grader(workers=args.grader_workers, timeout=args.grader_timeout) as grader:
         new = grade(old, grader)
-    rows = summary(new)
-    print(markdown(rows, ""))
+    rows, beside = summary(new), args.regrade.with_name("eval.json")
+    model = json.loads(beside.read_text())["settings"].get("model", "") if beside.exists() else ""
+    print(markdown(rows, model))
     print(f"\n{sum(a.right != b.right for a, b in zip(old, new, strict=True))} of {len(new)} verdicts changed")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         replace_text(args.out / "eval_samples.jsonl", "".join(json.dumps(dataclasses.asdict(s)) + "\n" for s in new))
-        settings = {"regraded": args.regrade.name}
+        settings = {"regraded": args.regrade.name, "model": model}
         write_json(args.out / "eval.json", {"settings": settings, "environment": environment(), "figures": rows})
 
 

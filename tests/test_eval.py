@@ -159,9 +159,11 @@ def test_regrading_gives_the_same_table_and_counts_changed_verdicts(evaluated, t
     wrong = next(i for i, x in enumerate(lines) if json.loads(x)["finish"] == "stop" and not json.loads(x)["right"])
     lines[wrong] = json.dumps({**json.loads(lines[wrong]), "right": True})
     (tmp_path / "s.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "eval.json").write_text(json.dumps({"settings": {"model": "me/Qwen3-8B-mine"}}))
     eval_module.regrade(parse_args(["--regrade", str(tmp_path / "s.jsonl"), "--out", str(tmp_path / "again")]))
     printed = capsys.readouterr().out
-    assert markdown(rows, "") in printed and "1 of 600 verdicts changed" in printed
+    assert markdown(rows, "me/Qwen3-8B-mine") in printed and "1 of 600 verdicts changed" in printed
+    assert "paper, GRPO" in printed
     assert json.loads((tmp_path / "again" / "eval.json").read_text())["figures"] == rows
     assert (tmp_path / "again" / "eval_samples.jsonl").read_text() == (evaluated / "eval_samples.jsonl").read_text()
 
