@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import arithmetic
 import model
+import tasks
 from bench_kernels import VOCABULARY, bench_kernels, bench_sm90, forget_peak, in_fresh_process, resident_mib
 from gdro import BUDGETS, UTILITIES, DifficultyBins, PromptGDRO, RolloutGDRO
 from reward import Grader
@@ -90,8 +90,8 @@ def bench_engine() -> list[dict]:
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    folder, tokenizer = arithmetic.base_model(), arithmetic.tokenizer()
-    problems = arithmetic.problems("train", 64)
+    folder, tokenizer = tasks.base_model("arithmetic"), tasks.tokenizer("arithmetic")
+    problems = tasks.problems("arithmetic", "train", 64)
     prompts = [tokenizer.encode(p.prompt) for p in problems]
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ours = TorchEngine(folder, dtype=torch.float32, device=torch.device("cpu"), max_rollouts=256)
@@ -190,7 +190,7 @@ def bench_memory() -> list[dict]:
         tiny = model.Transformer(config)
         tiny.init_weights(torch.Generator().manual_seed(0))
         tiny.save_pretrained(folder)
-        arithmetic.tokenizer().save_pretrained(folder)
+        tasks.tokenizer("arithmetic").save_pretrained(folder)
         chunked, whole = (in_fresh_process(memory_of_a_step, Path(folder), form) for form in (False, True))
     rows, same = [], [name for name in chunked if name != "MiB"]
     for phase, ours in chunked["MiB"].items():

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import arithmetic
+import tasks
 from data import HUB_SETS, SUFFIXES, Problem, encode_prompts, load_problems, stop_token_ids
 from model import ModelConfig, fetch
 from ranks import Ranks, RunError, draw_together, environment, portable, replace_text, say, write_json
@@ -259,8 +259,8 @@ def load_benchmarks(names: Iterable[str], tokenizer, args) -> tuple[list[Benchma
     found, missing = [], {}
     for name in names:
         try:
-            if name == "arithmetic":
-                problems, record, suffix = arithmetic.problems("heldout", 500), {"source": "arithmetic"}, ""
+            if name in tasks.TASKS:
+                problems, record, suffix = tasks.problems(name, "heldout", 500), {"source": name}, ""
             else:
                 (problems, record), suffix = load_problems(name), args.prompt_suffix
         except (ConnectionError, FileNotFoundError) as error:
@@ -322,11 +322,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     add = parser.add_argument
-    add("--model", help="a Hugging Face folder or hub id; 'arithmetic' = the built-in base model")
+    built_in = ", ".join(tasks.TASKS)
+    add("--model", help=f"a Hugging Face folder or hub id; {built_in} = the base model of a built-in task")
     add("--revision", help="hub revision of the model")
     add("--benchmarks", nargs="+", default=["paper"], metavar="NAME|FILE",
-        help=f"any of {', '.join(n for n in HUB_SETS if n != 'dapo')}, arithmetic, hub:owner/name[:config[:split]], or "
-             f"{'/'.join(SUFFIXES)} files, with spaces or commas between; paper = the seven of the paper [paper]")
+        help=f"any of {', '.join(n for n in HUB_SETS if n != 'dapo')}, {built_in}, hub:owner/name[:config[:split]], "
+             f"or {'/'.join(SUFFIXES)} files, with spaces or commas between; paper = the seven of the paper [paper]")
     add("--regrade", type=Path, metavar="FILE", help="grade this eval_samples.jsonl again, without any model")
     add("--k", type=int, default=8, help="responses drawn for each problem [8]")
     add("--problems", type=int, default=0, help="use the first so many of each benchmark; 0 = all [0]")
@@ -340,7 +341,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                                               "3200]")
     add("--max_response_tokens", type=int, help="a response cut here counts as wrong [what the context leaves, at most "
                                                 "4096]")
-    add("--prompt_suffix", default=PROMPT_SUFFIX, help=f"appended to every prompt but arithmetic's [{PROMPT_SUFFIX!r}]")
+    add("--prompt_suffix", default=PROMPT_SUFFIX,
+        help=f"appended to every prompt but the built-in tasks' [{PROMPT_SUFFIX!r}]")
     add("--chat_template", default="auto", choices=["auto", "always", "never"],
         help="auto = when the tokenizer has one [auto]")
     add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto = bfloat16 on CUDA [auto]")
@@ -397,7 +399,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     ranks = Ranks()
-    folder = arithmetic.base_model() if args.model == "arithmetic" else fetch(args.model, args.revision)
+    folder = tasks.base_model(args.model) if args.model in tasks.TASKS else fetch(args.model, args.revision)
     context = ModelConfig.from_hf(json.loads((folder / "config.json").read_text())).max_position_embeddings
     args.max_prompt_tokens = args.max_prompt_tokens or min(3200, context // 2)
     args.max_response_tokens = args.max_response_tokens or min(4096, context - args.max_prompt_tokens)

@@ -124,10 +124,12 @@ class DifficultyBins:
         self._visits, self._bin, self._record = (state[k].copy() for k in ("visits", "bin", "record"))
 
 
-# What l(x) is in (8), the loss whose bin means the adversaries see. Both are (P,); both use unweighted advantages.
-SIGNALS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "surrogate": lambda surrogate_P, reward_P: surrogate_P,  # (5)-(7): zero at ratio 1, since advantages are centred
-    "reward": lambda surrogate_P, reward_P: -reward_P,  # appendix B, footnote: L_b = -E[reward]
+# What l(x) is in (8), the loss whose bin means the adversaries see: signal(surrogate_P, reward_P, n_P) -> (P,), with
+# surrogate_P from unweighted advantages, reward_P the mean +-1 reward of a prompt's n_P rollouts.
+SIGNALS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
+    "surrogate": lambda surrogate_P, reward_P, n_P: surrogate_P,  # (5)-(7): zero at ratio 1, advantages being centred
+    "reward": lambda surrogate_P, reward_P, n_P: -reward_P,  # appendix B, footnote: L_b = -E[reward]
+    "variance": lambda surrogate_P, reward_P, n_P: (1 - reward_P**2) * n_P / np.maximum(n_P - 1, 1),  # v of (28)
 }
 
 
@@ -136,6 +138,14 @@ def bin_means(bin_P: np.ndarray, value_P: np.ndarray, num_bins: int) -> tuple[np
     count_B = np.bincount(bin_P, minlength=num_bins)
     sum_B = np.bincount(bin_P, weights=value_P, minlength=num_bins)
     return np.divide(sum_B, count_B, out=np.full(num_bins, np.nan), where=count_B > 0), count_B / max(len(bin_P), 1)
+
+
+def bin_errors(bin_P: np.ndarray, value_P: np.ndarray, num_bins: int) -> np.ndarray:
+    """Standard errors of the means of `bin_means`, (B,); NaN where fewer than two prompts tell."""
+    mean_B, _ = bin_means(bin_P, value_P, num_bins)
+    square_B, _ = bin_means(bin_P, (value_P - mean_B[bin_P]) ** 2, num_bins)
+    count_B = np.bincount(bin_P, minlength=num_bins)
+    return np.sqrt(np.divide(square_B, count_B - 1, out=np.full(num_bins, np.nan), where=count_B > 1))
 
 
 def ema(old: np.ndarray, new: np.ndarray, beta: float) -> np.ndarray:

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import arithmetic
+import tasks
 from data import Problem, batch_order, encode_prompts, load_problems, stop_token_ids
 from eval import Evaluation, table
-from gdro import BUDGETS, SIGNALS, UTILITIES, DifficultyBins, PromptGDRO, RolloutGDRO, bin_means
+from gdro import BUDGETS, SIGNALS, UTILITIES, DifficultyBins, PromptGDRO, RolloutGDRO, bin_errors, bin_means
 from kernels import group_advantage, grpo_token_loss
 from model import ModelConfig, Transformer, fetch
 from ranks import (
@@ -65,14 +65,16 @@ class Config:
     save_every: int = arg(50, "steps between checkpoints; 0 = only at the end")
 
     # what is trained on what
-    model: str = arg("Qwen/Qwen3-1.7B-Base", "Hugging Face folder or hub id; 'arithmetic' = the built-in base model")
+    model: str = arg("Qwen/Qwen3-1.7B-Base", "Hugging Face folder or hub id; 'arithmetic' and 'permutations' = the "
+                                             "base models of the built-in tasks")
     model_revision: str = arg("main", "hub revision of the model; the commit it resolves to is recorded")
-    train_data: str = arg("dapo", "'arithmetic', 'dapo', hub:owner/name[:config[:split]], or .jsonl/.json/.parquet")
+    train_data: str = arg("dapo", "'arithmetic', 'permutations', 'dapo', hub:owner/name[:config[:split]], or "
+                                   ".jsonl/.json/.parquet")
     train_revision: str = arg("main", "hub revision of the training data; the commit it resolves to is recorded")
-    train_problems: int = arg(0, "use the first so many training problems; 0 = all (arithmetic: 640)")
+    train_problems: int = arg(0, "use the first so many training problems; 0 = all (built-in tasks: 640)")
     eval_data: str = arg("math500", "problems for evaluation, in the same forms")
     eval_revision: str = arg("main", "hub revision of the evaluation data; the commit it resolves to is recorded")
-    eval_problems: int = arg(0, "use the first so many; 0 = all (arithmetic: 500)")
+    eval_problems: int = arg(0, "use the first so many; 0 = all (built-in tasks: 500)")
     answer_style: str = arg("auto", "where a response's answer is: math = \\boxed, 'Answer:', ####, the last number; "
                                     "dapo = 'Answer:' near the end; gsm8k = the number after ####, boxed or last; "
                                     "choice = a letter; auto = as the data set says", ("auto", *STYLES))
@@ -125,8 +127,8 @@ class Config:
     unseen_rate: float = arg(0.5, "estimate of a prompt before its first visit (official code: 0)")
 
     # Prompt-GDRO, (12)-(16)
-    prompt_signal: str = arg("surrogate", "bin loss: surrogate = (5)-(7); reward = minus the mean reward (appendix B)",
-                             tuple(SIGNALS))
+    prompt_signal: str = arg("surrogate", "bin loss: surrogate = (5)-(7); reward = minus the mean reward (appendix B); "
+                                          "variance = of the reward within a prompt", tuple(SIGNALS))
     prompt_eta: float = arg(0.65, "eta_q")
     prompt_ema: float = arg(0.12, "beta, EMA rate of the scores")
     prompt_gamma: float = arg(0.01, "uniform mixing of q")
@@ -148,6 +150,8 @@ class Config:
     rollout_ema: float = arg(0.4, "EMA rate of the arm scores")
     rollout_gamma: float = arg(0.01, "EXP3P uniform mixing")
     alpha_mu: float = arg(0.05, "step size of the shadow price")
+    allocation: str = arg("rollouts", "what the counts n_P become: rollouts; weights = a control, in which each has "
+                                      "n_bar and its advantages are multiplied by n_P / n_bar", ("rollouts", "weights"))
 
     # evaluation
     eval_every: int = arg(50, "steps between evaluations; 0 = only before and after training")
@@ -168,6 +172,7 @@ ARITHMETIC = dict(
 PAPER = dict(bin_success="any", unseen_rate=0.0)
 PRESETS = {
     "arithmetic": ARITHMETIC,
+    "permutations": dict(ARITHMETIC, **dict.fromkeys(("model", "train_data", "eval_data"), "permutations")),
     "qwen3-1.7b": dict(PAPER, model="Qwen/Qwen3-1.7B-Base"),
     "qwen3-4b": dict(PAPER, model="Qwen/Qwen3-4B-Base"),
     "qwen3-8b": dict(PAPER, model="Qwen/Qwen3-8B-Base"),
@@ -445,8 +450,8 @@ class Trainer:
 
     def _load_model(self) -> Path:
         cfg = self.cfg
-        if cfg.model == "arithmetic":
-            folder = arithmetic.base_model()
+        if cfg.model in tasks.TASKS:
+            folder = tasks.base_model(cfg.model)
         else:
             folder = fetch(cfg.model, self.pinned.get("model", {}).get("folder", cfg.model_revision))
         self.dtype = {"auto": torch.bfloat16 if self.device.type == "cuda" else torch.float32,
@@ -464,7 +469,7 @@ class Trainer:
         if needed > longest:
             raise ValueError(f"--max_prompt_tokens + --max_response_tokens is {needed} and the model's context is "
                              f"{longest}")
-        # A hub snapshot's folder is named by its commit, the arithmetic base's by the hash of its recipe; the head's
+        # A hub snapshot's folder is named by its commit, a built-in base's by the hash of its recipe; the head's
         # hash tells apart local folders that share a name.
         head = hashlib.blake2b(self.model.head.detach().cpu().view(torch.uint8).numpy(), digest_size=8).hexdigest()
         self.record |= {"model": {"name": portable(cfg.model), "folder": folder.name, "head": head},
@@ -487,9 +492,10 @@ class Trainer:
     def _encode(self, name: str, source: str, revision: str, limit: int,
                 built_in: int) -> tuple[list[Problem], list[list[int]]]:
         cfg = self.cfg
-        if source == "arithmetic":
-            split = "train" if name == "train" else "heldout"
-            problems, record = arithmetic.problems(split, limit or built_in), {"source": "arithmetic", "split": split}
+        task, _, split = source.partition(":")
+        if task in tasks.TASKS:
+            split = split or ("train" if name == "train" else "heldout")
+            problems, record = tasks.problems(task, split, limit or built_in), {"source": task, "split": split}
         else:
             commit = self.pinned.get(f"{name}_data", {}).get("revision")
             problems, record = load_problems(source, revision=commit or (None if revision == "main" else revision))
@@ -526,6 +532,9 @@ class Trainer:
             weight_P = self.prompt_gdro.weights(bin_P)  # (P,)
             acted_on = {"score": self.prompt_gdro.score_B, "weight": self.prompt_gdro.weights_by_bin(bin_P)}
             mu = self.rollout_gdro.mu
+            if cfg.allocation == "weights":
+                weight_P = weight_P * n_P / cfg.rollouts_per_prompt
+                n_P = np.full_like(n_P, cfg.rollouts_per_prompt)
 
         sampling = Sampling(cfg.max_response_tokens, cfg.temperature, stop_ids=self.stop_ids)
         seed_P = [rollout_seed(cfg.seed, step, i) for i in ids_P]
@@ -555,28 +564,35 @@ class Trainer:
             reward_P, _ = bin_means(batch.owner, reward_R, P)
             correct_P = np.bincount(batch.owner, weights=reward_R > 0, minlength=P).astype(int)
             tokens_B, _ = bin_means(bin_P[batch.owner], batch.lengths, self.bins.num_bins)
-            self._end_step(ids_P, bin_P, n_P, surrogate_P, reward_P, correct_P, tokens_B, update["grad_norm"])
+            signals = {name: signal(surrogate_P, reward_P, n_P) for name, signal in SIGNALS.items()}
+            self._end_step(ids_P, bin_P, n_P, surrogate_P, signals[cfg.prompt_signal], correct_P, tokens_B,
+                           update["grad_norm"])
 
         n_B, share_B = bin_means(bin_P, n_P, self.bins.num_bins)
         reward_B, _ = bin_means(bin_P, reward_P, self.bins.num_bins)
         line = {
             "step": step, "mode": cfg.mode, "seed": cfg.seed, "seconds": clock.total(),
             "reward_mean": reward_P.mean(), "solved_frac": (correct_P > 0).mean(),
-            "zero_std_frac": constant_P.mean(), **batch.stats(), "entropy": entropy_N.mean(),
+            "zero_std_frac": constant_P.mean(), "zero_std_rollouts_frac": constant_P[batch.owner].mean(),
+            **batch.stats(), "entropy": entropy_N.mean(),
             **{k: update[k] for k in ("loss", "kl", "clip_frac", "idle_frac", "grad_norm", "lr")},
             "mismatch": {"mean": mismatch_N.mean(), "max": mismatch_N.max()}, "reward_timeouts": timeouts,
             "shadow_price": mu, "shadow_price_dp": self.rollout_gdro.shadow_price_dp,
             "bins": {"share": share_B, "reward": reward_B, **acted_on, "rollouts": n_B, "tokens": tokens_B},
+            "signals": {name: {"mean": bin_means(bin_P, value_P, self.bins.num_bins)[0],
+                               "error": bin_errors(bin_P, value_P, self.bins.num_bins)}
+                        for name, value_P in signals.items()},
+            "surrogate_abs": [np.abs(surrogate_P[start : start + cfg.minibatch_prompts]).mean()
+                              for start in range(0, P, cfg.minibatch_prompts)],
             "eval": None}
         samples = [{"step": step, "id": ids_P[p], "bin": bin_P[p], "n": n_P[p], "weight": weight_P[p],
                     "answer": problems[p].answer, "reward": reward_R[r], "truncated": batch.truncated[r],
                     "prompt": problems[p].prompt, "response": texts[r]} for p, r in enumerate(offsets_P[:4])]
         return jsonable(line), jsonable(samples)
 
-    def _end_step(self, ids_P, bin_P, n_P, surrogate_P, reward_P, correct_P, tokens_B, grad_norm) -> None:
+    def _end_step(self, ids_P, bin_P, n_P, surrogate_P, signal_P, correct_P, tokens_B, grad_norm) -> None:
         """The one place where adversaries and bins change; the same on every rank, which is checked."""
-        loss_P = SIGNALS[self.cfg.prompt_signal](surrogate_P, reward_P)
-        self.prompt_gdro.update(bin_P, loss_P)
+        self.prompt_gdro.update(bin_P, signal_P)
         self.rollout_gdro.update(bin_P, n_P, surrogate_P, correct_P)
         self.bins.update(ids_P, correct_P, n_P)
         self.expected_tokens_B = np.where(np.isnan(tokens_B), self.expected_tokens_B, tokens_B)

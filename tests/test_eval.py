@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import arithmetic
 import eval as eval_module
+import tasks
 from data import Problem
 from eval import PAPER_BENCHMARKS, Evaluation, evaluate, figures, markdown, parse_args, pass_at_k, summary, table
 
@@ -82,8 +82,8 @@ def test_evaluations_survive_json_and_print_as_markdown():
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    settings = arithmetic.BaseSettings(steps=100, lines_per_step=32, hidden_size=64, layers=2)
-    return arithmetic.base_model(settings, cache=tmp_path_factory.mktemp("cache"))
+    settings = tasks.BaseSettings(steps=100, lines_per_step=32, hidden_size=64, layers=2)
+    return tasks.base_model("arithmetic", settings, cache=tmp_path_factory.mktemp("cache"))
 
 
 def flags(base: Path, out: Path, *more: str) -> list[str]:

@@ -422,18 +422,19 @@ def test_the_surrogate_is_blind_on_policy_and_the_reward_is_not():
     advantage_PN = (reward_PN - reward_PN.mean(1, keepdims=True)) / (reward_PN.std(1, keepdims=True) + 1e-6)
     ratio_PN = np.ones_like(advantage_PN)
     surrogate_PN = np.minimum(ratio_PN * advantage_PN, ratio_PN.clip(0.8, 1.28) * advantage_PN)
-    loss_P, reward_P = -surrogate_PN.mean(1), reward_PN.mean(1)
+    loss_P, reward_P, n_P = -surrogate_PN.mean(1), reward_PN.mean(1), np.full(32, 6)
     assert np.abs(advantage_PN).max() > 0.5  # not blind for want of advantages
-    assert np.abs(SIGNALS["surrogate"](loss_P, reward_P)).max() < 1e-12
-    np.testing.assert_array_equal(SIGNALS["reward"](loss_P, reward_P), -reward_P)
+    assert np.abs(SIGNALS["surrogate"](loss_P, reward_P, n_P)).max() < 1e-12
+    np.testing.assert_array_equal(SIGNALS["reward"](loss_P, reward_P, n_P), -reward_P)
+    np.testing.assert_allclose(SIGNALS["variance"](loss_P, reward_P, n_P), reward_PN.var(1, ddof=1), atol=1e-12)
 
     blind, seeing = PromptGDRO(4), PromptGDRO(4, share_normalize=False)
-    blind.update(bin_P, SIGNALS["surrogate"](loss_P, reward_P))
-    seeing.update(bin_P, SIGNALS["reward"](loss_P, reward_P))
+    blind.update(bin_P, SIGNALS["surrogate"](loss_P, reward_P, n_P))
+    seeing.update(bin_P, SIGNALS["reward"](loss_P, reward_P, n_P))
     np.testing.assert_allclose(blind.weights(bin_P), 1, atol=1e-12)
     assert np.all(np.diff(seeing.omega_B) < 0)  # bin 0, the hardest, gets the greatest weight
     drifting = rng.normal(size=32)
-    np.testing.assert_array_equal(SIGNALS["surrogate"](drifting, reward_P), drifting)  # a loss: no sign, no scale
+    np.testing.assert_array_equal(SIGNALS["surrogate"](drifting, reward_P, n_P), drifting)  # a loss: no sign, no scale
 
 
 # --------------------------------------------------------------------------------------- Rollout-GDRO: the choice
@@ -921,7 +922,7 @@ def test_any_two_adversaries_run_together_and_resume_from_any_step(utility, budg
             bin_P = bins.lookup(ids)
             n_P, weight_P = compute.allocate(bin_P), data.weights(bin_P)
             correct_P = np.random.default_rng(seed).binomial(n_P, skill[chosen])
-            loss_P = SIGNALS[signal](0.1 * noise_P, 2 * correct_P / n_P - 1)
+            loss_P = SIGNALS[signal](0.1 * noise_P, 2 * correct_P / n_P - 1, n_P)
             data.update(bin_P, loss_P)
             compute.update(bin_P, n_P, loss_P, correct_P)
             bins.update(ids, correct_P, n_P)

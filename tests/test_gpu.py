@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import arithmetic
+import tasks
 from kernels import group_advantage, grpo_token_loss, linear_logprob, logits_logprob
 from model import PackedAttention, Transformer
 from rollout import Sampling, TorchEngine
@@ -22,8 +22,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    settings = arithmetic.BaseSettings(steps=100, lines_per_step=32, hidden_size=64, layers=2)
-    return arithmetic.base_model(settings, cache=tmp_path_factory.mktemp("cache"))
+    settings = tasks.BaseSettings(steps=100, lines_per_step=32, hidden_size=64, layers=2)
+    return tasks.base_model("arithmetic", settings, cache=tmp_path_factory.mktemp("cache"))
 
 
 def packed_batch(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

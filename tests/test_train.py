@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-import arithmetic
+import tasks
 import train as train_module
 from model import Transformer
 from train import (
@@ -38,11 +38,11 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
     """A small model that gets some sums of two digits right, its training problems: enough for gradients."""
-    settings = arithmetic.BaseSettings(steps=250, lines_per_step=48, hidden_size=64, layers=2)
+    settings = tasks.BaseSettings(steps=250, lines_per_step=48, hidden_size=64, layers=2)
     cache = tmp_path_factory.mktemp("cache")
     sums = [{"question": f"{a}+{b}=", "answer": a + b} for a in range(10) for b in range(10)]
     (cache / "sums.jsonl").write_text("".join(json.dumps(x) + "\n" for x in sums))
-    return arithmetic.base_model(settings, cache=cache)
+    return tasks.base_model("arithmetic", settings, cache=cache)
 
 
 def flags(base: Path, out: Path, **changes) -> list[str]:

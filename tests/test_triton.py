@@ -15,7 +15,7 @@ from test_kernels import naive_advantage
 from test_train import trainer_of
 from torch import Tensor
 
-import arithmetic
+import tasks
 from kernels import backend, group_advantage, grpo_token_loss, linear_logprob, logits_logprob
 
 pytest.importorskip("triton", reason="the kernels need Triton, which is not installed")
@@ -986,8 +986,8 @@ def base(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     sums = [{"question": f"{a}+{b}=", "answer": a + b} for a in range(5) for b in range(5)]
     (cache / "sums.jsonl").write_text("".join(json.dumps(x) + "\n" for x in sums))
-    settings = arithmetic.BaseSettings(steps=150, lines_per_step=32, hidden_size=32, layers=1)
-    return arithmetic.base_model(settings, cache=cache)
+    settings = tasks.BaseSettings(steps=150, lines_per_step=32, hidden_size=32, layers=1)
+    return tasks.base_model("arithmetic", settings, cache=cache)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the trainer's bf16 on CUDA is too coarse for this comparison")

@@ -1,0 +1,186 @@
+"""The built-in tasks: small models with latent skill to be drawn out, `arithmetic` and `permutations`.
+
+Each task has six kinds of problems, and every kind two ways to answer, both seen in the base model's corpus:
+
+    347+586=   933                                a guess: the digits at once; fails beyond small numbers
+    347+586=   A7+6=13,4+8+1=13,3+5+1=9:933       worked: opened by the kind's own mark, digit by digit; succeeds
+
+In exams (half of the corpus) the model must choose its first character itself, and only a share of the solutions is
+worked: 40% of the additions, down to 0.5% of the sums of squares. In the textbook (the other half) the mark belongs to
+the prompt, so that every method is well learned, however rarely it is chosen. So the base solves easy problems, has a
+frontier at 5 to 50%, and a tail of rare skills, each with a mark of its own, that do not spread from one kind of
+problem to the next. What reinforcement learning has to find is not how, but that.
+
+The problems and the base model are pure functions of the constants below, never of a run's --seed.
+"""
+
+import hashlib
+import inspect
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import arithmetic
+import permutations
+from data import Problem
+from model import ModelConfig, Transformer
+
+PAD, END = "<pad>", "<end>"
+SPLITS = ("train", "heldout", "development")  # settings are chosen on development problems, reported on held-out ones
+
+
+@dataclass(frozen=True)
+class Kind:
+    mark: str  # the character that opens a worked solution
+    share: float  # of worked solutions among the exams
+    make: Callable[[np.random.Generator], tuple[str, str, int]]  # question, steps, answer
+
+
+@dataclass(frozen=True)
+class Task:
+    characters: str  # one token each
+    kinds: dict[str, Kind]
+
+
+TASKS = {
+    "arithmetic": Task(arithmetic.CHARACTERS, {
+        "addition": Kind("A", 0.40, arithmetic.addition),
+        "subtraction": Kind("S", 0.20, arithmetic.subtraction),
+        "multiplication": Kind("M", 0.08, arithmetic.multiplication),
+        "several_terms": Kind("T", 0.03, arithmetic.several_terms),
+        "division": Kind("D", 0.012, arithmetic.division),
+        "sum_of_squares": Kind("Q", 0.005, arithmetic.sum_of_squares),
+    }),
+    "permutations": Task(permutations.CHARACTERS, {
+        "swap": Kind("W", 0.40, permutations.swap),
+        "reverse": Kind("V", 0.20, permutations.reverse),
+        "insert": Kind("I", 0.08, permutations.insert),
+        "front": Kind("F", 0.03, permutations.front),
+        "rotate": Kind("R", 0.012, permutations.rotate),
+        "order": Kind("O", 0.005, permutations.order),
+    }),
+}
+
+
+@dataclass(frozen=True)
+class BaseSettings:
+    """How the base model is made."""
+
+    seed: int = 0
+    steps: int = 1200
+    lines_per_step: int = 96
+    learning_rate: float = 3e-3
+    hidden_size: int = 128
+    layers: int = 3
+
+
+def problems(task: str, split: str, count: int) -> list[Problem]:
+    """The first `count` distinct problems of one of SPLITS, which share none. The id starts with the kind.
+
+    Raises ValueError for an unknown split, or when there are not that many.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"{task}: the splits are {', '.join(SPLITS)}, not {split!r}")
+    kinds = TASKS[task].kinds
+    rng = np.random.default_rng(20260127)
+    split_of: dict[str, str] = {}
+    found: list[Problem] = []
+    names = list(kinds)
+    for i in range(1_000_000):
+        kind = names[i % len(names)]
+        question, _, answer = kinds[kind].make(rng)
+        if question in split_of:
+            continue
+        split_of[question] = SPLITS[len(split_of) // len(names) % len(SPLITS)]
+        if split_of[question] == split:
+            found.append(Problem(f"{kind}:{question[:-1]}", question, str(answer), "gsm8k"))
+        if len(found) == count:
+            return found
+    raise ValueError(f"there are not {count} distinct problems")
+
+
+def _line(kinds: list[Kind], rng: np.random.Generator, held_back: set[str]) -> tuple[str, str]:
+    """One line of the corpus as (what is given, what is learned)."""
+    while True:
+        kind = kinds[int(rng.integers(len(kinds)))]
+        question, steps, answer = kind.make(rng)
+        if question not in held_back:
+            break
+    worked = f"{steps}:{answer}"
+    if rng.random() < 0.5:
+        return question + kind.mark, worked  # textbook
+    return question, kind.mark + worked if rng.random() < kind.share else str(answer)  # exam
+
+
+def tokenizer(task: str):
+    """A Hugging Face fast tokenizer with one token a character; an unknown character becomes <unk>."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [PAD, END, "<unk>", *TASKS[task].characters]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    inner.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=PAD, eos_token=END, unk_token="<unk>",
+                                   clean_up_tokenization_spaces=False)
+
+
+def base_model(task: str, settings: BaseSettings | None = None, *, cache: Path | None = None) -> Path:
+    """The Hugging Face folder of the base model, trained on first use (about two minutes on two cores).
+
+    Kept in `cache` (default: cache/ beside this file) under a key of the settings, of the corpus (its first lines) and
+    of the training code. Concurrent callers wait for the first one.
+    """
+    from filelock import FileLock
+
+    settings = settings or BaseSettings()
+    cache = cache or Path(__file__).parent / "cache"
+    rng = np.random.default_rng(settings.seed)
+    corpus = [_line(list(TASKS[task].kinds.values()), rng, set()) for _ in range(500)]
+    recipe = json.dumps([settings.__dict__, TASKS[task].characters, corpus, inspect.getsource(_train_base)])
+    folder = cache / f"{task}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            aside = folder.with_suffix(".partial")
+            _train_base(task, settings).save_pretrained(aside)
+            tokenizer(task).save_pretrained(aside)
+            aside.rename(folder)
+    return folder
+
+
+def _train_base(task: str, settings: BaseSettings) -> Transformer:
+    """Next-character training from nothing on the corpus; AdamW with a cosine schedule."""
+    words, kinds = tokenizer(task), list(TASKS[task].kinds.values())
+    config = ModelConfig("qwen3", len(words), settings.hidden_size, 3 * settings.hidden_size, settings.layers, 4, 2, 32,
+                         10_000.0, 1e-6, True, 256)
+    model = Transformer(config)
+    model.init_weights(torch.Generator().manual_seed(settings.seed))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.1)
+    warm = settings.steps // 20
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / warm, 0.02 + 0.49 * (1 + math.cos(math.pi * s / settings.steps))))
+    rng = np.random.default_rng(settings.seed)
+    held_back = {p.prompt for split in SPLITS for p in problems(task, split, 1200)}
+    bar = tqdm(range(settings.steps), desc=f"training the {task} base model", unit="step")
+    for _ in bar:
+        lines = [_line(kinds, rng, held_back) for _ in range(settings.lines_per_step)]
+        lines.sort(key=lambda x: len(x[0] + x[1]))
+        parts = [torch.tensor(words.encode(given + learned) + [words.eos_token_id]) for given, learned in lines]
+        cu_seqlens = torch.tensor([0] + [len(p) for p in parts]).cumsum(0)
+        targets = torch.cat([torch.arange(start + len(given), start + len(part)) for (given, _), part, start
+                             in zip(lines, parts, cu_seqlens.tolist(), strict=False)])
+        loss = -model.logprobs(torch.cat(parts), cu_seqlens, max(map(len, parts)), targets).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    return model
