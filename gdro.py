@@ -247,6 +247,23 @@ def expected_gain(arms_K: np.ndarray, rate_B: np.ndarray, k: int = 8) -> np.ndar
     return k * (1 - rate_B[:, None]) ** (k - 1) * pmf_mass.sum(axis=2)
 
 
+def knapsack_value(arms_K: np.ndarray, rate_B: np.ndarray) -> np.ndarray:
+    """(1 - p^n - (1-p)^n) p (1-p)^2, (B, K): a rival rule (Knapsack RL). The chance that a group teaches anything,
+    times what it would then teach."""
+    p = rate_B[:, None]
+    return (1 - p**arms_K - (1 - p) ** arms_K) * p * (1 - p) ** 2
+
+
+def rank_value(arms_K: np.ndarray, rate_B: np.ndarray) -> np.ndarray:
+    """-(n - n_rank)^2, (B, K): a rival rule (E3). Counts rise linearly with the rank of a bin's difficulty, from n_min
+    for the easiest to n_max for the hardest that the step has seen."""
+    seen = np.isfinite(rate_B)
+    rank_B = np.full(len(rate_B), np.nan)
+    rank_B[seen] = np.argsort(np.argsort(-rate_B[seen], kind="stable"))  # 0 = easiest
+    target_B = arms_K[0] + (arms_K[-1] - arms_K[0]) * rank_B / max(seen.sum() - 1, 1)
+    return -((arms_K - target_B[:, None]) ** 2.0)
+
+
 @dataclass(frozen=True)
 class Utility:
     """J_hat_b(n) of (17)-(18) as one function of a step's statistics -> (B, K), NaN where unknown.
@@ -265,6 +282,8 @@ UTILITIES = {
     "official": Utility(lambda s: s.loss_BK, by_share=False),  # the official code's sign: prefers arms of high loss
     "variance": Utility(lambda s: -s.variance_B[:, None] / s.arms_K, by_share=True),  # (28), known for every arm
     "gain": Utility(lambda s: expected_gain(s.arms_K, s.rate_B), by_share=True),
+    "rank": Utility(lambda s: rank_value(s.arms_K, s.rate_B), by_share=True),
+    "knapsack": Utility(lambda s: knapsack_value(s.arms_K, s.rate_B), by_share=True),
 }
 BUDGETS = ("exact", "spread", "dual")
 

@@ -1,6 +1,6 @@
 """Six kinds of moves on a row of five digits, with worked solutions: `kind(rng) -> (question, steps, answer)`.
 
-    31524~ad,be=   24531                 a guess: the row after all moves at once
+    31524~ad,be=   24531                 a guess
     31524~ad,be=   W21534,24531:24531    worked: the row after each move
 
 Positions are the letters a to e; the sign after the row says what is done there. See `tasks.py`.
@@ -10,17 +10,17 @@ from collections.abc import Callable
 
 import numpy as np
 
-CHARACTERS = "0123456789abcde,:=~<>^#@WVIFRO"
+CHARACTERS = "123456789abcde,:=~#<>^@WXVRLN"
 LENGTH = 5
 
 
 def _moves(sign: str, move: Callable[[list[str], np.random.Generator], tuple[str, list[str]]]):
-    """The maker of a kind: one to four moves on a row of distinct digits, each `move` a (name, row afterwards)."""
+    """The maker of a kind: three or four moves on a row of distinct digits, each `move` a (name, row afterwards)."""
 
     def make(rng: np.random.Generator) -> tuple[str, str, int]:
         row = [str(d) for d in rng.permutation(np.arange(1, 10))[:LENGTH]]
         start, names, rows = "".join(row), [], []
-        for _ in range(int(rng.integers(1, 5))):
+        for _ in range(int(rng.integers(3, 5))):
             name, row = move(row, rng)
             names.append(name)
             rows.append("".join(row))
@@ -51,31 +51,30 @@ def _reverse(row: list[str], rng: np.random.Generator) -> tuple[str, list[str]]:
     return _name(i, j), row[:i] + row[i : j + 1][::-1] + row[j + 1 :]
 
 
-def _insert(row: list[str], rng: np.random.Generator) -> tuple[str, list[str]]:
-    i, j = (int(x) for x in rng.permutation(LENGTH)[:2])
-    rest = row[:i] + row[i + 1 :]
-    return _name(i, j), rest[:j] + [row[i]] + rest[j:]
-
-
-def _front(row: list[str], rng: np.random.Generator) -> tuple[str, list[str]]:
-    i = int(rng.integers(1, LENGTH))
-    return row[i], [row[i], *row[:i], *row[i + 1 :]]
-
-
-def _rotate(row: list[str], rng: np.random.Generator) -> tuple[str, list[str]]:
+def _right(row: list[str], rng: np.random.Generator) -> tuple[str, list[str]]:
     i, j = _two(rng)
     return _name(i, j), row[:i] + [row[j]] + row[i:j] + row[j + 1 :]
 
 
-def _order(row: list[str], rng: np.random.Generator) -> tuple[str, list[str]]:
-    i, j = (int(x) for x in rng.permutation(LENGTH)[:2])  # named backwards, the stretch descends
-    low, high = min(i, j), max(i, j) + 1
-    return _name(i, j), row[:low] + sorted(row[low:high], reverse=i > j) + row[high:]
+def _left(row: list[str], rng: np.random.Generator) -> tuple[str, list[str]]:
+    i, j = _two(rng)
+    return _name(i, j), row[:i] + row[i + 1 : j + 1] + [row[i]] + row[j + 1 :]
 
 
-swap = _moves("~", _swap)  # exchange two positions
+def _step(row: list[str], rng: np.random.Generator) -> tuple[str, list[str]]:
+    i = int(rng.integers(LENGTH - 1))
+    return _name(i), row[:i] + [row[i + 1], row[i]] + row[i + 2 :]
+
+
+def _exchange(row: list[str], rng: np.random.Generator) -> tuple[str, list[str]]:
+    i, j = _two(rng)
+    x, y = row[i], row[j]
+    return x + y, [{x: y, y: x}.get(digit, digit) for digit in row]
+
+
+swap = _moves("~", _swap)  # exchange the digits in two positions
+exchange = _moves("#", _exchange)  # exchange two digits, wherever they are
 reverse = _moves("<", _reverse)  # turn a stretch round
-insert = _moves(">", _insert)  # take the digit from one position to another
-front = _moves("^", _front)  # bring a digit, named by itself, to the front
-rotate = _moves("@", _rotate)  # the last digit of a stretch becomes its first
-order = _moves("#", _order)  # sort a stretch
+right = _moves(">", _right)  # the last digit of a stretch becomes its first
+left = _moves("^", _left)  # the first digit of a stretch becomes its last
+step = _moves("@", _step)  # exchange a digit with its right neighbour

@@ -2,14 +2,14 @@
 
 Each task has six kinds of problems, and every kind two ways to answer, both seen in the base model's corpus:
 
-    347+586=   933                                a guess: the digits at once; fails beyond small numbers
-    347+586=   A7+6=13,4+8+1=13,3+5+1=9:933       worked: opened by the kind's own mark, digit by digit; succeeds
+    347+586=   412                                a guess: a number of the right length, hardly ever right
+    347+586=   A7+6=13,4+8+1=13,3+5+1=9:933       worked: opened by the kind's own mark, digit by digit; mostly right
 
 In exams (half of the corpus) the model must choose its first character itself, and only a share of the solutions is
 worked: 40% of the additions, down to 0.5% of the sums of squares. In the textbook (the other half) the mark belongs to
-the prompt, so that every method is well learned, however rarely it is chosen. So the base solves easy problems, has a
-frontier at 5 to 50%, and a tail of rare skills, each with a mark of its own, that do not spread from one kind of
-problem to the next. What reinforcement learning has to find is not how, but that.
+the prompt, so that every method is well learned, however rarely it is chosen. So the base has problems that it solves
+often, a frontier, and a tail of rare skills, each with a mark of its own, that do not spread from one kind of problem
+to the next. What reinforcement learning has to find is not how, but that.
 
 The problems and the base model are pure functions of the constants below, never of a run's --seed.
 """
@@ -59,11 +59,11 @@ TASKS = {
     }),
     "permutations": Task(permutations.CHARACTERS, {
         "swap": Kind("W", 0.40, permutations.swap),
-        "reverse": Kind("V", 0.20, permutations.reverse),
-        "insert": Kind("I", 0.08, permutations.insert),
-        "front": Kind("F", 0.03, permutations.front),
-        "rotate": Kind("R", 0.012, permutations.rotate),
-        "order": Kind("O", 0.005, permutations.order),
+        "exchange": Kind("X", 0.20, permutations.exchange),
+        "reverse": Kind("V", 0.08, permutations.reverse),
+        "right": Kind("R", 0.03, permutations.right),
+        "left": Kind("L", 0.012, permutations.left),
+        "step": Kind("N", 0.005, permutations.step),
     }),
 }
 
@@ -115,7 +115,10 @@ def _line(kinds: list[Kind], rng: np.random.Generator, held_back: set[str]) -> t
     worked = f"{steps}:{answer}"
     if rng.random() < 0.5:
         return question + kind.mark, worked  # textbook
-    return question, kind.mark + worked if rng.random() < kind.share else str(answer)  # exam
+    if rng.random() < kind.share:
+        return question, kind.mark + worked  # exam
+    low = 10 ** (len(str(answer)) - 1)
+    return question, str(rng.integers(low, 10 * low) if low > 1 else rng.integers(10))
 
 
 def tokenizer(task: str):

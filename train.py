@@ -54,8 +54,8 @@ def arg(default, help: str, choices=None):
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run: the command line and config.json. The defaults are the paper's (appendix A), but for the
-    bins' success and unseen_rate, where the paper's presets differ."""
+    """Every setting of a run: the command line and config.json. The defaults are the paper's (appendix A); a preset and
+    an adversary, below, set other values."""
 
     mode: str = arg("grpo", "which adversaries act", ("grpo", "prompt", "rollout", "both"))
     steps: int = arg(1000, "training steps, one batch each; 0 only evaluates the base")
@@ -122,9 +122,9 @@ class Config:
     bin_edges: str = arg("0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", "inner edges of the bins")
     bin_history: int = arg(50, "H, visits that count")
     bin_hysteresis: float = arg(0.03, "delta, margin to pass before a prompt leaves its bin")
-    bin_success: str = arg("rate", "a visit records its success rate, or whether any rollout was right (the paper; "
+    bin_success: str = arg("any", "a visit records its success rate, or whether any rollout was right (the paper; "
                                    "depends on n)", ("rate", "any"))
-    unseen_rate: float = arg(0.5, "estimate of a prompt before its first visit (official code: 0)")
+    unseen_rate: float = arg(0.0, "estimate of a prompt before its first visit (official code: 0)")
 
     # Prompt-GDRO, (12)-(16)
     prompt_signal: str = arg("surrogate", "bin loss: surrogate = (5)-(7); reward = minus the mean reward (appendix B); "
@@ -143,7 +143,8 @@ class Config:
     n_min: int = arg(2, "fewest rollouts of a prompt")
     n_max: int = arg(12, "most rollouts of a prompt")
     rollout_utility: str = arg("surrogate", "worth of an arm: surrogate = the paper; official = its sign reversed; "
-                                            "variance = -v_b/n; gain = expected learning", tuple(UTILITIES))
+                                            "variance = -v_b/n; gain = expected learning; rank, knapsack = rivals",
+                               tuple(UTILITIES))
     rollout_budget: str = arg("exact", "exact = the paper's DP; spread = same total, counts inside a bin may differ "
                                        "by one; dual = only the shadow price holds the mean", BUDGETS)
     rollout_eta: float = arg(0.65, "EXP3P learning rate")
@@ -154,7 +155,8 @@ class Config:
                                       "n_bar and its advantages are multiplied by n_P / n_bar", ("rollouts", "weights"))
 
     # evaluation
-    eval_every: int = arg(50, "steps between evaluations; 0 = only before and after training")
+    eval_every: int = arg(50, "steps between evaluations; 0 = only after training (and before it)")
+    eval_first: bool = arg(True, "also evaluate the base, before the first step")
     eval_rollouts: int = arg(8, "k, responses per problem for mean@k and pass@k")
     eval_temperature: float = arg(0.6, "of evaluation; 0 = greedy, with --eval_rollouts 1")
     eval_top_p: float = arg(0.8, "of evaluation; 1 = off")
@@ -163,19 +165,25 @@ class Config:
     grader_timeout: float = arg(5.0, "seconds per answer; past it the response counts as wrong")
 
 
-ARITHMETIC = dict(
-    model="arithmetic", train_data="arithmetic", eval_data="arithmetic", prompt_suffix="", chat_template="never",
+# What the adversaries see and may do. "paper": Config's defaults, as the paper's text and scripts have it. "tuned":
+# what was best on development problems of the built-in tasks; see README, "What we found".
+ADVERSARIES = {
+    "paper": {},
+    "tuned": dict(
+        bin_success="rate", unseen_rate=0.5, bin_hysteresis=0.0, prompt_signal="reward", prompt_eta=2.0,
+        mean_one=True, rollout_utility="gain", rollout_budget="spread", n_min=1, n_max=16, averaging="rollout"),
+}
+BUILT_IN = dict(
+    prompt_suffix="", chat_template="never",
     max_prompt_tokens=32, max_response_tokens=64, steps=100, prompts_per_step=64,
     minibatch_prompts=32, learning_rate=1e-4, kl_beta=0.0, gradient_checkpointing=False, save_every=25, eval_every=25,
-    eval_rollouts=16, eval_temperature=1.0, eval_top_p=1.0, eval_top_k=0, max_rollouts=512, bin_hysteresis=0.0,
-    prompt_signal="reward", prompt_eta=2.0, mean_one=True, rollout_utility="gain", rollout_budget="spread")
-PAPER = dict(bin_success="any", unseen_rate=0.0)
+    eval_rollouts=16, eval_temperature=1.0, eval_top_p=1.0, eval_top_k=0, max_rollouts=512)
+# name -> (adversary, settings)
 PRESETS = {
-    "arithmetic": ARITHMETIC,
-    "permutations": dict(ARITHMETIC, **dict.fromkeys(("model", "train_data", "eval_data"), "permutations")),
-    "qwen3-1.7b": dict(PAPER, model="Qwen/Qwen3-1.7B-Base"),
-    "qwen3-4b": dict(PAPER, model="Qwen/Qwen3-4B-Base"),
-    "qwen3-8b": dict(PAPER, model="Qwen/Qwen3-8B-Base"),
+    **{task: ("tuned", dict(BUILT_IN, model=task, train_data=task, eval_data=task)) for task in tasks.TASKS},
+    "qwen3-1.7b": ("paper", dict(model="Qwen/Qwen3-1.7B-Base")),
+    "qwen3-4b": ("paper", dict(model="Qwen/Qwen3-4B-Base")),
+    "qwen3-8b": ("paper", dict(model="Qwen/Qwen3-8B-Base")),
 }
 # What a resumed run may change; config.json records when it did. The rest would make it another experiment.
 MAY_CHANGE = ("steps", "out_dir", "save_every", "eval_every", "grader_workers", "grader_timeout", "microbatch_tokens",
@@ -186,10 +194,14 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, str, bool]:
     """Command line -> (config, preset name, resume). A preset sets fields; flags given override it."""
     parser = argparse.ArgumentParser(
         description="GRPO, Prompt-GDRO and Rollout-GDRO (arXiv 2601.19280). Several GPUs or processes: torchrun.",
-        usage="train.py [--preset PRESET] [--mode MODE] [--resume] [--FLAG VALUE ...]   (--help lists all flags)",
+        usage="train.py [--preset PRESET] [--adversary paper|tuned] [--mode MODE] [--resume] [--FLAG VALUE ...]\n"
+              "--help lists all flags",
         formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
     parser.add_argument("--preset", default="auto", choices=["auto", *PRESETS],
                         help="a set of values for the flags below; auto = qwen3-1.7b with CUDA, else arithmetic")
+    parser.add_argument("--adversary", default="auto", choices=["auto", *ADVERSARIES],
+                        help="settings of bins and adversaries: the paper's, or what our study found to work;\n"
+                             "auto = tuned for the built-in tasks, else paper")
     parser.add_argument("--resume", action="store_true",
                         help="go on from the last checkpoint in out_dir; may change: " + ", ".join(MAY_CHANGE))
     for f in dataclasses.fields(Config):
@@ -198,11 +210,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, str, bool]:
                             metavar=None if f.metadata["choices"] else f.name.upper(),
                             help=f"{f.metadata['help']} [{f.default!r}]".replace("%", "%%"))
     given = vars(parser.parse_args(argv))
-    preset, resume = given.pop("preset"), given.pop("resume")
+    preset, adversary, resume = given.pop("preset"), given.pop("adversary"), given.pop("resume")
     if preset == "auto":
         preset = "qwen3-1.7b" if torch.cuda.is_available() else "arithmetic"
         say(f"preset {preset} (auto: CUDA is {'present' if torch.cuda.is_available() else 'not present'})")
-    cfg = Config(**{**PRESETS[preset], **given})
+    usual, settings = PRESETS[preset]
+    cfg = Config(**{**ADVERSARIES[usual if adversary == "auto" else adversary], **settings, **given})
     if not cfg.out_dir:
         cfg = dataclasses.replace(cfg, out_dir=f"out/{preset}-{cfg.mode}-{cfg.seed}")
     return cfg, preset, resume
@@ -234,6 +247,8 @@ def check(cfg: Config) -> None:
             raise ValueError(f"--{name} must be from {low} to {high}, got {getattr(cfg, name)}")
     if cfg.eval_temperature == 0 and cfg.eval_rollouts > 1:
         raise ValueError("--eval_temperature 0 gives the same response every time: use it with --eval_rollouts 1")
+    if not cfg.steps and not cfg.eval_first:
+        raise ValueError("--steps 0 only evaluates the base, which --eval_first false forbids")
     if cfg.minibatch_prompts > cfg.prompts_per_step:
         raise ValueError(f"--minibatch_prompts {cfg.minibatch_prompts} is more than --prompts_per_step "
                          f"{cfg.prompts_per_step}")
@@ -909,7 +924,7 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
         say(evaluations[-1].line())
         return {k: v for k, v in evaluations[-1].to_json().items() if k != "by_kind"}
 
-    if not evaluations:
+    if cfg.eval_first and not evaluations:
         evaluate()
     bar = tqdm(total=cfg.steps, initial=trainer.next_step, desc=f"{cfg.mode} seed {cfg.seed}", unit="step",
                disable=not first)

@@ -1,0 +1,148 @@
+"""The study: every run behind results/study is a row of this file.
+
+    python study.py --list                        what there is, and what is done
+    python study.py                               runs what is missing, two at a time (--jobs), one thread each
+    python study.py --only permutations/both      rows whose name contains this
+    python plots.py --table                       what came out
+
+A run goes to out/study/TASK/ROW-SEED; when it is complete, its config, log (five significant digits) and evaluations
+are copied to results/study/TASK/ROW-SEED. Ctrl-C lets the runs finish their step and checkpoint; the same command goes
+on. Settings were chosen on development problems with seeds from 100 on; the rows report held-out problems with seeds
+from 0 on.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ranks import replace_text
+
+HERE = Path(__file__).parent
+OUT, RESULTS = HERE / "out" / "study", HERE / "results" / "study"
+DIGITS = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    seeds: int  # 0, 1, ...
+    flags: dict[str, object] = field(default_factory=dict)
+    tasks: tuple[str, ...] = ("arithmetic",)
+
+
+BOTH_TASKS = ("arithmetic", "permutations")
+COMMON = {"engine": "torch", "eval_problems": 1000, "eval_first": False}
+ROWS = ()  # see below
+
+
+@dataclass(frozen=True)
+class Run:
+    task: str
+    row: Row
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}/{self.row.name}-{self.seed}"
+
+    def command(self) -> list[str]:
+        settings = {**COMMON, **self.row.flags, "seed": self.seed, "out_dir": OUT / self.name}
+        resume = ["--resume"] if (OUT / self.name / "config.json").exists() else []
+        flags = [str(x) for k, v in settings.items() for x in (f"--{k}", v)]
+        return [sys.executable, str(HERE / "train.py"), "--preset", self.task, *flags, *resume]
+
+    def done(self) -> bool:
+        return (RESULTS / self.name / "eval.json").exists()
+
+    def execute(self) -> str | None:
+        """Runs it to the end and copies what stays; None, or what went wrong."""
+        folder, start = OUT / self.name, time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "output.txt", "a") as output:
+            done = subprocess.run(self.command(), cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output,
+                                  stderr=subprocess.STDOUT)
+        if done.returncode:
+            last = (folder / "output.txt").read_text().replace("\r", "\n").strip().splitlines()[-1:]
+            return f"{self.name}: train.py ended with {done.returncode}: {' '.join(last)}"
+        keep(folder, RESULTS / self.name, time.monotonic() - start)
+        return None
+
+
+def rounded(x):
+    """JSON values with floats of DIGITS significant digits."""
+    if isinstance(x, dict):
+        return {k: rounded(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [rounded(v) for v in x]
+    return float(f"{x:.{DIGITS}g}") if isinstance(x, float) else x
+
+
+def keep(run: Path, kept: Path, seconds: float) -> None:
+    """Copies config, log and evaluations of a complete run; eval.json last, since it says that the run is done."""
+    kept.mkdir(parents=True, exist_ok=True)
+    config = json.loads((run / "config.json").read_text())
+    replace_text(kept / "config.json", json.dumps({**config, "seconds": round(seconds, 1)}, indent=1) + "\n")
+    lines = [json.dumps(rounded(json.loads(line))) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    replace_text(kept / "metrics.jsonl", "\n".join(lines) + "\n")
+    replace_text(kept / "eval.json", json.dumps(json.loads((run / "eval.json").read_text()), indent=1) + "\n")
+
+
+def runs(only: str) -> list[Run]:
+    """All runs whose name contains `only`; seed by seed, so that what is done early compares all rows."""
+    found = [Run(task, row, seed) for row in ROWS for task in row.tasks for seed in range(row.seeds)]
+    return sorted((r for r in found if only in r.name), key=lambda r: r.seed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--only", default="", metavar="TEXT", help="only runs whose TASK/ROW-SEED contains this")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each [2]")
+    parser.add_argument("--list", action="store_true", help="say what there is and what is done, and run nothing")
+    args = parser.parse_args()
+    chosen = runs(args.only)
+    if not chosen:
+        parser.error(f"--only {args.only}: no row has that in its name")
+    if args.list:
+        for run in chosen:
+            print("done   " if run.done() else "missing", run.name, *(f"--{k} {v}" for k, v in run.row.flags.items()))
+        return
+    sys.exit(work([r for r in chosen if not r.done()], args.jobs))
+
+
+def work(missing: list[Run], jobs: int) -> int:
+    """Executes the runs; 0, 1 if any failed, 130 after Ctrl-C."""
+    stop, failures = threading.Event(), []
+    bar = tqdm(total=len(missing), unit="run")
+
+    def one(run: Run) -> None:
+        if stop.is_set():
+            return
+        failure = run.execute()
+        bar.update()
+        bar.set_postfix_str(run.name)
+        if failure and not stop.is_set():
+            failures.append(failure)
+            bar.write(failure)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            list(pool.map(one, missing))
+        except KeyboardInterrupt:  # the runs have had it too: they end after their step
+            stop.set()
+            bar.write("stopping when the running ones have written their checkpoints")
+    bar.close()
+    return 130 if stop.is_set() else int(bool(failures))
+
+
+if __name__ == "__main__":
+    main()
