@@ -228,6 +228,7 @@ class BinStats:
     """What one step says of each bin; NaN where it says nothing."""
 
     arms_K: np.ndarray  # rollout counts n_min..n_max
+    n_bar: float  # their mean over the batch
     loss_BK: np.ndarray  # mean prompt loss of the bin's prompts that were given n_k rollouts
     rate_B: np.ndarray  # pass rate (c + 1/2) / (n + 1) over all rollouts of the bin: never 0, so that no bin starves
     variance_B: np.ndarray  # v_b: unbiased variance of the +-1 reward within a prompt, averaged over prompts
@@ -254,13 +255,13 @@ def knapsack_value(arms_K: np.ndarray, rate_B: np.ndarray) -> np.ndarray:
     return (1 - p**arms_K - (1 - p) ** arms_K) * p * (1 - p) ** 2
 
 
-def rank_value(arms_K: np.ndarray, rate_B: np.ndarray) -> np.ndarray:
-    """-(n - n_rank)^2, (B, K): a rival rule (E3). Counts rise linearly with the rank of a bin's difficulty, from n_min
-    for the easiest to n_max for the hardest that the step has seen."""
+def rank_value(arms_K: np.ndarray, rate_B: np.ndarray, n_bar: float) -> np.ndarray:
+    """-(n - n_rank)^2, (B, K): a rival rule (E3). n_rank = n_min + 2 (n_bar - n_min) rank, with ranks from 0 for the
+    easiest bin of the step to 1 for the hardest."""
     seen = np.isfinite(rate_B)
     rank_B = np.full(len(rate_B), np.nan)
-    rank_B[seen] = np.argsort(np.argsort(-rate_B[seen], kind="stable"))  # 0 = easiest
-    target_B = arms_K[0] + (arms_K[-1] - arms_K[0]) * rank_B / max(seen.sum() - 1, 1)
+    rank_B[seen] = np.argsort(np.argsort(-rate_B[seen], kind="stable")) / max(seen.sum() - 1, 1)
+    target_B = arms_K[0] + 2 * (n_bar - arms_K[0]) * rank_B
     return -((arms_K - target_B[:, None]) ** 2.0)
 
 
@@ -282,7 +283,7 @@ UTILITIES = {
     "official": Utility(lambda s: s.loss_BK, by_share=False),  # the official code's sign: prefers arms of high loss
     "variance": Utility(lambda s: -s.variance_B[:, None] / s.arms_K, by_share=True),  # (28), known for every arm
     "gain": Utility(lambda s: expected_gain(s.arms_K, s.rate_B), by_share=True),
-    "rank": Utility(lambda s: rank_value(s.arms_K, s.rate_B), by_share=True),
+    "rank": Utility(lambda s: rank_value(s.arms_K, s.rate_B, s.n_bar), by_share=True),
     "knapsack": Utility(lambda s: knapsack_value(s.arms_K, s.rate_B), by_share=True),
 }
 BUDGETS = ("exact", "spread", "dual")
@@ -384,7 +385,7 @@ class RolloutGDRO:
         many = n_P > 1  # one rollout has no variance
         n, c = n_P[many], correct_P[many]
         variance_B, _ = bin_means(bin_P[many], 4 * c * (n - c) / (n * (n - 1)), B)
-        return BinStats(self.arms_K, loss_BK.reshape(B, K), rate_B, variance_B)
+        return BinStats(self.arms_K, self.n_bar, loss_BK.reshape(B, K), rate_B, variance_B)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         return {"score": self._score_BK.copy(), "mu": np.array(self.mu), "step": np.array(self.step)}

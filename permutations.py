@@ -1,26 +1,26 @@
-"""Six kinds of moves on a row of five digits, with worked solutions: `kind(rng) -> (question, steps, answer)`.
+"""Six kinds of moves on a row of four digits, with worked solutions: `kind(rng) -> (question, steps, answer)`.
 
-    31524~ad,be=   24531                 a guess
-    31524~ad,be=   W21534,24531:24531    worked: the row after each move
+    3152~ad,bc=   7240              a guess
+    3152~ad,bc=   W2153,2513:2513   worked: the row after each move
 
-Positions are the letters a to e; the sign after the row says what is done there. See `tasks.py`.
+Positions are the letters a to d; the sign after the row says what is done there. See `tasks.py`.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
-CHARACTERS = "123456789abcde,:=~#<>^@WXVRLN"
-LENGTH = 5
+CHARACTERS = "0123456789abcd,:=~#<>^@WXVRLN"
+LENGTH = 4
 
 
 def _moves(sign: str, move: Callable[[list[str], np.random.Generator], tuple[str, list[str]]]):
-    """The maker of a kind: three or four moves on a row of distinct digits, each `move` a (name, row afterwards)."""
+    """The maker of a kind: one to three moves on a row of distinct digits, each `move` a (name, row afterwards)."""
 
     def make(rng: np.random.Generator) -> tuple[str, str, int]:
         row = [str(d) for d in rng.permutation(np.arange(1, 10))[:LENGTH]]
         start, names, rows = "".join(row), [], []
-        for _ in range(int(rng.integers(3, 5))):
+        for _ in range(int(rng.integers(1, 4))):
             name, row = move(row, rng)
             names.append(name)
             rows.append("".join(row))
@@ -36,7 +36,7 @@ def _two(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def _name(*positions: int) -> str:
-    return "".join("abcde"[p] for p in positions)
+    return "".join("abcd"[p] for p in positions)
 
 
 def _swap(row: list[str], rng: np.random.Generator) -> tuple[str, list[str]]:

@@ -40,8 +40,41 @@ class Row:
 
 
 BOTH_TASKS = ("arithmetic", "permutations")
-COMMON = {"engine": "torch", "eval_problems": 1000, "eval_first": False}
-ROWS = ()  # see below
+COMMON = {"engine": "torch", "eval_problems": 1000, "eval_every": 50, "eval_first": False, "save_every": 0}
+PAPER = {"adversary": "paper"}
+# The flags are what differs from the task's preset, whose adversary is "tuned".
+ROWS = (
+    # the four modes, tuned (experiments 1, 5) and with the paper's settings (1)
+    Row("base", 1, {"steps": 0, "eval_first": True}, BOTH_TASKS),
+    Row("grpo", 8, {"mode": "grpo"}, BOTH_TASKS),
+    Row("prompt", 8, {"mode": "prompt"}, BOTH_TASKS),
+    Row("rollout", 8, {"mode": "rollout"}, BOTH_TASKS),
+    Row("both", 8, {"mode": "both"}, BOTH_TASKS),
+    Row("paper-prompt", 4, {**PAPER, "mode": "prompt"}),
+    Row("paper-rollout", 4, {**PAPER, "mode": "rollout"}),
+    Row("paper-both", 4, {**PAPER, "mode": "both"}),
+    # what does the adversary see? (2): other signals; mini-batches of a step
+    Row("prompt-variance", 4, {"mode": "prompt", "prompt_signal": "variance"}),
+    Row("prompt-surrogate", 4, {"mode": "prompt", "prompt_signal": "surrogate"}),
+    Row("prompt-surrogate-1-minibatch", 1, {"mode": "prompt", "prompt_signal": "surrogate", "minibatch_prompts": 64}),
+    Row("prompt-surrogate-4-minibatches", 1, {"mode": "prompt", "prompt_signal": "surrogate", "minibatch_prompts": 16}),
+    # who allocates best? (3): utilities, budgets, averaging, and the allocation as weights only
+    Row("rollout-exact", 4, {"mode": "rollout", "rollout_budget": "exact"}),
+    Row("rollout-surrogate", 4, {"mode": "rollout", "rollout_utility": "surrogate"}),
+    Row("rollout-variance", 4, {"mode": "rollout", "rollout_utility": "variance"}),
+    Row("rollout-rank", 4, {"mode": "rollout", "rollout_utility": "rank"}),
+    Row("rollout-knapsack", 4, {"mode": "rollout", "rollout_utility": "knapsack"}),
+    Row("rollout-by-prompt", 4, {"mode": "rollout", "averaging": "prompt"}),
+    Row("rollout-as-weights", 4, {"mode": "rollout", "allocation": "weights"}),
+    # sensitivity (4)
+    Row("prompt-3-bins", 3, {"mode": "prompt", "bin_edges": "0.4,0.75"}),
+    Row("prompt-any-of-n", 3, {"mode": "prompt", "bin_success": "any"}),
+    Row("prompt-eta-0.65", 3, {"mode": "prompt", "prompt_eta": 0.65}),
+    Row("prompt-eta-4", 3, {"mode": "prompt", "prompt_eta": 4}),
+    Row("prompt-class-share", 3, {"mode": "prompt", "share_normalize": "on"}),
+    Row("prompt-no-mean-1", 3, {"mode": "prompt", "mean_one": False}),
+    Row("prompt-history-5", 3, {"mode": "prompt", "bin_history": 5}),
+)
 
 
 @dataclass(frozen=True)

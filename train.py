@@ -171,7 +171,7 @@ ADVERSARIES = {
     "paper": {},
     "tuned": dict(
         bin_success="rate", unseen_rate=0.5, bin_hysteresis=0.0, prompt_signal="reward", prompt_eta=2.0,
-        mean_one=True, rollout_utility="gain", rollout_budget="spread", n_min=1, n_max=16, averaging="rollout"),
+        mean_one=True, rollout_utility="gain", rollout_budget="spread", averaging="rollout"),
 }
 BUILT_IN = dict(
     prompt_suffix="", chat_template="never",
