@@ -566,7 +566,7 @@ def test_a_total_that_is_whole_up_to_rounding_is_met(prompts, total):
 def test_allocation_is_the_best_configuration_and_its_price_the_difference_quotient(utility, budget):
     """Bandit utilities: the most probable configuration. Known ones: (19), bins weighed by their share."""
     rng = np.random.default_rng(5)
-    by_share = utility in ("variance", "gain")
+    by_share = utility not in ("surrogate", "official")
     gamma = 0.1
     for _ in range(60):
         arms_K = np.arange(2, 2 + rng.integers(2, 6))
@@ -775,7 +775,12 @@ def test_arm_scores_are_an_ema_of_the_utility_from_its_first_visit(utility):
                     seen |= {(b, arm): -np.mean(spread) / arm for arm in arms}
             else:
                 rate = (sum(c for _, c, _ in mine) + 0.5) / (sum(n for n, _, _ in mine) + 1)
-                seen |= {(b, arm): brute_gain(arm, rate, 8) for arm in arms}
+                rule = {"gain": lambda n, p: brute_gain(n, p, 8), "knapsack": brute_knapsack, "rank": lambda n, p: p}
+                seen |= {(b, arm): rule[utility](arm, rate) for arm in arms}
+        if utility == "rank":  # from n_min = 1 for the easiest to 1 + 2 (n_bar - n_min) = 5 for the hardest
+            order = sorted({(-p, b) for (b, _), p in seen.items()})
+            place = {b: 1 + 4 * i / max(len(order) - 1, 1) for i, (_, b) in enumerate(order)}
+            seen = {(b, arm): -((arm - place[b]) ** 2) for b, arm in seen}
         for key, u in seen.items():
             score[key] = 0.7 * score[key] + 0.3 * u if key in score else u
         compute.update(bin_P, n_P, loss_P, correct_P)
@@ -789,6 +794,12 @@ def test_surrogate_prefers_arms_of_low_loss_and_official_arms_of_high_loss():
         compute = RolloutGDRO(2, n_max=6, utility=utility)
         compute.update(bin_P, n_P, 3 * loss_P, np.zeros(4, int))
         assert compute.allocate(bin_P)[bin_P == many].min() > 4 > compute.allocate(bin_P)[bin_P != many].max()
+
+
+def brute_knapsack(n, p):
+    """The chance that n rollouts are neither all right nor all wrong, over all outcomes, times p (1-p)^2."""
+    mixed = [p ** sum(o) * (1 - p) ** (n - sum(o)) for o in itertools.product([0, 1], repeat=n) if 0 < sum(o) < n]
+    return sum(mixed) * p * (1 - p) ** 2
 
 
 def brute_gain(n, p, k):

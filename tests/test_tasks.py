@@ -56,16 +56,16 @@ def moved(kind: str, row: str, name: str) -> str:
     low, high = min(places), max(places) + 1
     if kind == "swap":
         digits[low], digits[high - 1] = row[high - 1], row[low]
+    elif kind == "exchange":
+        digits = list(row.translate(str.maketrans(name, name[::-1])))
     elif kind == "reverse":
         digits[low:high] = reversed(row[low:high])
-    elif kind == "insert":
-        digits.insert(places[1], digits.pop(places[0]))
-    elif kind == "front":
-        digits.insert(0, digits.pop(row.index(name)))
-    elif kind == "rotate":
+    elif kind == "right":
         digits.insert(low, digits.pop(high - 1))
-    elif kind == "order":
-        digits[low:high] = sorted(row[low:high], key=int, reverse=places[0] > places[1])
+    elif kind == "left":
+        digits.insert(high - 1, digits.pop(low))
+    elif kind == "step":
+        digits.insert(low, digits.pop(low + 1))
     return "".join(digits)
 
 
