@@ -1,9 +1,10 @@
 """Six kinds of moves on a row of four digits, with worked solutions: `kind(rng) -> (question, steps, answer)`.
 
-    3152~ad,bc=   7240              a guess
-    3152~ad,bc=   W2153,2513:2513   worked: the row after each move
+    3152~ad,bc=   72              a guess
+    3152~ad,bc=   W2153,2513:25   worked: the row after each move
 
-Positions are the letters a to d; the sign after the row says what is done there. See `tasks.py`.
+Positions are the letters a to d; the sign after the row says what is done there; asked are the first two digits of the
+row that results. See `tasks.py`.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ def _moves(sign: str, move: Callable[[list[str], np.random.Generator], tuple[str
             name, row = move(row, rng)
             names.append(name)
             rows.append("".join(row))
-        return f"{start}{sign}{','.join(names)}=", ",".join(rows), int(rows[-1])
+        return f"{start}{sign}{','.join(names)}=", ",".join(rows), int(rows[-1][:2])
 
     return make
 

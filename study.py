@@ -2,7 +2,7 @@
 
     python study.py --list                        what there is, and what is done
     python study.py                               runs what is missing, two at a time (--jobs), one thread each
-    python study.py --only permutations/both      rows whose name contains this
+    python study.py --only permutations/both      runs whose name contains this
     python plots.py --table                       what came out
 
 A run goes to out/study/TASK/ROW-SEED; when it is complete, its config, log (five significant digits) and evaluations
@@ -41,40 +41,51 @@ class Row:
 
 BOTH_TASKS = ("arithmetic", "permutations")
 COMMON = {"engine": "torch", "eval_problems": 1000, "eval_every": 50, "eval_first": False, "save_every": 0}
-PAPER = {"adversary": "paper"}
-# The flags are what differs from the task's preset, whose adversary is "tuned".
-ROWS = (
-    # the four modes, tuned (experiments 1, 5) and with the paper's settings (1)
-    Row("base", 1, {"steps": 0, "eval_first": True}, BOTH_TASKS),
-    Row("grpo", 8, {"mode": "grpo"}, BOTH_TASKS),
-    Row("prompt", 8, {"mode": "prompt"}, BOTH_TASKS),
-    Row("rollout", 8, {"mode": "rollout"}, BOTH_TASKS),
-    Row("both", 8, {"mode": "both"}, BOTH_TASKS),
-    Row("paper-prompt", 4, {**PAPER, "mode": "prompt"}),
-    Row("paper-rollout", 4, {**PAPER, "mode": "rollout"}),
-    Row("paper-both", 4, {**PAPER, "mode": "both"}),
-    # what does the adversary see? (2): other signals; mini-batches of a step
-    Row("prompt-variance", 4, {"mode": "prompt", "prompt_signal": "variance"}),
-    Row("prompt-surrogate", 4, {"mode": "prompt", "prompt_signal": "surrogate"}),
-    Row("prompt-surrogate-1-minibatch", 1, {"mode": "prompt", "prompt_signal": "surrogate", "minibatch_prompts": 64}),
-    Row("prompt-surrogate-4-minibatches", 1, {"mode": "prompt", "prompt_signal": "surrogate", "minibatch_prompts": 16}),
-    # who allocates best? (3): utilities, budgets, averaging, and the allocation as weights only
-    Row("rollout-exact", 4, {"mode": "rollout", "rollout_budget": "exact"}),
-    Row("rollout-surrogate", 4, {"mode": "rollout", "rollout_utility": "surrogate"}),
-    Row("rollout-variance", 4, {"mode": "rollout", "rollout_utility": "variance"}),
-    Row("rollout-rank", 4, {"mode": "rollout", "rollout_utility": "rank"}),
-    Row("rollout-knapsack", 4, {"mode": "rollout", "rollout_utility": "knapsack"}),
-    Row("rollout-by-prompt", 4, {"mode": "rollout", "averaging": "prompt"}),
-    Row("rollout-as-weights", 4, {"mode": "rollout", "allocation": "weights"}),
-    # sensitivity (4)
-    Row("prompt-3-bins", 3, {"mode": "prompt", "bin_edges": "0.4,0.75"}),
-    Row("prompt-any-of-n", 3, {"mode": "prompt", "bin_success": "any"}),
-    Row("prompt-eta-0.65", 3, {"mode": "prompt", "prompt_eta": 0.65}),
-    Row("prompt-eta-4", 3, {"mode": "prompt", "prompt_eta": 4}),
-    Row("prompt-class-share", 3, {"mode": "prompt", "share_normalize": "on"}),
-    Row("prompt-no-mean-1", 3, {"mode": "prompt", "mean_one": False}),
-    Row("prompt-history-5", 3, {"mode": "prompt", "bin_history": 5}),
-)
+# Parts of the study -> rows, in the order in which they run. The flags are what differs from the task's preset, whose
+# adversary is "tuned"; every row but the base trains on the same number of rollouts.
+PARTS = {
+    "The four modes": (
+        Row("base", 1, {"steps": 0, "eval_first": True}, BOTH_TASKS),
+        Row("grpo", 8, {"mode": "grpo"}, BOTH_TASKS),
+        Row("prompt", 8, {"mode": "prompt"}, BOTH_TASKS),
+        Row("rollout", 8, {"mode": "rollout"}, BOTH_TASKS),
+        Row("both", 8, {"mode": "both"}, BOTH_TASKS),
+    ),
+    "The paper's settings": (
+        Row("paper-prompt", 8, {"adversary": "paper", "mode": "prompt"}),
+        Row("paper-rollout", 8, {"adversary": "paper", "mode": "rollout"}),
+        Row("paper-both", 8, {"adversary": "paper", "mode": "both"}),
+    ),
+    "What the adversary sees": (
+        Row("prompt-surrogate", 4, {"mode": "prompt", "prompt_signal": "surrogate"}),
+        Row("prompt-variance", 4, {"mode": "prompt", "prompt_signal": "variance"}),
+        Row("prompt-surrogate-1-minibatch", 1, {"mode": "prompt", "prompt_signal": "surrogate",
+                                                "minibatch_prompts": 64}),
+        Row("prompt-surrogate-4-minibatches", 1, {"mode": "prompt", "prompt_signal": "surrogate",
+                                                  "minibatch_prompts": 16}),
+    ),
+    "Who allocates best": (
+        Row("rollout-by-prompt", 4, {"mode": "rollout", "averaging": "prompt"}),
+        Row("rollout-as-weights", 4, {"mode": "rollout", "allocation": "weights"}),
+        Row("rollout-exact", 4, {"mode": "rollout", "rollout_budget": "exact"}),
+        Row("rollout-variance", 4, {"mode": "rollout", "rollout_utility": "variance"}),
+        Row("rollout-rank", 4, {"mode": "rollout", "rollout_utility": "rank"}),
+        Row("rollout-knapsack", 4, {"mode": "rollout", "rollout_utility": "knapsack"}),
+        Row("rollout-surrogate", 4, {"mode": "rollout", "rollout_utility": "surrogate"}),
+    ),
+    "Sensitivity": (
+        Row("prompt-any-of-n", 4, {"mode": "prompt", "bin_success": "any"}),
+        Row("prompt-no-mean-1", 4, {"mode": "prompt", "mean_one": False}),
+        Row("prompt-class-share", 4, {"mode": "prompt", "share_normalize": "on"}),
+        Row("prompt-eta-0.65", 4, {"mode": "prompt", "prompt_eta": 0.65}),
+        Row("prompt-eta-4", 4, {"mode": "prompt", "prompt_eta": 4}),
+        Row("prompt-3-bins", 4, {"mode": "prompt", "bin_edges": "0.4,0.75"}),
+        Row("prompt-6-bins", 4, {"mode": "prompt", "bin_edges": "0.1,0.2,0.4,0.6,0.8"}),
+        Row("prompt-history-3", 4, {"mode": "prompt", "bin_history": 3}),
+        Row("prompt-hysteresis", 4, {"mode": "prompt", "bin_hysteresis": 0.03}),
+        Row("prompt-gamma-0.1", 4, {"mode": "prompt", "prompt_gamma": 0.1}),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -130,9 +141,11 @@ def keep(run: Path, kept: Path, seconds: float) -> None:
 
 
 def runs(only: str) -> list[Run]:
-    """All runs whose name contains `only`; seed by seed, so that what is done early compares all rows."""
-    found = [Run(task, row, seed) for row in ROWS for task in row.tasks for seed in range(row.seeds)]
-    return sorted((r for r in found if only in r.name), key=lambda r: r.seed)
+    """All runs whose name contains `only`: part by part, and in it seed by seed, so that what is done early compares
+    all rows of a part."""
+    parts = [[Run(task, row, seed) for row in rows for task in row.tasks for seed in range(row.seeds)]
+             for rows in PARTS.values()]
+    return [r for part in parts for r in sorted(part, key=lambda r: r.seed) if only in r.name]
 
 
 def main() -> None:

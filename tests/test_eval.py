@@ -82,7 +82,7 @@ def test_evaluations_survive_json_and_print_as_markdown():
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    settings = tasks.BaseSettings(steps=100, lines_per_step=32, hidden_size=64, layers=2)
+    settings = tasks.BaseSettings(steps=250, lines_per_step=32, hidden_size=64, layers=2)
     return tasks.base_model("arithmetic", settings, cache=tmp_path_factory.mktemp("cache"))
 
 
