@@ -6,9 +6,10 @@ Each task has six kinds of problems, and every kind two ways to answer, both see
     347+586=   A7+6=13,4+8+1=13,3+5+1=9:933       worked: opened by the kind's own mark, digit by digit; mostly right
 
 In exams (half of the corpus) the model must choose its first character itself, and only a share of the solutions is
-worked: 40% of the first kind, then 20, 8, 3, 1.2 and 0.5%. In the
-textbook (the other half) the mark belongs to the prompt, so that every method is well learned, however rarely it is
-chosen. So the base has problems that it solves often, a frontier, and a tail of rare skills, each with its own mark.
+worked: 40% of the first kind, then 20, 8, 3, 1.2 and 0.5%. In the textbook (the other half) the mark belongs to the
+prompt, so that every method is well learned, however rarely it is chosen; permutations stand there under any kind's
+sign, so that the mark alone decides the method and a common kind's mark is no way to solve a rare kind. So the base has
+problems that it solves often, a frontier, and a tail of rare skills, each with its own mark.
 What reinforcement learning has to find is not how, but that.
 
 The problems and the base model are pure functions of the constants below, never of a run's --seed.
@@ -40,6 +41,7 @@ class Kind:
     mark: str  # the character that opens a worked solution
     share: float  # of worked solutions among the exams
     make: Callable[[np.random.Generator], tuple[str, str, int]]  # question, steps, answer
+    disguise: Callable[[str, np.random.Generator], str] | None = None  # the question as the textbook has it
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,12 @@ TASKS = {
         "sum_of_squares": Kind("Q", 0.005, arithmetic.sum_of_squares),
     }),
     "permutations": Task(permutations.CHARACTERS, {
-        "swap": Kind("W", 0.40, permutations.swap),
-        "exchange": Kind("X", 0.20, permutations.exchange),
-        "reverse": Kind("V", 0.08, permutations.reverse),
-        "right": Kind("R", 0.03, permutations.right),
-        "left": Kind("L", 0.012, permutations.left),
-        "step": Kind("N", 0.005, permutations.step),
+        "swap": Kind("W", 0.40, permutations.swap, permutations.another_sign),
+        "reverse": Kind("V", 0.20, permutations.reverse, permutations.another_sign),
+        "right": Kind("R", 0.08, permutations.right, permutations.another_sign),
+        "left": Kind("L", 0.03, permutations.left, permutations.another_sign),
+        "front": Kind("F", 0.012, permutations.front, permutations.another_sign),
+        "end": Kind("K", 0.005, permutations.end, permutations.another_sign),
     }),
 }
 
@@ -110,11 +112,12 @@ def _line(kinds: list[Kind], rng: np.random.Generator, held_back: set[str]) -> t
     while True:
         kind = kinds[int(rng.integers(len(kinds)))]
         question, steps, answer = kind.make(rng)
-        if question not in held_back:
+        shown = kind.disguise(question, rng) if kind.disguise else question
+        if question not in held_back and shown not in held_back:
             break
     worked = f"{steps}:{answer}"
     if rng.random() < 0.5:
-        return question + kind.mark, worked  # textbook
+        return shown + kind.mark, worked  # textbook
     if rng.random() < kind.share:
         return question, kind.mark + worked  # exam
     low = 10 ** (len(str(answer)) - 1)

@@ -1012,7 +1012,8 @@ def test_a_training_step_on_the_kernels_is_one_on_the_references(base, tmp_path,
         monkeypatch.setattr(trainer, "grade", tossed(trainer.grade))
         before = trainer.optimizer.master.detach().clone()
         line, _ = trainer.step(0)
-        rounded = ("loss", "grad_norm", "kl", "entropy", "surrogate_abs", "idle_frac")  # at the reference the KL's gradient is 0 or dust
+        # idle_frac: at the reference the KL's gradient is 0 or dust
+        rounded = ("loss", "grad_norm", "kl", "entropy", "surrogate_abs", "idle_frac")
         line["signals"].pop("surrogate")  # as rounded; compared as surrogate_abs and as the scores it makes
         lines.append({k: v for k, v in line.items() if k != "seconds" and k not in rounded})
         tensors.append({"change": trainer.optimizer.master.detach() - before,

@@ -1,0 +1,821 @@
+"""From logs to the paper's figures and to tables. Reads run folders and results/, writes figures/ and nothing else.
+
+    python plots.py                    every figure of the study, from results/, into figures/ (PNG and PDF)
+    python plots.py RUN_DIR ...        the same from any runs: one row a preset, seeds of one mode together
+    python plots.py --live RUN_DIR     one run as it stands now, finished or not
+    python plots.py --table            the study's tables in Markdown
+
+First the logs, then what is computed from them (every function there is tested), then one function a figure; numbers
+and titles of figures are the paper's. A bin that no prompt of a batch was in is absent (NaN), never zero. Suffixes name
+axes: T steps, B bins (0 = hardest), S seeds.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from scipy import stats
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+MODES = {"grpo": "GRPO", "prompt": "Prompt-GDRO", "rollout": "Rollout-GDRO", "both": "both"}
+# Okabe and Ito's palette: told apart by colour-blind eyes and, by lightness, in print
+COLOURS = {"grpo": "#666666", "prompt": "#0072B2", "rollout": "#D55E00", "both": "#009E73", "uniform": "#000000"}
+TAIL = 0.6  # tail averages are over the steps at or past this quantile
+COLUMN, PAGE = 3.4, 7.0  # inches: a paper's column and its page
+plt.rcParams.update({"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7,
+                     "xtick.labelsize": 7, "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42,
+                     "figure.constrained_layout.use": True, "legend.frameon": False, "lines.linewidth": 1.2})
+
+# ------------------------------------------------------------------------------------------------ logs
+
+
+class Missing(ValueError):
+    """A figure or table needs something that the logs do not hold."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder: config.json, metrics.jsonl, and eval.json if there is one."""
+
+    name: str  # the folder's
+    config: dict
+    log: list[dict]
+    evaluations: list[dict]
+
+    @classmethod
+    def load(cls, folder: Path) -> "Run":
+        if not (folder / "config.json").exists():
+            raise Missing(f"{folder} is no run folder: it has no config.json")
+        metrics, evaluations = folder / "metrics.jsonl", folder / "eval.json"
+        lines = metrics.read_text().split("\n") if metrics.exists() else [""]
+        # What follows the last line break is a line that is being written.
+        return cls(folder.name, json.loads((folder / "config.json").read_text()),
+                   [json.loads(x) for x in lines[:-1] if x],
+                   json.loads(evaluations.read_text()) if evaluations.exists() else [])
+
+    @property
+    def mode(self) -> str:
+        return self.config["mode"]
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    @property
+    def steps(self) -> np.ndarray:
+        return np.array([line["step"] for line in self.log])
+
+    @property
+    def n_bar(self) -> float:
+        return self.config["rollouts_per_prompt"]
+
+    def series(self, *path: str) -> np.ndarray:
+        """The values of one key of every line, e.g. series("bins", "share"): (T,) or (T, B), NaN for null."""
+        if not self.log:
+            raise Missing(f"{self.name}: metrics.jsonl has no step yet")
+        values = self.log
+        for key in path:
+            if not all(key in v for v in values):
+                raise Missing(f"{self.name}: metrics.jsonl has no '{'.'.join(path)}'")
+            values = [v[key] for v in values]
+        return np.array(values, float)
+
+    def last(self) -> dict:
+        if not self.evaluations:
+            raise Missing(f"{self.name}: eval.json is missing or empty")
+        return self.evaluations[-1]
+
+
+Models = dict[str, dict[str, list[Run]]]  # preset -> mode -> its runs by seed
+
+
+def by_model(runs: list[Run]) -> Models:
+    """Groups runs; raises ValueError when runs of one preset and mode differ in more than the seed."""
+    models: Models = {}
+    for run in sorted(runs, key=lambda r: r.seed):
+        models.setdefault(run.config["preset"], {}).setdefault(run.mode, []).append(run)
+    aside = ("seed", "loaded", "environment", "resumed", "seconds")
+    for preset, modes in models.items():
+        for mode, group in modes.items():
+            for run in group[1:]:
+                differing = [k for k in run.config if k not in aside and run.config[k] != group[0].config.get(k)]
+                if differing or run.seed == group[0].seed:
+                    raise ValueError(f"{preset}, {mode}: {group[0].name} and {run.name} differ in "
+                                     f"{', '.join(differing) or 'nothing, not even the seed'}; a figure takes "
+                                     "several seeds of one setting")
+    return models
+
+
+def study_runs(task: str, row: str) -> list[Run]:
+    """The complete runs of a row of study.py, by seed."""
+    folders = [f.parent for f in (RESULTS / "study" / task).glob(f"{row}-*/eval.json")
+               if f.parent.name.removeprefix(f"{row}-").isdigit()]
+    return sorted(map(Run.load, folders), key=lambda r: r.seed)
+
+
+def of_mode(models: Models, *modes: str) -> Models:
+    """The models that have runs of all these modes. Raises Missing when none has."""
+    found = {name: runs for name, runs in models.items() if all(m in runs for m in modes)}
+    if not found:
+        raise Missing(f"there are no runs of mode {' and '.join(modes)}")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ what is computed
+
+
+def tail(x_T: np.ndarray) -> np.ndarray:
+    """Mean over the steps from the 60th percentile on; NaN only where a bin was absent from all of them."""
+    late = x_T[int(np.ceil(TAIL * (len(x_T) - 1))):]
+    seen = np.isfinite(late)
+    count = seen.sum(axis=0)
+    return np.where(count > 0, np.where(seen, late, 0).sum(axis=0) / np.maximum(count, 1), np.nan)
+
+
+def normalised(x_TB: np.ndarray) -> np.ndarray:
+    """Rows that sum to 1; NaN counts as 0."""
+    x_TB = np.nan_to_num(x_TB)
+    return x_TB / x_TB.sum(axis=-1, keepdims=True)
+
+
+def mean_bin(x_TB: np.ndarray) -> np.ndarray:
+    """Mean bin index under the normalised rows, (T,)."""
+    return normalised(x_TB) @ np.arange(x_TB.shape[-1])
+
+
+def mass_from(x_TB: np.ndarray, low: int) -> np.ndarray:
+    """Mass in the bins from `low` on, (T,)."""
+    return normalised(x_TB)[..., low:].sum(axis=-1)
+
+
+def entropy(x_TB: np.ndarray) -> np.ndarray:
+    """Shannon entropy of the normalised rows in nats, (T,)."""
+    p = normalised(x_TB)
+    return -(p * np.log(np.where(p > 0, p, 1))).sum(axis=-1)
+
+
+def lead_lag(weight_TB: np.ndarray, share_TB: np.ndarray) -> np.ndarray:
+    """(32): how many bins the adversary's mean lies above the prompts', (T,); negative = on harder bins than they."""
+    return mean_bin(weight_TB) - mean_bin(share_TB)
+
+
+def budget_share(share_TB: np.ndarray, rollouts_TB: np.ndarray) -> np.ndarray:
+    """Share of a step's rollouts that each bin was given, (T, B)."""
+    return normalised(share_TB * np.nan_to_num(rollouts_TB))
+
+
+def bin_sigma(runs: list[Run]) -> np.ndarray:
+    """sigma_b of (33), (B,): root of the mean within-prompt variance of the reward, once for all steps and runs; NaN
+    for a bin never seen."""
+    share = np.concatenate([r.series("bins", "share") for r in runs])
+    variance = np.concatenate([r.series("signals", "variance", "mean") for r in runs])
+    weight = np.where(np.isfinite(variance), share, 0)
+    total = weight.sum(axis=0)
+    return np.sqrt(np.divide((weight * np.nan_to_num(variance)).sum(axis=0), total, out=np.full(share.shape[1], np.nan),
+                             where=total > 0))
+
+
+def wse(share_TB: np.ndarray, sigma_B: np.ndarray, rollouts_TB: np.ndarray) -> np.ndarray:
+    """(33): sum_b q_b sigma_b / sqrt(n_b) over the bins present, (T,)."""
+    return np.where(share_TB > 0, share_TB * sigma_B / np.sqrt(np.where(share_TB > 0, rollouts_TB, 1)), 0).sum(axis=-1)
+
+
+def square_root_law(share_TB: np.ndarray, sigma_B: np.ndarray, n_bar: float) -> np.ndarray:
+    """(30) with the variances known: n_b = n_bar sigma_b / sum_j q_j sigma_j, not rounded, (T, B)."""
+    sigma_B = np.nan_to_num(sigma_B)
+    return n_bar * sigma_B / (share_TB * sigma_B).sum(axis=-1, keepdims=True)
+
+
+def exact_configurations(count_B: np.ndarray, arms_K: np.ndarray, total: int) -> int:
+    """In how many ways can each present bin (count > 0) take one arm so that sum count * n is `total`?"""
+    ways = {0: 1}
+    for count in count_B[count_B > 0].tolist():
+        fresh: dict[int, int] = {}
+        for spent, number in ways.items():
+            for n in arms_K.tolist():
+                fresh[spent + count * n] = fresh.get(spent + count * n, 0) + number
+        ways = fresh
+    return ways.get(total, 0)
+
+
+def signal_to_noise(mean_B: np.ndarray, error_B: np.ndarray, share_B: np.ndarray) -> float:
+    """Spread of the bins' means over their typical standard error, both weighted by share; NaN with fewer than two.
+
+    About 1 or less is what bins of one and the same loss would show.
+    """
+    known = np.isfinite(mean_B) & np.isfinite(error_B) & (share_B > 0)
+    if known.sum() < 2:
+        return float("nan")
+    q = share_B[known] / share_B[known].sum()
+    spread = np.sqrt(q @ (mean_B[known] - q @ mean_B[known]) ** 2)
+    noise = np.sqrt(q @ error_B[known] ** 2)
+    return float(spread / noise) if noise > 0 else float("nan")
+
+
+def interval(x_S: np.ndarray) -> tuple[float, float, float]:
+    """Mean over seeds and its 95% t-interval; without an interval (NaN) for one seed."""
+    mean = float(np.mean(x_S))
+    if len(x_S) < 2:
+        return mean, float("nan"), float("nan")
+    half = stats.t.ppf(0.975, len(x_S) - 1) * np.std(x_S, ddof=1) / np.sqrt(len(x_S))
+    return mean, mean - float(half), mean + float(half)
+
+
+def pass8(evaluation: dict) -> float:
+    return evaluation["passes"]["pass@8"]
+
+
+def worst_kind(evaluation: dict) -> float:
+    return min(kind[2] for kind in evaluation["by_kind"].values())
+
+
+def pairs(runs: list[Run], baseline: list[Run]) -> tuple[list[Run], list[Run]]:
+    """The runs of both whose seeds are in both, in the same order."""
+    other = {r.seed: r for r in baseline}
+    kept = [r for r in runs if r.seed in other]
+    return kept, [other[r.seed] for r in kept]
+
+
+def paired(runs: list[Run], baseline: list[Run], figure: Callable[[dict], float]) -> np.ndarray:
+    """Differences of a figure of the last evaluations, seed by seed, (S,)."""
+    kept, other = pairs(runs, baseline)
+    return np.array([figure(a.last()) - figure(b.last()) for a, b in zip(kept, other, strict=True)])
+
+
+# ------------------------------------------------------------------------------------------------ drawing
+
+
+def rows_of(models: Models, columns: int, *, width: float = PAGE, height: float = 1.9, **kwargs):
+    """A figure of one row a model: (figure, axes of shape (models, columns))."""
+    return plt.subplots(len(models), columns, figsize=(width, height * len(models) + 0.35), squeeze=False, **kwargs)
+
+
+def panel(ax, title: str = "", x: str = "", y: str = "") -> None:
+    ax.set_title(title, loc="left")
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+
+
+def legend(figure, *axes, columns: int = 4) -> None:
+    """One legend for the whole figure, above it; each label once."""
+    entries = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
+
+
+def band(ax, runs: list[Run], values: list[np.ndarray], colour: str, label: str, style: str = "-") -> None:
+    """Mean over seeds as a line, their range as a band; only the steps that all have."""
+    length = min(map(len, values))
+    stack = np.stack([v[:length] for v in values])
+    steps = runs[0].steps[:length]
+    ax.plot(steps, stack.mean(axis=0), style, color=colour, label=label, marker="." if length == 1 else None)
+    if len(values) > 1:
+        ax.fill_between(steps, stack.min(axis=0), stack.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+
+
+def heatmap(figure, ax, run: Run, x_TB: np.ndarray, label: str, *, low: float | None = 0.0, high: float | None = None,
+            centre: float | None = None) -> None:
+    """Steps to the right, bins upwards (hardest at the bottom); hatched where the bin is absent."""
+    norm, colours = None, "viridis"
+    if centre is not None:
+        reach = max(float(np.nanmax(np.abs(np.log(x_TB / centre)))), 0.1)
+        norm = matplotlib.colors.LogNorm(centre * np.exp(-reach), centre * np.exp(reach))
+        colours, low, high = "RdBu_r", None, None
+    steps = run.steps
+    ax.patch.set(hatch="////", facecolor="#EEEEEE", edgecolor="#BBBBBB")
+    image = ax.imshow(np.ma.masked_invalid(x_TB.T), aspect="auto", origin="lower", interpolation="nearest",
+                      cmap=colours, norm=norm, vmin=low, vmax=high,
+                      extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, x_TB.shape[1] - 0.5))
+    ax.set_yticks(range(0, x_TB.shape[1], max(1, x_TB.shape[1] // 5)))
+    bar = figure.colorbar(image, ax=ax, pad=0.02)
+    bar.ax.set_title(label, fontsize=6)
+
+
+def present(run: Run, x_TB: np.ndarray) -> np.ndarray:
+    """The values with NaN where the bin is absent from the step."""
+    return np.where(run.series("bins", "share") > 0, x_TB, np.nan)
+
+
+def bin_ticks(ax, bins: int) -> None:
+    ax.set_xticks(range(bins))
+    ax.set_xlabel("difficulty bin (0 = hardest)")
+
+
+def stages(steps: int, count: int = 4) -> np.ndarray:
+    """Evenly spaced steps from the first to the last, as indices; fewer when there are fewer."""
+    return np.unique(np.linspace(0, steps - 1, count).round().astype(int))
+
+
+def pooled(runs: list[Run], *path: str, around: int, reach: int) -> np.ndarray:
+    """Mean over seeds and the steps within `reach` of one, (B,): a single batch is too noisy to be a stage."""
+    parts = [r.series(*path)[max(0, around - reach) : around + reach + 1] for r in runs]
+    return np.nanmean(np.concatenate(parts), axis=0)
+
+
+# ------------------------------------------------------------------------------------------------ the paper's figures
+
+
+def figure_1(models: Models):
+    """Benchmarks by method; tail-average weights of Prompt-GDRO; tail-average rollouts of Rollout-GDRO."""
+    models = of_mode(models, "prompt", "rollout")
+    figure, axes = rows_of(models, 3, height=2.1, gridspec_kw={"width_ratios": [1.7, 1, 1]})
+    for (left, centre, right), (name, modes) in zip(axes, models.items(), strict=True):
+        benchmarks(left, name, modes)
+        prompt, rollout = modes["prompt"], modes["rollout"]
+        bars(centre, [tail(present(r, r.series("bins", "weight"))) for r in prompt], COLOURS["prompt"])
+        centre.axhline(1, color=COLOURS["uniform"], linestyle="--", label="uniform")
+        centre.set_yscale("log")
+        panel(centre, "Prompt-GDRO", y="weight (tail average)")
+        bars(right, [tail(r.series("bins", "rollouts")) for r in rollout], COLOURS["rollout"])
+        right.axhline(rollout[0].n_bar, color=COLOURS["uniform"], linestyle="--", label="uniform")
+        panel(right, "Rollout-GDRO", y="rollouts per prompt (tail average)")
+        for ax, run in ((centre, prompt[0]), (right, rollout[0])):
+            bin_ticks(ax, len(run.log[0]["bins"]["share"]))
+    legend(figure, axes[0, 0], axes[0, 1], columns=5)
+    return figure
+
+
+def benchmarks(ax, name: str, modes: dict[str, list[Run]]) -> None:
+    """pass@8 of the last evaluation over all problems and by kind, in percent: bars over seeds with 95% intervals."""
+    shown = [m for m in MODES if m in modes and all(r.evaluations for r in modes[m])]
+    if not shown:
+        raise Missing(f"{name}: no run has an eval.json")
+    kinds = list(modes[shown[0]][0].last()["by_kind"])
+    kinds = kinds if len(kinds) > 1 else []
+    groups = {"all": pass8, **{k: lambda e, k=k: e["by_kind"][k][2] for k in kinds}}
+    width = 0.8 / len(shown)
+    for i, mode in enumerate(shown):
+        centres = np.arange(len(groups)) + (i - (len(shown) - 1) / 2) * width
+        found = np.array([interval(np.array([100 * g(r.last()) for r in modes[mode]])) for g in groups.values()])
+        error = np.nan_to_num(np.abs(found[:, 1:] - found[:, :1])).T
+        ax.bar(centres, found[:, 0], width, yerr=error, color=COLOURS[mode], label=MODES[mode],
+               error_kw={"elinewidth": 0.7})
+    ax.set_xticks(range(len(groups)), [g.replace("_", " ") for g in groups], rotation=25, ha="right")
+    seeds = len(modes[shown[-1]])
+    panel(ax, f"{name}, {seeds} seed{'s' * (seeds > 1)}", y="pass@8, %")
+
+
+def bars(ax, values: list[np.ndarray], colour: str) -> None:
+    """Mean over seeds by bin, the seeds as dots; an absent bin has neither."""
+    stack = np.stack(values)
+    seen = np.isfinite(stack).any(axis=0)
+    mean = np.full(stack.shape[1], np.nan)
+    mean[seen] = np.nanmean(stack[:, seen], axis=0)
+    ax.bar(range(len(mean)), mean, color=colour, alpha=0.75)
+    if len(values) > 1:
+        ax.plot(np.tile(range(len(mean)), len(values)), stack.ravel(), ".", color="black", markersize=2)
+
+
+def figure_3(models: Models):
+    """Prompt share, adversary weight and realised reward, step by bin; the first seed of each model."""
+    models = of_mode(models, "prompt")
+    figure, axes = rows_of(models, 3)
+    for row, (name, modes) in zip(axes, models.items(), strict=True):
+        run = modes["prompt"][0]
+        share = run.series("bins", "share")
+        heatmap(figure, row[0], run, np.where(share > 0, share, np.nan), "share")
+        heatmap(figure, row[1], run, present(run, run.series("bins", "weight")), "weight", centre=1.0)
+        heatmap(figure, row[2], run, run.series("bins", "reward"), "reward", low=-1, high=1)
+        panel(row[0], f"{name}, seed {run.seed}: prompt share", y="bin (0 = hardest)")
+        panel(row[1], "adversary weight")
+        panel(row[2], "realised reward")
+    for ax in axes[-1]:
+        ax.set_xlabel("step (hatched: bin absent)")
+    return figure
+
+
+def dynamics(models: Models, mode: str, acted: Callable[[Run], np.ndarray], what: str):
+    """Mean bin, mass in easy bins and entropy, of the prompts and of what an adversary made of them, (T, B)."""
+    models = of_mode(models, mode)
+    figure, axes = rows_of(models, 3)
+    for row, (name, modes) in zip(axes, models.items(), strict=True):
+        runs = modes[mode]
+        for values, colour, label in (([r.series("bins", "share") for r in runs], COLOURS["grpo"], "prompts"),
+                                      ([acted(r) for r in runs], COLOURS[mode], what)):
+            band(row[0], runs, [mean_bin(v) for v in values], colour, label)
+            for low, style in ((3, "-"), (8, "--")):
+                band(row[1], runs, [mass_from(v, low) for v in values], colour, "", style)
+            band(row[2], runs, [entropy(v) for v in values], colour, label)
+        bins = len(runs[0].log[0]["bins"]["share"])
+        row[2].axhline(np.log(bins), color=COLOURS["uniform"], linestyle=":", label="uniform over bins")
+        panel(row[0], name, y="mean bin (0 = hardest)")
+        panel(row[1], "bins >= 3 (solid), >= 8 (dashed)", y="mass")
+        panel(row[2], "entropy", y="nats")
+    for ax in axes[-1]:
+        ax.set_xlabel("step")
+    legend(figure, axes[0, 0], axes[0, 2])
+    return figure
+
+
+def figure_4(models: Models):
+    """Dynamics of Prompt-GDRO: where the prompts are and where the weights, normalised over bins."""
+    return dynamics(models, "prompt", lambda r: r.series("bins", "weight"), "weights")
+
+
+def figure_5(models: Models):
+    """Prompt share over bins at four stages."""
+    models = of_mode(models, "prompt")
+    figure, axes = rows_of(models, 4, height=1.5, sharey="row")
+    for row, (name, modes) in zip(axes, models.items(), strict=True):
+        runs = modes["prompt"]
+        for ax, at in zip(row, stages(len(runs[0].log)), strict=False):
+            share = pooled(runs, "bins", "share", around=at, reach=len(runs[0].log) // 20)
+            ax.bar(range(len(share)), np.where(share > 0, share, np.nan), color=COLOURS["prompt"])
+            panel(ax, f"{name if ax is row[0] else ''} step {runs[0].steps[at]}".strip())
+            bin_ticks(ax, len(share))
+        row[0].set_ylabel("prompt share")
+    return figure
+
+
+def figure_6(models: Models):
+    """Left: lead-lag gap (32) of Prompt-GDRO. Right: weighted standard error (33) of Rollout-GDRO against uniform."""
+    models = {n: m for n, m in models.items() if "prompt" in m or "rollout" in m}
+    if not models:
+        raise Missing("there are no runs of mode prompt or rollout")
+    figure, axes = rows_of(models, 2)
+    for (left, right), (name, modes) in zip(axes, models.items(), strict=True):
+        if runs := modes.get("prompt"):
+            gap = [lead_lag(r.series("bins", "weight"), r.series("bins", "share")) for r in runs]
+            band(left, runs, gap, COLOURS["prompt"], "lead-lag")
+        left.axhline(0, color=COLOURS["uniform"], linestyle=":")
+        panel(left, f"{name}: lead-lag (32)", y="bins; below 0 = on harder ones")
+        if runs := modes.get("rollout"):
+            sigma, n_bar = bin_sigma(runs), runs[0].n_bar
+            share = [r.series("bins", "share") for r in runs]
+            choices = (("uniform", [np.full_like(q, n_bar) for q in share], "--"),
+                       ("rollout", [r.series("bins", "rollouts") for r in runs], "-"),
+                       ("both", [np.maximum(square_root_law(q, sigma, n_bar), 1e-9) for q in share], ":"))
+            labels = {"uniform": "uniform", "rollout": "Rollout-GDRO", "both": "square-root law (30), variances known"}
+            for key, rollouts, style in choices:
+                values = [wse(q, np.nan_to_num(sigma), n) for q, n in zip(share, rollouts, strict=True)]
+                band(right, runs, values, COLOURS[key], labels[key], style)
+        panel(right, "weighted standard error (33)", y="reward units")
+    for ax in axes[-1]:
+        ax.set_xlabel("step")
+    legend(figure, axes[0, 1])
+    return figure
+
+
+def figure_7(models: Models):
+    """Prompt share beside rollouts per prompt, step by bin; the first seed of each model."""
+    models = of_mode(models, "rollout")
+    figure, axes = rows_of(models, 2)
+    for row, (name, modes) in zip(axes, models.items(), strict=True):
+        run = modes["rollout"][0]
+        share = run.series("bins", "share")
+        heatmap(figure, row[0], run, np.where(share > 0, share, np.nan), "share")
+        heatmap(figure, row[1], run, run.series("bins", "rollouts"), "rollouts", centre=run.n_bar)
+        panel(row[0], f"{name}, seed {run.seed}: prompt share", y="bin (0 = hardest)")
+        panel(row[1], "rollouts per prompt")
+    for ax in axes[-1]:
+        ax.set_xlabel("step (hatched: bin absent)")
+    return figure
+
+
+def figure_8(models: Models):
+    """Dynamics of Rollout-GDRO: where the prompts are and where the rollouts."""
+    return dynamics(models, "rollout", lambda r: budget_share(r.series("bins", "share"), r.series("bins", "rollouts")),
+                    "rollouts")
+
+
+def figure_9(models: Models):
+    """Prompt share against rollout-budget share by bin at four stages."""
+    models = of_mode(models, "rollout")
+    figure, axes = rows_of(models, 4, height=1.5, sharey="row")
+    for row, (name, modes) in zip(axes, models.items(), strict=True):
+        runs = modes["rollout"]
+        for ax, at in zip(row, stages(len(runs[0].log)), strict=False):
+            reach = len(runs[0].log) // 20
+            share = pooled(runs, "bins", "share", around=at, reach=reach)
+            drawn = [budget_share(r.series("bins", "share"), r.series("bins", "rollouts")) for r in runs]
+            budget = np.concatenate([d[max(0, at - reach) : at + reach + 1] for d in drawn]).mean(axis=0)
+            places = np.arange(len(share))
+            ax.bar(places - 0.2, np.where(share > 0, share, np.nan), 0.4, color=COLOURS["grpo"], label="prompts")
+            ax.bar(places + 0.2, np.where(share > 0, budget, np.nan), 0.4, color=COLOURS["rollout"], label="rollouts")
+            panel(ax, f"{name if ax is row[0] else ''} step {runs[0].steps[at]}".strip())
+            bin_ticks(ax, len(share))
+        row[0].set_ylabel("share")
+    legend(figure, axes[0, 0])
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------ more figures
+
+
+def figure_outcomes(tasks: dict[str, dict[str, list[Run]]]):
+    """Every row of the study: paired difference to GRPO in pass@8 with its 95% interval."""
+    tasks = {task: rows for task, rows in tasks.items() if "grpo" in rows}
+    if not tasks:
+        raise Missing("no task of results/study has runs of GRPO")
+    names = list(dict.fromkeys(n for rows in tasks.values() for n in rows if n not in ("grpo", "base")))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(PAGE, 0.16 * len(names) + 0.9), squeeze=False, sharey=True)
+    for ax, (task, rows) in zip(axes[0], tasks.items(), strict=True):
+        for y, name in enumerate(names):
+            if name not in rows:
+                continue
+            differences = 100 * paired(rows[name], rows["grpo"], pass8)
+            mean, low, high = interval(differences)
+            colour = COLOURS[rows[name][0].mode]
+            ax.plot(differences, np.full(len(differences), y), "|", color=colour, alpha=0.5, markersize=5)
+            ax.errorbar(mean, y, xerr=None if np.isnan(low) else [[mean - low], [high - mean]], fmt="o", color=colour,
+                        markersize=3.5, elinewidth=1.2)
+        ax.axvline(0, color=COLOURS["uniform"], linewidth=0.8)
+        panel(ax, task, x="pass@8 minus GRPO's, points (bar: 95%; ticks: seeds)")
+        ax.set_yticks(range(len(names)), names)
+        ax.grid(axis="x", alpha=0.3, linewidth=0.5)
+    axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
+    return figure
+
+
+def figure_signals(tasks: dict[str, dict[str, list[Run]]]):
+    """What the adversary could see in the runs of GRPO: size of each signal by bin, and spread over noise by step."""
+    tasks = {task: rows for task, rows in tasks.items() if "grpo" in rows}
+    if not tasks:
+        raise Missing("no task of results/study has runs of GRPO")
+    figure, axes = rows_of(tasks, 2)
+    colours = {"surrogate": COLOURS["rollout"], "reward": COLOURS["prompt"], "variance": COLOURS["both"]}
+    for (left, right), (task, rows) in zip(axes, tasks.items(), strict=True):
+        runs = rows["grpo"]
+        for name, colour in colours.items():
+            mean = np.concatenate([r.series("signals", name, "mean") for r in runs])
+            bins = np.flatnonzero(np.isfinite(mean).any(axis=0))
+            quartiles = np.nanpercentile(mean[:, bins], (25, 50, 75), axis=0)
+            left.plot(bins, quartiles[1], ".-", color=colour, label=name)
+            left.fill_between(bins, quartiles[0], quartiles[2], color=colour, alpha=0.2, linewidth=0)
+            found = [np.array(noise_ratios(r, name)) for r in runs]
+            band(right, runs, [running_median(f) for f in found], colour, name)
+        right.axhline(1, color=COLOURS["uniform"], linestyle=":", label="noise alone")
+        right.set_yscale("log")
+        panel(left, f"{task}: bin loss, median and quartiles of steps", y="signal")
+        panel(right, "spread between bins over standard error", x="step", y="signal to noise")
+        bin_ticks(left, mean.shape[1])
+    legend(figure, axes[0, 0], axes[0, 1])
+    return figure
+
+
+def noise_ratios(run: Run, signal: str) -> list[float]:
+    """signal_to_noise of every step."""
+    return [signal_to_noise(m, e, q) for m, e, q in zip(run.series("signals", signal, "mean"),
+                                                        run.series("signals", signal, "error"),
+                                                        run.series("bins", "share"), strict=True)]
+
+
+def running_median(x_T: np.ndarray, reach: int = 5) -> np.ndarray:
+    """Median over the steps within `reach` of each, without those that are NaN; NaN where all are."""
+    parts = [x_T[max(0, t - reach) : t + reach + 1] for t in range(len(x_T))]
+    return np.array([np.median(p[np.isfinite(p)]) if np.isfinite(p).any() else np.nan for p in parts])
+
+
+def figure_learning(models: Models):
+    """Reward of the training batches and pass@8 on held-out problems, by mode."""
+    figure, axes = rows_of(models, 2)
+    for (left, right), (name, modes) in zip(axes, models.items(), strict=True):
+        for mode in (m for m in MODES if m in modes):
+            runs = modes[mode]
+            band(left, runs, [running_median(r.series("reward_mean")) for r in runs], COLOURS[mode], MODES[mode])
+            for run in runs:
+                right.plot([e["step"] for e in run.evaluations], [100 * pass8(e) for e in run.evaluations], ".-",
+                           color=COLOURS[mode], alpha=0.6, linewidth=0.8)
+        panel(left, f"{name}: training batches", x="step", y="mean reward")
+        panel(right, "held-out problems, each seed", x="step", y="pass@8, %")
+    legend(figure, axes[0, 0])
+    return figure
+
+
+def figure_overview(run: Run):
+    """One run at a glance, finished or not."""
+    figure, axes = plt.subplots(2, 3, figsize=(PAGE, 4.2))
+    steps, colour = run.steps, COLOURS[run.mode]
+    (reward, solved, weight), (rollouts, price, seconds) = axes
+    reward.plot(steps, run.series("reward_mean"), color=colour)
+    if run.evaluations:
+        right = reward.twinx()
+        right.plot([e["step"] for e in run.evaluations], [100 * pass8(e) for e in run.evaluations], "o", color="black",
+                   markersize=3)
+        right.set_ylabel("pass@8 held out, % (dots)")
+        right.spines["right"].set_visible(True)
+    panel(reward, f"{run.name}: reward", x="step", y="mean reward")
+    share = run.series("bins", "share")
+    heatmap(figure, solved, run, (1 + run.series("bins", "reward")) / 2, "rate", high=1)
+    panel(solved, "success of rollouts by bin", x="step", y="bin (0 = hardest)")
+    heatmap(figure, weight, run, present(run, run.series("bins", "weight")), "weight", centre=1.0)
+    panel(weight, "weight by bin", x="step")
+    heatmap(figure, rollouts, run, np.where(share > 0, run.series("bins", "rollouts"), np.nan), "rollouts",
+            centre=run.n_bar)
+    panel(rollouts, "rollouts by bin", x="step", y="bin (0 = hardest)")
+    price.plot(steps, run.series("shadow_price"), color=COLOURS["uniform"], linestyle="--", label="mu (21)")
+    price.plot(steps, run.series("shadow_price_dp"), color=colour, label="marginal value of the DP")
+    price.legend()
+    panel(price, "shadow price of a rollout", x="step")
+    phases = [k for k in run.log[0]["seconds"] if k != "total"]
+    seconds.stackplot(steps, [run.series("seconds", k) for k in phases], labels=phases,
+                      colors=plt.get_cmap("cividis")(np.linspace(0, 1, len(phases))))
+    seconds.legend(ncols=2, fontsize=5)
+    panel(seconds, "time by phase", x="step", y="seconds a step")
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def study() -> dict[str, dict[str, list[Run]]]:
+    """task -> row -> its complete runs, in the order of study.py; a task or row without any is left out."""
+    from study import PARTS
+
+    found: dict[str, dict[str, list[Run]]] = {}
+    for rows in PARTS.values():
+        for row in rows:
+            for task in row.tasks:
+                if runs := study_runs(task, row.name):
+                    found.setdefault(task, {})[row.name] = runs
+    if not found:
+        raise Missing(f"{RESULTS.name}/study holds no complete run; python study.py makes them")
+    return found
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+
+
+def spread(values: np.ndarray, signed: bool = False, digits: int = 1) -> str:
+    """Mean over seeds and 95% interval: 62.9 [58.1, 67.6]."""
+    form = f"{{:{'+' if signed else ''}.{digits}f}}"
+    mean, low, high = (form.format(x) for x in interval(values))
+    return mean if len(values) < 2 else f"{mean} [{low}, {high}]"
+
+
+def outcome(name: str, runs: list[Run], rows: dict[str, list[Run]]) -> list[str]:
+    """One line of a table of outcomes; figures in percent, differences in points."""
+    last = [r.last() for r in runs]
+    line = [name, str(len(runs)), spread(100 * np.array([pass8(e) for e in last]))]
+    if name in ("grpo", "base"):
+        line += ["", ""]
+    else:
+        difference = 100 * paired(runs, rows["grpo"], pass8)
+        baseline = 100 * np.mean([pass8(r.last()) for r in pairs(runs, rows["grpo"])[1]])
+        line += [spread(difference, True), f"{100 * difference.mean() / baseline:+.1f}%"]
+    line += [f"{100 * np.mean([max(map(pass8, r.evaluations)) for r in runs]):.1f}",
+             spread(100 * np.array([e["mean"] for e in last])),
+             f"{100 * np.mean([worst_kind(e) for e in last]):.1f}"]
+    return line
+
+
+def outcome_tables() -> str:
+    """Every part of the study for every task: outcomes, and paired differences to GRPO on the same seeds."""
+    from study import PARTS
+
+    head = ["row", "seeds", "pass@8", "paired difference", "relative", "peak pass@8", "mean@16", "worst kind, pass@8"]
+    parts, out = study(), []
+    for part, rows in PARTS.items():
+        for task, found in parts.items():
+            lines = [outcome(row.name, found[row.name], found) for row in rows if row.name in found]
+            if lines:
+                out.append(f"**{part}: {task}**\n\n{markdown(head, lines)}")
+    return "\n\n".join(out)
+
+
+def kind_table(task: str, rows: dict[str, list[Run]]) -> str:
+    """pass@8 by kind of problem, means over seeds, in percent."""
+    modes = [m for m in ("base", *MODES) if m in rows]
+    kinds = rows[modes[0]][0].last()["by_kind"]
+    lines = [[kind, *(f"{100 * np.mean([r.last()['by_kind'][kind][2] for r in rows[m]]):.1f}" for m in modes)]
+             for kind in kinds]
+    return f"**pass@8 by kind: {task}**\n\n" + markdown(["kind", *modes], lines)
+
+
+def signal_table(rows: dict[str, list[Run]]) -> str:
+    """What the signals are worth: |surrogate| by optimiser step of a batch, and spread between bins over noise."""
+    lines = []
+    for name in ("prompt-surrogate-1-minibatch", "grpo", "prompt-surrogate-4-minibatches"):
+        for signal in ("surrogate", "reward", "variance"):
+            if name not in rows:
+                continue
+            ratios = np.concatenate([noise_ratios(r, signal) for r in rows[name]])
+            size = np.concatenate([np.abs(r.series("signals", signal, "mean")).ravel() for r in rows[name]])
+            by_update = np.mean([r.series("surrogate_abs").mean(axis=0) for r in rows[name]], axis=0)
+            lines.append([name, str(len(rows[name])), signal, f"{np.nanmedian(size):.1e}",
+                          " ".join(f"{x:.0e}" for x in by_update) if signal == "surrogate" else "",
+                          f"{np.nanmedian(ratios):.2f}", f"{100 * np.mean(ratios[np.isfinite(ratios)] > 2):.0f}%"])
+    head = ["runs", "seeds", "signal", "median size of a bin's", "mean size by optimiser step of a batch",
+            "median signal to noise", "steps over 2"]
+    return "**What the adversary sees: arithmetic**\n\n" + markdown(head, lines)
+
+
+def allocation_table(task: str, rows: dict[str, list[Run]]) -> str:
+    """What the allocations did: spread of counts, wasted rollouts, tokens, and (28), (33) against uniform counts."""
+    lines = []
+    for name, runs in rows.items():
+        if runs[0].mode not in ("rollout", "both") and name != "grpo":
+            continue
+        sigma = np.nan_to_num(bin_sigma(runs))
+        ratio, proxy, law, most = [], [], [], []
+        for r in runs:
+            q, n = r.series("bins", "share"), np.nan_to_num(r.series("bins", "rollouts"), nan=1.0)
+            even, best = np.full_like(q, r.n_bar), np.maximum(square_root_law(q, sigma, r.n_bar), 1e-9)
+            ratio.append(wse(q, sigma, n).sum() / wse(q, sigma, even).sum())
+            proxy.append((q * sigma**2 / n).sum() / (q * sigma**2 / even).sum())
+            law.append((q * sigma**2 / best).sum() / (q * sigma**2 / even).sum())
+            most.append(np.nanmax(r.series("bins", "rollouts"), axis=1).mean())
+        lines.append([name, str(len(runs)), f"{np.mean(most):.1f}",
+                      *(f"{100 * np.mean([r.series(key).mean() for r in runs]):.0f}%"
+                        for key in ("zero_std_frac", "zero_std_rollouts_frac")),
+                      f"{np.mean([r.series('tokens_generated').sum() for r in runs]) / 1e3:.0f}",
+                      *(f"{100 * (np.mean(x) - 1):+.1f}%" for x in (ratio, proxy, law))])
+    head = ["row", "seeds", "rollouts in the fullest bin", "prompts of no signal", "rollouts of no signal",
+            "thousand tokens", "WSE (33)", "variance (28)", "(28) by the law (30)"]
+    return f"**What the allocations did: {task}**\n\n" + markdown(head, lines)
+
+
+def exact_table(rows: dict[str, list[Run]]) -> str:
+    """How often an exact budget with one count a bin leaves a single choice, from the bins that the runs had."""
+    lines = []
+    for name, runs in rows.items():
+        if name not in ("grpo", "rollout", "paper-rollout", "rollout-exact"):
+            continue
+        ways = []
+        for r in runs:
+            P, arms = r.config["prompts_per_step"], np.arange(r.config["n_min"], r.config["n_max"] + 1)
+            for share_B in r.series("bins", "share"):
+                ways.append(exact_configurations(np.rint(share_B * P).astype(int), arms, round(P * r.n_bar)))
+        lines.append([name, str(len(ways)), f"{100 * np.mean(np.array(ways) <= 1):.0f}%", f"{np.median(ways):.0f}"])
+    return "**Exact budgets: arithmetic**\n\n" + markdown(
+        ["bins of", "steps", "steps with one choice", "median choices"], lines)
+
+
+def tables() -> str:
+    parts = study()
+    out = [outcome_tables(), *(kind_table(task, rows) for task, rows in parts.items())]
+    out += [allocation_table(task, rows) for task, rows in parts.items()]
+    if "arithmetic" in parts:
+        out += [signal_table(parts["arithmetic"]), exact_table(parts["arithmetic"])]
+    return "\n\n".join(out)
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+PAPER_FIGURES = {"1": figure_1, "3": figure_3, "4": figure_4, "5": figure_5, "6": figure_6, "7": figure_7,
+                 "8": figure_8, "9": figure_9, "learning": figure_learning}
+STUDY_FIGURES = {"outcomes": figure_outcomes, "signals": figure_signals}
+
+
+def save(figure, name: str, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix in ("png", "pdf"):
+        undated = {"CreationDate": None} if suffix == "pdf" else None  # the same logs, the same bytes
+        figure.savefig(folder / f"{name}.{suffix}", dpi=200, metadata=undated)
+    plt.close(figure)
+    print(folder / f"{name}.png")
+
+
+def draw(figures: dict[str, Callable], data, folder: Path) -> bool:
+    """Draws what the logs have data for, and says of the rest what is missing; False if any is."""
+    complete = True
+    for name, function in figures.items():
+        try:
+            figure = function(data)
+        except Missing as missing:
+            plt.close("all")
+            print(f"figure {name} left out: {missing}", file=sys.stderr)
+            complete = False
+            continue
+        save(figure, f"figure_{name}", folder)
+    return complete
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN_DIR", help="run folders; none = the study's")
+    parser.add_argument("--live", action="store_true", help="an overview of each RUN_DIR, no figure of the paper")
+    parser.add_argument("--table", action="store_true", help="print the study's tables and draw nothing")
+    parser.add_argument("--out", type=Path, default=HERE / "figures", metavar="DIR", help="where figures go [figures/]")
+    args = parser.parse_args()
+    if args.table and (args.runs or args.live) or args.live and not args.runs:
+        parser.error("--live needs RUN_DIR, and --table takes none")
+    try:
+        if args.table:
+            print(tables())
+        elif args.live:
+            for folder in args.runs:
+                save(figure_overview(Run.load(folder)), f"overview_{folder.resolve().name}", args.out)
+        elif args.runs:
+            sys.exit(not draw(PAPER_FIGURES, by_model([Run.load(f) for f in args.runs]), args.out))
+        else:
+            parts = study()
+            modes = {task: {m: rows[m] for m in MODES if m in rows} for task, rows in parts.items()}
+            complete = draw(PAPER_FIGURES, modes, args.out)
+            sys.exit(not (draw(STUDY_FIGURES, parts, args.out) and complete))
+    except ValueError as error:
+        sys.exit(f"plots.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
