@@ -28,11 +28,13 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 MODES = {"grpo": "GRPO", "prompt": "Prompt-GDRO", "rollout": "Rollout-GDRO", "both": "both"}
 # Okabe and Ito's palette: told apart by colour-blind eyes and, by lightness, in print
-COLOURS = {"grpo": "#666666", "prompt": "#0072B2", "rollout": "#D55E00", "both": "#009E73", "uniform": "#000000"}
+COLOURS = {"grpo": "#666666", "prompt": "#0072B2", "rollout": "#D55E00", "both": "#009E73", "uniform": "#000000",
+           "law": "#CC79A7"}
 TAIL = 0.6  # tail averages are over the steps at or past this quantile
 COLUMN, PAGE = 3.4, 7.0  # inches: a paper's column and its page
 plt.rcParams.update({"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7,
-                     "xtick.labelsize": 7, "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42,
+                     "xtick.labelsize": 7, "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False,
+                     "pdf.fonttype": 42,
                      "figure.constrained_layout.use": True, "legend.frameon": False, "lines.linewidth": 1.2})
 
 # ------------------------------------------------------------------------------------------------ logs
@@ -281,7 +283,7 @@ def band(ax, runs: list[Run], values: list[np.ndarray], colour: str, label: str,
         ax.fill_between(steps, stack.min(axis=0), stack.max(axis=0), color=colour, alpha=0.15, linewidth=0)
 
 
-def heatmap(figure, ax, run: Run, x_TB: np.ndarray, label: str, *, low: float | None = 0.0, high: float | None = None,
+def heatmap(figure, ax, run: Run, x_TB: np.ndarray, *, low: float | None = 0.0, high: float | None = None,
             centre: float | None = None) -> None:
     """Steps to the right, bins upwards (hardest at the bottom); hatched where the bin is absent."""
     norm, colours = None, "viridis"
@@ -295,8 +297,7 @@ def heatmap(figure, ax, run: Run, x_TB: np.ndarray, label: str, *, low: float | 
                       cmap=colours, norm=norm, vmin=low, vmax=high,
                       extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, x_TB.shape[1] - 0.5))
     ax.set_yticks(range(0, x_TB.shape[1], max(1, x_TB.shape[1] // 5)))
-    bar = figure.colorbar(image, ax=ax, pad=0.02)
-    bar.ax.set_title(label, fontsize=6)
+    figure.colorbar(image, ax=ax, pad=0.02)
 
 
 def present(run: Run, x_TB: np.ndarray) -> np.ndarray:
@@ -333,10 +334,11 @@ def figure_1(models: Models):
         bars(centre, [tail(present(r, r.series("bins", "weight"))) for r in prompt], COLOURS["prompt"])
         centre.axhline(1, color=COLOURS["uniform"], linestyle="--", label="uniform")
         centre.set_yscale("log")
-        panel(centre, "Prompt-GDRO", y="weight (tail average)")
+        centre.yaxis.set_major_formatter("{x:g}")
+        panel(centre, "Prompt-GDRO", y="weight, tail average")
         bars(right, [tail(r.series("bins", "rollouts")) for r in rollout], COLOURS["rollout"])
         right.axhline(rollout[0].n_bar, color=COLOURS["uniform"], linestyle="--", label="uniform")
-        panel(right, "Rollout-GDRO", y="rollouts per prompt (tail average)")
+        panel(right, "Rollout-GDRO", y="rollouts, tail average")
         for ax, run in ((centre, prompt[0]), (right, rollout[0])):
             bin_ticks(ax, len(run.log[0]["bins"]["share"]))
     legend(figure, axes[0, 0], axes[0, 1], columns=5)
@@ -344,7 +346,7 @@ def figure_1(models: Models):
 
 
 def benchmarks(ax, name: str, modes: dict[str, list[Run]]) -> None:
-    """pass@8 of the last evaluation over all problems and by kind, in percent: bars over seeds with 95% intervals."""
+    """pass@8 of the last evaluation over all problems and by kind, in percent: means over seeds, the seeds as dots."""
     shown = [m for m in MODES if m in modes and all(r.evaluations for r in modes[m])]
     if not shown:
         raise Missing(f"{name}: no run has an eval.json")
@@ -354,13 +356,11 @@ def benchmarks(ax, name: str, modes: dict[str, list[Run]]) -> None:
     width = 0.8 / len(shown)
     for i, mode in enumerate(shown):
         centres = np.arange(len(groups)) + (i - (len(shown) - 1) / 2) * width
-        found = np.array([interval(np.array([100 * g(r.last()) for r in modes[mode]])) for g in groups.values()])
-        error = np.nan_to_num(np.abs(found[:, 1:] - found[:, :1])).T
-        ax.bar(centres, found[:, 0], width, yerr=error, color=COLOURS[mode], label=MODES[mode],
-               error_kw={"elinewidth": 0.7})
+        found = np.array([[100 * g(r.last()) for r in modes[mode]] for g in groups.values()])  # (groups, S)
+        ax.bar(centres, found.mean(axis=1), width, color=COLOURS[mode], label=MODES[mode], alpha=0.75)
+        ax.plot(np.repeat(centres, found.shape[1]), found.ravel(), ".", color="black", markersize=1.5)
     ax.set_xticks(range(len(groups)), [g.replace("_", " ") for g in groups], rotation=25, ha="right")
-    seeds = len(modes[shown[-1]])
-    panel(ax, f"{name}, {seeds} seed{'s' * (seeds > 1)}", y="pass@8, %")
+    panel(ax, f"{name} (dots: seeds)", y="pass@8, %")
 
 
 def bars(ax, values: list[np.ndarray], colour: str) -> None:
@@ -381,9 +381,9 @@ def figure_3(models: Models):
     for row, (name, modes) in zip(axes, models.items(), strict=True):
         run = modes["prompt"][0]
         share = run.series("bins", "share")
-        heatmap(figure, row[0], run, np.where(share > 0, share, np.nan), "share")
-        heatmap(figure, row[1], run, present(run, run.series("bins", "weight")), "weight", centre=1.0)
-        heatmap(figure, row[2], run, run.series("bins", "reward"), "reward", low=-1, high=1)
+        heatmap(figure, row[0], run, np.where(share > 0, share, np.nan))
+        heatmap(figure, row[1], run, present(run, run.series("bins", "weight")), centre=1.0)
+        heatmap(figure, row[2], run, run.series("bins", "reward"), low=-1, high=1)
         panel(row[0], f"{name}, seed {run.seed}: prompt share", y="bin (0 = hardest)")
         panel(row[1], "adversary weight")
         panel(row[2], "realised reward")
@@ -446,17 +446,18 @@ def figure_6(models: Models):
             gap = [lead_lag(r.series("bins", "weight"), r.series("bins", "share")) for r in runs]
             band(left, runs, gap, COLOURS["prompt"], "lead-lag")
         left.axhline(0, color=COLOURS["uniform"], linestyle=":")
-        panel(left, f"{name}: lead-lag (32)", y="bins; below 0 = on harder ones")
+        panel(left, f"{name}: lead-lag (32)", y="bins (below 0: on harder)")
         if runs := modes.get("rollout"):
             sigma, n_bar = bin_sigma(runs), runs[0].n_bar
             share = [r.series("bins", "share") for r in runs]
             choices = (("uniform", [np.full_like(q, n_bar) for q in share], "--"),
                        ("rollout", [r.series("bins", "rollouts") for r in runs], "-"),
-                       ("both", [np.maximum(square_root_law(q, sigma, n_bar), 1e-9) for q in share], ":"))
-            labels = {"uniform": "uniform", "rollout": "Rollout-GDRO", "both": "square-root law (30), variances known"}
+                       ("law", [np.maximum(square_root_law(q, sigma, n_bar), 1e-9) for q in share], ":"))
+            labels = {"uniform": "uniform", "rollout": "Rollout-GDRO", "law": "square-root law (30), variances known"}
             for key, rollouts, style in choices:
                 values = [wse(q, np.nan_to_num(sigma), n) for q, n in zip(share, rollouts, strict=True)]
-                band(right, runs, values, COLOURS[key], labels[key], style)
+                band(right, runs, values if key == "rollout" else [np.mean(values, axis=0)], COLOURS[key], labels[key],
+                     style)
         panel(right, "weighted standard error (33)", y="reward units")
     for ax in axes[-1]:
         ax.set_xlabel("step")
@@ -471,8 +472,8 @@ def figure_7(models: Models):
     for row, (name, modes) in zip(axes, models.items(), strict=True):
         run = modes["rollout"][0]
         share = run.series("bins", "share")
-        heatmap(figure, row[0], run, np.where(share > 0, share, np.nan), "share")
-        heatmap(figure, row[1], run, run.series("bins", "rollouts"), "rollouts", centre=run.n_bar)
+        heatmap(figure, row[0], run, np.where(share > 0, share, np.nan))
+        heatmap(figure, row[1], run, run.series("bins", "rollouts"), centre=run.n_bar)
         panel(row[0], f"{name}, seed {run.seed}: prompt share", y="bin (0 = hardest)")
         panel(row[1], "rollouts per prompt")
     for ax in axes[-1]:
@@ -604,11 +605,11 @@ def figure_overview(run: Run):
         right.spines["right"].set_visible(True)
     panel(reward, f"{run.name}: reward", x="step", y="mean reward")
     share = run.series("bins", "share")
-    heatmap(figure, solved, run, (1 + run.series("bins", "reward")) / 2, "rate", high=1)
+    heatmap(figure, solved, run, (1 + run.series("bins", "reward")) / 2, high=1)
     panel(solved, "success of rollouts by bin", x="step", y="bin (0 = hardest)")
-    heatmap(figure, weight, run, present(run, run.series("bins", "weight")), "weight", centre=1.0)
+    heatmap(figure, weight, run, present(run, run.series("bins", "weight")), centre=1.0)
     panel(weight, "weight by bin", x="step")
-    heatmap(figure, rollouts, run, np.where(share > 0, run.series("bins", "rollouts"), np.nan), "rollouts",
+    heatmap(figure, rollouts, run, np.where(share > 0, run.series("bins", "rollouts"), np.nan),
             centre=run.n_bar)
     panel(rollouts, "rollouts by bin", x="step", y="bin (0 = hardest)")
     price.plot(steps, run.series("shadow_price"), color=COLOURS["uniform"], linestyle="--", label="mu (21)")
