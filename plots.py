@@ -307,6 +307,7 @@ def present(run: Run, x_TB: np.ndarray) -> np.ndarray:
 
 def bin_ticks(ax, bins: int) -> None:
     ax.set_xticks(range(bins))
+    ax.set_xlim(-0.6, bins - 0.4)
     ax.set_xlabel("difficulty bin (0 = hardest)")
 
 
