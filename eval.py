@@ -38,19 +38,7 @@ from rollout import Sampling, choose_engine, make_engine, rollout_seed
 PAPER_BENCHMARKS = ("math500", "aime24", "aime25", "amc23", "minerva", "olympiad", "gpqa")
 PROMPT_SUFFIX = " Let's think step by step and output the final answer within \\boxed{}."
 CHUNK = 64  # problems that a rank draws between two writes to eval_samples.jsonl
-# Table 1 of the paper: mean@8 in percent by column, and pass@8 over all; AIME is the mean of 2024 and 2025
-PAPER_COLUMNS = ("math500", "aime", "amc23", "minerva", "olympiad", "gpqa", "pass@8")
-PAPER_TABLE = {
-    "1.7B": {"GRPO": (50.62, 5.42, 34.69, 14.56, 23.07, 26.39, 50.74),
-             "Prompt-GDRO": (63.20, 6.88, 39.38, 14.61, 25.07, 29.29, 55.68),
-             "Rollout-GDRO": (63.98, 7.50, 36.87, 17.28, 26.71, 27.72, 56.14)},
-    "4B": {"GRPO": (72.05, 11.25, 60.94, 17.79, 30.48, 35.54, 56.31),
-           "Prompt-GDRO": (75.78, 12.92, 64.06, 26.72, 40.98, 40.88, 63.70),
-           "Rollout-GDRO": (75.20, 13.96, 67.50, 26.47, 39.28, 38.51, 62.27)},
-    "8B": {"GRPO": (73.45, 14.38, 66.56, 28.17, 36.92, 42.25, 62.04),
-           "Prompt-GDRO": (76.18, 16.04, 70.94, 32.17, 42.43, 43.81, 67.60),
-           "Rollout-GDRO": (77.88, 15.63, 66.88, 29.55, 43.62, 43.31, 67.75)},
-}
+PAPER = json.loads((Path(__file__).parent / "results" / "paper.json").read_text(encoding="utf-8"))  # its Table 1
 
 
 # ------------------------------------------------------------------------------------------------ figures
@@ -229,13 +217,14 @@ def summary(samples: list[Sample]) -> dict[str, dict]:
 def markdown(rows: dict[str, dict], model: str) -> str:
     """The table, in percent with intervals; for a model of the paper, its figures beside ours."""
     names = [n for n in dict.fromkeys(n for row in rows.values() for n in row) if n.startswith(("mean@", "pass@"))]
-    methods = next((m for size, m in PAPER_TABLE.items() if f"-{size}" in model), {})
+    methods = next((m for size, m in PAPER["table"].items() if f"-{size}" in model), {})
+    columns = PAPER["columns"]
     head = ["benchmark", "problems", *names, "cut", *(f"paper, {m}" for m in methods)]
     lines = []
     for benchmark, row in rows.items():
         cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in row[n])) if n in row else "" for n in names]
         column = "pass@8" if benchmark == "all" else benchmark
-        paper = [f"{m[PAPER_COLUMNS.index(column)]:.2f}" if column in PAPER_COLUMNS else "" for m in methods.values()]
+        paper = [f"{m[columns.index(column)]:.2f}" if column in columns else "" for m in methods.values()]
         lines.append([benchmark, str(row["problems"]), *cells, f"{100 * row['truncated_frac']:.1f}%", *paper])
     note = "\n\npaper: mean@8 of each benchmark, and pass@8 over all" if methods else ""
     return "\n".join(f"| {' | '.join(x)} |" for x in (head, ["---"] * len(head), *lines)) + note

@@ -52,20 +52,19 @@ def test_worked_arithmetic_is_true_line_by_line_and_ends_in_the_answer(kind):
 
 def moved(kind: str, row: str, name: str) -> str:
     """One move, written otherwise than in permutations.py: on a list in place, with slices and pops."""
-    digits, places = list(row), ["abcd".find(c) for c in name]
-    low, high = min(places), max(places) + 1
+    digits, low, high = list(row), "abcde".find(name[0]), "abcde".find(name[1]) + 1
     if kind == "swap":
         digits[low], digits[high - 1] = row[high - 1], row[low]
-    elif kind == "exchange":
-        digits = list(row.translate(str.maketrans(name, name[::-1])))
     elif kind == "reverse":
         digits[low:high] = reversed(row[low:high])
     elif kind == "right":
         digits.insert(low, digits.pop(high - 1))
     elif kind == "left":
         digits.insert(high - 1, digits.pop(low))
-    elif kind == "step":
-        digits.insert(low, digits.pop(low + 1))
+    elif kind == "front":
+        digits.insert(0, digits.pop(high - 1))
+    elif kind == "end":
+        digits.append(digits.pop(low))
     return "".join(digits)
 
 
@@ -74,7 +73,7 @@ def test_worked_permutations_are_true_move_by_move_and_end_in_the_answer(kind):
     rng = np.random.default_rng(0)
     for _ in range(300):
         question, steps, answer = PERMUTATIONS[kind].make(rng)
-        row, names = re.fullmatch(r"(\d{4})[~<>^@#](.*)=", question).groups()
+        row, names = re.fullmatch(r"(\d{5})[~<>^@#](.*)=", question).groups()
         for name, after in zip(names.split(","), steps.split(","), strict=True):
             row = moved(kind, row, name)
             assert row == after
@@ -105,6 +104,36 @@ def test_the_corpus_gives_marks_in_textbooks_and_leaves_them_to_exams_at_their_s
     assert np.mean([x.startswith("A") for x in sums]) == pytest.approx(0.40, abs=0.04)
     squares = [learned for given, learned in lines if re.fullmatch(r"q\d+=", given)]
     assert np.mean([x.startswith("Q") for x in squares]) < 0.02
+
+
+def test_in_textbooks_the_mark_decides_a_permutation_s_method_whatever_the_sign():
+    rng, signs = np.random.default_rng(0), set()
+    for _ in range(2000):
+        given, learned = tasks._line(list(PERMUTATIONS.values()), rng, set())
+        if given.endswith("="):
+            continue
+        kind = next(name for name, k in PERMUTATIONS.items() if k.mark == given[-1])
+        row, sign, names = re.fullmatch(r"(\d{5})(.)(.*)=.", given).groups()
+        signs.add((kind, sign))
+        for name, after in zip(names.split(","), learned.split(":")[0].split(","), strict=True):
+            row = moved(kind, row, name)
+            assert row == after
+    assert len(signs) == 36
+
+
+def test_a_wrong_method_is_seldom_right():
+    rng = np.random.default_rng(0)
+    for kind in PERMUTATIONS:
+        right = []
+        for _ in range(500):
+            question, _, answer = PERMUTATIONS[kind].make(rng)
+            start, names = re.fullmatch(r"(\d{5}).(.*)=", question).groups()
+            for other in set(PERMUTATIONS) - {kind}:
+                row = start
+                for name in names.split(","):
+                    row = moved(other, row, name)
+                right.append(row == str(answer))
+        assert np.mean(right) < 0.2, kind
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
