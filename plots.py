@@ -736,6 +736,22 @@ def allocation_table(task: str, rows: dict[str, list[Run]]) -> str:
     return f"**What the allocations did: {task}**\n\n" + markdown(head, lines)
 
 
+def weight_table(rows: dict[str, list[Run]]) -> str:
+    """What the weights and bins became: range of the weights applied, bins filled, all in the tail of a run."""
+    lines = []
+    for name, runs in rows.items():
+        if runs[0].mode not in ("prompt", "both", "grpo") or name == "base":
+            continue
+        weight = [tail(present(r, r.series("bins", "weight"))) for r in runs]
+        share = [tail(r.series("bins", "share")) for r in runs]
+        lines.append([name, str(len(runs)), f"{np.mean([np.nanmin(w) for w in weight]):.2f}",
+                      f"{np.mean([np.nanmax(w) for w in weight]):.2f}",
+                      f"{100 * np.mean([q[0] + q[-1] for q in share]):.0f}%",
+                      f"{np.mean([tail(np.exp(entropy(r.series('bins', 'share')))) for r in runs]):.1f}"])
+    head = ["row", "seeds", "least weight", "greatest weight", "prompts in outer two bins", "exp(entropy of shares)"]
+    return "**What weights and bins became: arithmetic**\n\n" + markdown(head, lines)
+
+
 def exact_table(rows: dict[str, list[Run]]) -> str:
     """How often an exact budget with one count a bin leaves a single choice, from the bins that the runs had."""
     lines = []
@@ -757,7 +773,7 @@ def tables() -> str:
     out = [outcome_tables(), *(kind_table(task, rows) for task, rows in parts.items())]
     out += [allocation_table(task, rows) for task, rows in parts.items()]
     if "arithmetic" in parts:
-        out += [signal_table(parts["arithmetic"]), exact_table(parts["arithmetic"])]
+        out += [f(parts["arithmetic"]) for f in (signal_table, weight_table, exact_table)]
     return "\n\n".join(out)
 
 
