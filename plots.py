@@ -283,21 +283,25 @@ def band(ax, runs: list[Run], values: list[np.ndarray], colour: str, label: str,
         ax.fill_between(steps, stack.min(axis=0), stack.max(axis=0), color=colour, alpha=0.15, linewidth=0)
 
 
-def heatmap(figure, ax, run: Run, x_TB: np.ndarray, *, low: float | None = 0.0, high: float | None = None,
+def heatmap(figure, ax, run: Run, x_TB: np.ndarray, *, low: float = 0.0, high: float | None = None, gamma: float = 1.0,
             centre: float | None = None) -> None:
-    """Steps to the right, bins upwards (hardest at the bottom); hatched where the bin is absent."""
-    norm, colours = None, "viridis"
-    if centre is not None:
-        reach = max(float(np.nanmax(np.abs(np.log(x_TB / centre)))), 0.1)
-        norm = matplotlib.colors.LogNorm(centre * np.exp(-reach), centre * np.exp(reach))
-        colours, low, high = "RdBu_r", None, None
+    """Steps to the right, bins upwards (hardest at the bottom); hatched where the bin is absent.
+
+    With `centre` the scale is logarithmic and white there; else from low to high, gamma < 1 spreading small values.
+    """
+    if centre is None:
+        norm, colours, ticks = matplotlib.colors.PowerNorm(gamma, low, high), "viridis", None
+    else:
+        reach = max(float(np.nanmax(np.abs(np.log2(x_TB / centre)))), 0.1)
+        norm, colours = matplotlib.colors.LogNorm(centre * 2**-reach, centre * 2**reach), "RdBu_r"
+        ticks = centre * 2.0 ** np.arange(-np.floor(reach), np.floor(reach) + 1)
     steps = run.steps
     ax.patch.set(hatch="////", facecolor="#EEEEEE", edgecolor="#BBBBBB")
     image = ax.imshow(np.ma.masked_invalid(x_TB.T), aspect="auto", origin="lower", interpolation="nearest",
-                      cmap=colours, norm=norm, vmin=low, vmax=high,
-                      extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, x_TB.shape[1] - 0.5))
+                      cmap=colours, norm=norm, extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, x_TB.shape[1] - 0.5))
     ax.set_yticks(range(0, x_TB.shape[1], max(1, x_TB.shape[1] // 5)))
-    figure.colorbar(image, ax=ax, pad=0.02)
+    bar = figure.colorbar(image, ax=ax, pad=0.02, ticks=ticks, format="{x:g}")
+    bar.ax.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
 
 
 def present(run: Run, x_TB: np.ndarray) -> np.ndarray:
@@ -382,7 +386,7 @@ def figure_3(models: Models):
     for row, (name, modes) in zip(axes, models.items(), strict=True):
         run = modes["prompt"][0]
         share = run.series("bins", "share")
-        heatmap(figure, row[0], run, np.where(share > 0, share, np.nan))
+        heatmap(figure, row[0], run, np.where(share > 0, share, np.nan), gamma=0.5)
         heatmap(figure, row[1], run, present(run, run.series("bins", "weight")), centre=1.0)
         heatmap(figure, row[2], run, run.series("bins", "reward"), low=-1, high=1)
         panel(row[0], f"{name}, seed {run.seed}: prompt share", y="bin (0 = hardest)")
@@ -430,7 +434,7 @@ def figure_5(models: Models):
         for ax, at in zip(row, stages(len(runs[0].log)), strict=False):
             share = pooled(runs, "bins", "share", around=at, reach=len(runs[0].log) // 20)
             ax.bar(range(len(share)), np.where(share > 0, share, np.nan), color=COLOURS["prompt"])
-            panel(ax, f"{name if ax is row[0] else ''} step {runs[0].steps[at]}".strip())
+            panel(ax, f"{name}, step {runs[0].steps[at]}" if ax is row[0] else f"step {runs[0].steps[at]}")
             bin_ticks(ax, len(share))
         row[0].set_ylabel("prompt share")
     return figure
@@ -473,7 +477,7 @@ def figure_7(models: Models):
     for row, (name, modes) in zip(axes, models.items(), strict=True):
         run = modes["rollout"][0]
         share = run.series("bins", "share")
-        heatmap(figure, row[0], run, np.where(share > 0, share, np.nan))
+        heatmap(figure, row[0], run, np.where(share > 0, share, np.nan), gamma=0.5)
         heatmap(figure, row[1], run, run.series("bins", "rollouts"), centre=run.n_bar)
         panel(row[0], f"{name}, seed {run.seed}: prompt share", y="bin (0 = hardest)")
         panel(row[1], "rollouts per prompt")
@@ -502,7 +506,7 @@ def figure_9(models: Models):
             places = np.arange(len(share))
             ax.bar(places - 0.2, np.where(share > 0, share, np.nan), 0.4, color=COLOURS["grpo"], label="prompts")
             ax.bar(places + 0.2, np.where(share > 0, budget, np.nan), 0.4, color=COLOURS["rollout"], label="rollouts")
-            panel(ax, f"{name if ax is row[0] else ''} step {runs[0].steps[at]}".strip())
+            panel(ax, f"{name}, step {runs[0].steps[at]}" if ax is row[0] else f"step {runs[0].steps[at]}")
             bin_ticks(ax, len(share))
         row[0].set_ylabel("share")
     legend(figure, axes[0, 0])
@@ -666,7 +670,8 @@ def outcome(name: str, runs: list[Run], rows: dict[str, list[Run]]) -> list[str]
         line += [spread(difference, True), f"{100 * difference.mean() / baseline:+.1f}%"]
     line += [f"{100 * np.mean([max(map(pass8, r.evaluations)) for r in runs]):.1f}",
              spread(100 * np.array([e["mean"] for e in last])),
-             f"{100 * np.mean([worst_kind(e) for e in last]):.1f}"]
+             f"{100 * np.mean([worst_kind(e) for e in last]):.1f}",
+             f"{np.mean([r.series('tokens_generated').sum() for r in runs]) / 1e3:.0f}" if runs[0].log else "0"]
     return line
 
 
@@ -674,7 +679,8 @@ def outcome_tables() -> str:
     """Every part of the study for every task: outcomes, and paired differences to GRPO on the same seeds."""
     from study import PARTS
 
-    head = ["row", "seeds", "pass@8", "paired difference", "relative", "peak pass@8", "mean@16", "worst kind, pass@8"]
+    head = ["row", "seeds", "pass@8", "paired difference", "relative", "peak pass@8", "mean@16", "worst kind, pass@8",
+            "thousand tokens"]
     parts, out = study(), []
     for part, rows in PARTS.items():
         for task, found in parts.items():
@@ -712,7 +718,7 @@ def signal_table(rows: dict[str, list[Run]]) -> str:
 
 
 def allocation_table(task: str, rows: dict[str, list[Run]]) -> str:
-    """What the allocations did: spread of counts, wasted rollouts, tokens, and (28), (33) against uniform counts."""
+    """What the allocations did: spread of counts, wasted rollouts, and (28), (33) against uniform counts."""
     lines = []
     for name, runs in rows.items():
         if runs[0].mode not in ("rollout", "both") and name != "grpo":
@@ -729,10 +735,9 @@ def allocation_table(task: str, rows: dict[str, list[Run]]) -> str:
         lines.append([name, str(len(runs)), f"{np.mean(most):.1f}",
                       *(f"{100 * np.mean([r.series(key).mean() for r in runs]):.0f}%"
                         for key in ("zero_std_frac", "zero_std_rollouts_frac")),
-                      f"{np.mean([r.series('tokens_generated').sum() for r in runs]) / 1e3:.0f}",
                       *(f"{100 * (np.mean(x) - 1):+.1f}%" for x in (ratio, proxy, law))])
     head = ["row", "seeds", "rollouts in the fullest bin", "prompts of no signal", "rollouts of no signal",
-            "thousand tokens", "WSE (33)", "variance (28)", "(28) by the law (30)"]
+            "WSE (33)", "variance (28)", "(28) by the law (30)"]
     return f"**What the allocations did: {task}**\n\n" + markdown(head, lines)
 
 

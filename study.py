@@ -14,6 +14,7 @@ from 0 on.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -29,6 +30,7 @@ from ranks import replace_text
 HERE = Path(__file__).parent
 OUT, RESULTS = HERE / "out" / "study", HERE / "results" / "study"
 DIGITS = 4
+RUNNING: set[subprocess.Popen] = set()
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,15 @@ class Run:
         folder, start = OUT / self.name, time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "output.txt", "a") as output:
-            done = subprocess.run(self.command(), cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output,
-                                  stderr=subprocess.STDOUT)
-        if done.returncode:
+            # A session of its own: Ctrl-C reaches this program alone, which passes it on once (twice would kill).
+            process = subprocess.Popen(self.command(), cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                       stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        RUNNING.add(process)
+        code = process.wait()
+        RUNNING.discard(process)
+        if code:
             last = (folder / "output.txt").read_text().replace("\r", "\n").strip().splitlines()[-1:]
-            return f"{self.name}: train.py ended with {done.returncode}: {' '.join(last)}"
+            return f"{self.name}: train.py ended with {code}: {' '.join(last)}"
         keep(folder, RESULTS / self.name, time.monotonic() - start)
         return None
 
@@ -163,11 +169,13 @@ def main() -> None:
         for run in chosen:
             print("done   " if run.done() else "missing", run.name, *(f"--{k} {v}" for k, v in run.row.flags.items()))
         return
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     sys.exit(work([r for r in chosen if not r.done()], args.jobs))
 
 
 def work(missing: list[Run], jobs: int) -> int:
-    """Executes the runs; 0, 1 if any failed, 130 after Ctrl-C."""
+    """Executes the runs; 0, 1 if any failed, 130 after Ctrl-C or SIGTERM."""
     stop, failures = threading.Event(), []
     bar = tqdm(total=len(missing), unit="run")
 
@@ -184,8 +192,10 @@ def work(missing: list[Run], jobs: int) -> int:
     with ThreadPoolExecutor(jobs) as pool:
         try:
             list(pool.map(one, missing))
-        except KeyboardInterrupt:  # the runs have had it too: they end after their step
+        except KeyboardInterrupt:
             stop.set()
+            for process in list(RUNNING):
+                process.terminate()
             bar.write("stopping when the running ones have written their checkpoints")
     bar.close()
     return 130 if stop.is_set() else int(bool(failures))

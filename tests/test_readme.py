@@ -1,62 +1,71 @@
 """Numbers in the README are those of the logs in results/."""
 
+import functools
 import json
 import re
-import statistics
 from pathlib import Path
 
+import numpy as np
+
+import plots
+
 ROOT = Path(__file__).parents[1]
-MODES = {"grpo": "GRPO", "prompt": "Prompt-GDRO", "rollout": "Rollout-GDRO", "both": "both"}
+README = (ROOT / "README.md").read_text()
+PROSE = " ".join(README.split())
 
 
-def evaluations(mode: str, seed: int) -> list[dict]:
-    return json.loads((ROOT / "results" / "arithmetic" / f"{mode}-{seed}" / "eval.json").read_text())
+@functools.cache
+def tables() -> str:
+    return plots.tables()
 
 
-def test_the_result_table_is_computed_from_the_logs():
-    rows = []
-    base = evaluations("grpo", 0)[0]
-    for mode, name in MODES.items():
-        last = [evaluations(mode, seed)[-1] for seed in range(3)]
-        cells = []
-        for key in ("mean", "pass@8"):
-            values = [e["mean"] if key == "mean" else e["passes"]["pass@8"] for e in last]
-            cells.append(f"{statistics.mean(values):.3f} ({' '.join(f'{v:.3f}' for v in values)})")
-        rows.append(f"| {name} | {cells[0]} | {cells[1]} |")
-    bases = [evaluations("grpo", seed)[0] for seed in range(3)]
-    base_cells = [f"{statistics.mean(v):.3f} ({' '.join(f'{x:.3f}' for x in v)})"
-                  for v in ([e["mean"] for e in bases], [e["passes"]["pass@8"] for e in bases])]
-    expected = [f"| base | {base_cells[0]} | {base_cells[1]} |", *rows]
-    readme = (ROOT / "README.md").read_text()
-    missing = [row for row in expected if row not in readme]
-    assert not missing, "README lacks:\n" + "\n".join(missing)
-    assert base["problems"] == 500
+@functools.cache
+def study() -> dict:
+    return plots.study()
 
 
-def test_the_paired_differences_to_grpo_are_computed_from_the_logs():
-    readme = (ROOT / "README.md").read_text()
-
-    def differences(mode: str, figure) -> str:
-        pairs = [(figure(evaluations(mode, s)[-1]), figure(evaluations("grpo", s)[-1])) for s in range(3)]
-        return " ".join(f"{ours - grpo:+.3f}" for ours, grpo in pairs)
-
-    for mode in ("prompt", "rollout", "both"):
-        assert differences(mode, lambda e: e["passes"]["pass@8"]) in readme
-    assert f"({differences('prompt', lambda e: e['mean'])})" in readme
-    assert all(x.startswith("-") for x in differences("both", lambda e: e["mean"]).split())
-    runs = [evaluations(mode, s) for mode in MODES for s in range(3)]
-    assert min(run[-1]["passes"]["pass@8"] - run[0]["passes"]["pass@8"] for run in runs) > 0.13
-    squares = [run[-1]["by_kind"]["sum_of_squares"][2] for run in runs]
-    assert f"to {min(squares):.2f}-{max(squares):.2f}," in readme
+def gain(task: str, row: str, figure=plots.pass8) -> tuple[float, float, float]:
+    """Paired difference to GRPO in points, with its interval."""
+    rows = study()[task]
+    return plots.interval(100 * plots.paired(rows[row], rows["grpo"], figure))
 
 
-def test_the_quick_start_table_is_that_of_prompt_seed_0():
-    first, *_, last = evaluations("prompt", 0)
-    readme = (ROOT / "README.md").read_text()
-    for kind, (_, _, before) in first["by_kind"].items():
-        assert f"| pass@8, {kind} | {before:.3f} | {last['by_kind'][kind][2]:.3f} |" in readme
-    assert f"| pass@8 | {first['passes']['pass@8']:.3f} | {last['passes']['pass@8']:.3f} |" in readme
-    assert f"| mean@16 | {first['mean']:.3f} | {last['mean']:.3f} |" in readme
+def points(task: str, row: str, figure=plots.pass8) -> str:
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*gain(task, row, figure))
+
+
+def relative(task: str, row: str) -> str:
+    rows = study()[task]
+    _, baseline = plots.pairs(rows[row], rows["grpo"])
+    return f"{gain(task, row)[0] / np.mean([plots.pass8(r.last()) for r in baseline]):+.0f}%"
+
+
+def cell(table: str, row: str, column: str) -> str:
+    """One cell of a table that plots.py --table prints."""
+    lines = tables().split(f"**{table}**\n\n")[1].split("\n\n")[0].splitlines()
+    head = [c.strip() for c in lines[0].strip("|").split("|")]
+    for line in lines[2:]:
+        cells = [c.strip() for c in line.strip("|").split("|")]
+        if cells[0] == row:
+            return cells[head.index(column)]
+    raise KeyError(f"{table}: no row {row}")
+
+
+def test_results_tables_md_is_what_plots_prints():
+    assert (ROOT / "results" / "TABLES.md").read_text() == plots.tables() + "\n", \
+        "python plots.py --table > results/TABLES.md"
+
+
+def section(title: str) -> str:
+    """The README from this heading to the next one of any level."""
+    return README.split(f"# {title}\n")[1].split("\n#")[0]
+
+
+def test_every_line_of_a_result_table_is_one_that_plots_prints():
+    shown = [line for title in ("Group-DRO for LLM reasoning, from scratch", "The study")
+             for line in section(title).splitlines() if line.startswith("| ")]
+    printed = set(tables().splitlines())
+    assert len(shown) > 20 and not [line for line in shown if line not in printed]
 
 
 def test_every_test_and_file_that_the_readme_names_exists():
