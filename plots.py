@@ -125,10 +125,15 @@ def study_runs(task: str, row: str) -> list[Run]:
 
 
 def of_mode(models: Models, *modes: str) -> Models:
-    """The models that have runs of all these modes. Raises Missing when none has."""
-    found = {name: runs for name, runs in models.items() if all(m in runs for m in modes)}
+    """The models that have runs of all these modes; where one is missing, runs of both adversaries stand in for it and
+    the name says so. Raises Missing when no model has any."""
+    found: Models = {}
+    for name, runs in models.items():
+        lacking = [m for m in modes if m not in runs]
+        if not lacking or "both" in runs:
+            found[f"{name}, both" if lacking else name] = {**runs, **{m: runs["both"] for m in lacking}}
     if not found:
-        raise Missing(f"there are no runs of mode {' and '.join(modes)}")
+        raise Missing(f"there are no runs of mode {' and '.join(modes)}, nor of both")
     return found
 
 
@@ -233,6 +238,8 @@ def interval(x_S: np.ndarray) -> tuple[float, float, float]:
 
 
 def pass8(evaluation: dict) -> float:
+    if "pass@8" not in evaluation["passes"]:
+        raise Missing(f"the evaluation at step {evaluation['step']} has no pass@8: it drew fewer than 8 responses")
     return evaluation["passes"]["pass@8"]
 
 
@@ -442,27 +449,25 @@ def figure_5(models: Models):
 
 def figure_6(models: Models):
     """Left: lead-lag gap (32) of Prompt-GDRO. Right: weighted standard error (33) of Rollout-GDRO against uniform."""
-    models = {n: m for n, m in models.items() if "prompt" in m or "rollout" in m}
-    if not models:
-        raise Missing("there are no runs of mode prompt or rollout")
+    models = of_mode(models, "prompt", "rollout")
     figure, axes = rows_of(models, 2)
+    labels = {"uniform": "uniform", "rollout": "Rollout-GDRO", "law": "square-root law (30), variances known"}
     for (left, right), (name, modes) in zip(axes, models.items(), strict=True):
-        if runs := modes.get("prompt"):
-            gap = [lead_lag(r.series("bins", "weight"), r.series("bins", "share")) for r in runs]
-            band(left, runs, gap, COLOURS["prompt"], "lead-lag")
+        runs = modes["prompt"]
+        gap = [lead_lag(r.series("bins", "weight"), r.series("bins", "share")) for r in runs]
+        band(left, runs, gap, COLOURS["prompt"], "lead-lag")
         left.axhline(0, color=COLOURS["uniform"], linestyle=":")
         panel(left, f"{name}: lead-lag (32)", y="bins (below 0: on harder)")
-        if runs := modes.get("rollout"):
-            sigma, n_bar = bin_sigma(runs), runs[0].n_bar
-            share = [r.series("bins", "share") for r in runs]
-            choices = (("uniform", [np.full_like(q, n_bar) for q in share], "--"),
-                       ("rollout", [r.series("bins", "rollouts") for r in runs], "-"),
-                       ("law", [np.maximum(square_root_law(q, sigma, n_bar), 1e-9) for q in share], ":"))
-            labels = {"uniform": "uniform", "rollout": "Rollout-GDRO", "law": "square-root law (30), variances known"}
-            for key, rollouts, style in choices:
-                values = [wse(q, np.nan_to_num(sigma), n) for q, n in zip(share, rollouts, strict=True)]
-                band(right, runs, values if key == "rollout" else [np.mean(values, axis=0)], COLOURS[key], labels[key],
-                     style)
+        runs = modes["rollout"]
+        sigma, n_bar = bin_sigma(runs), runs[0].n_bar
+        share = [r.series("bins", "share") for r in runs]
+        choices = (("uniform", [np.full_like(q, n_bar) for q in share], "--"),
+                   ("rollout", [r.series("bins", "rollouts") for r in runs], "-"),
+                   ("law", [np.maximum(square_root_law(q, sigma, n_bar), 1e-9) for q in share], ":"))
+        for key, rollouts, style in choices:
+            values = [wse(q, np.nan_to_num(sigma), n) for q, n in zip(share, rollouts, strict=True)]
+            band(right, runs, values if key == "rollout" else [np.mean(values, axis=0)], COLOURS[key], labels[key],
+                 style)
         panel(right, "weighted standard error (33)", y="reward units")
     for ax in axes[-1]:
         ax.set_xlabel("step")
@@ -598,7 +603,7 @@ def figure_learning(models: Models):
 
 def figure_overview(run: Run):
     """One run at a glance, finished or not."""
-    figure, axes = plt.subplots(2, 3, figsize=(PAGE, 4.2))
+    figure, axes = plt.subplots(2, 3, figsize=(PAGE + 1, 4.4))
     steps, colour = run.steps, COLOURS[run.mode]
     (reward, solved, weight), (rollouts, price, seconds) = axes
     reward.plot(steps, run.series("reward_mean"), color=colour)
@@ -606,7 +611,7 @@ def figure_overview(run: Run):
         right = reward.twinx()
         right.plot([e["step"] for e in run.evaluations], [100 * pass8(e) for e in run.evaluations], "o", color="black",
                    markersize=3)
-        right.set_ylabel("pass@8 held out, % (dots)")
+        right.set_ylabel("held-out pass@8, % (dots)")
         right.spines["right"].set_visible(True)
     panel(reward, f"{run.name}: reward", x="step", y="mean reward")
     share = run.series("bins", "share")
@@ -619,12 +624,14 @@ def figure_overview(run: Run):
     panel(rollouts, "rollouts by bin", x="step", y="bin (0 = hardest)")
     price.plot(steps, run.series("shadow_price"), color=COLOURS["uniform"], linestyle="--", label="mu (21)")
     price.plot(steps, run.series("shadow_price_dp"), color=colour, label="marginal value of the DP")
-    price.legend()
+    price.legend(loc="upper left", fontsize=6)
+    price.margins(y=0.4)
     panel(price, "shadow price of a rollout", x="step")
     phases = [k for k in run.log[0]["seconds"] if k != "total"]
     seconds.stackplot(steps, [run.series("seconds", k) for k in phases], labels=phases,
                       colors=plt.get_cmap("cividis")(np.linspace(0, 1, len(phases))))
-    seconds.legend(ncols=2, fontsize=5)
+    seconds.legend(ncols=3, fontsize=5, loc="upper left")
+    seconds.set_ylim(0, 1.5 * float(run.series("seconds", "total").max()))
     panel(seconds, "time by phase", x="step", y="seconds a step")
     return figure
 
@@ -714,7 +721,7 @@ def signal_table(rows: dict[str, list[Run]]) -> str:
                           f"{np.nanmedian(ratios):.2f}", f"{100 * np.mean(ratios[np.isfinite(ratios)] > 2):.0f}%"])
     head = ["runs", "seeds", "signal", "median size of a bin's", "mean size by optimiser step of a batch",
             "median signal to noise", "steps over 2"]
-    return "**What the adversary sees: arithmetic**\n\n" + markdown(head, lines)
+    return "**Signals: arithmetic**\n\n" + markdown(head, lines)
 
 
 def allocation_table(task: str, rows: dict[str, list[Run]]) -> str:
@@ -749,8 +756,8 @@ def weight_table(rows: dict[str, list[Run]]) -> str:
             continue
         weight = [tail(present(r, r.series("bins", "weight"))) for r in runs]
         share = [tail(r.series("bins", "share")) for r in runs]
-        lines.append([name, str(len(runs)), f"{np.mean([np.nanmin(w) for w in weight]):.2f}",
-                      f"{np.mean([np.nanmax(w) for w in weight]):.2f}",
+        lines.append([name, str(len(runs)), f"{np.mean([np.nanmin(w) for w in weight]):.3f}",
+                      f"{np.mean([np.nanmax(w) for w in weight]):.3f}",
                       f"{100 * np.mean([q[0] + q[-1] for q in share]):.0f}%",
                       f"{np.mean([tail(np.exp(entropy(r.series('bins', 'share')))) for r in runs]):.1f}"])
     head = ["row", "seeds", "least weight", "greatest weight", "prompts in outer two bins", "exp(entropy of shares)"]

@@ -225,8 +225,18 @@ def test_what_a_figure_lacks_is_named_and_the_others_are_drawn(tmp_path, capsys)
     assert "figure 6 left out: rollout-0: metrics.jsonl has no 'signals.variance.mean'" in error
     assert (tmp_path / "figure_9.png").exists() and not (tmp_path / "figure_6.png").exists()
     only_grpo = plots.by_model([a_run("grpo")])
-    with pytest.raises(Missing, match="no runs of mode rollout"):
+    with pytest.raises(Missing, match="no runs of mode rollout, nor of both"):
         plots.figure_7(only_grpo)
+
+
+def test_runs_of_both_adversaries_stand_in_for_one_that_is_missing_and_the_name_says_so():
+    data = plots.by_model([a_run("both", seed) for seed in range(2)])
+    found = plots.of_mode(data, "prompt", "rollout")
+    assert list(found) == ["made-up, both"] and found["made-up, both"]["prompt"] == data["made-up"]["both"]
+    assert list(plots.of_mode(models(), "prompt")) == ["made-up"]
+    titles = [ax.get_title(loc="left") for ax in plots.figure_6(data).axes]
+    assert titles[0] == "made-up, both: lead-lag (32)"
+    plots.plt.close("all")
 
 
 def test_runs_of_other_settings_are_not_averaged():

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import plots
 
@@ -51,6 +52,49 @@ def cell(table: str, row: str, column: str) -> str:
     raise KeyError(f"{table}: no row {row}")
 
 
+def kinds(task: str, kind: str) -> dict[str, str]:
+    return {mode: cell(f"pass@8 by kind: {task}", kind, mode) for mode in ("base", *plots.MODES)}
+
+
+@functools.cache
+def found() -> dict[str, str]:
+    """The numbers of "What we found" and of the table after it, as they are written there."""
+    a, out = "arithmetic", {}
+    for task in study():
+        for row in ("prompt", "rollout", "both"):
+            out[f"{row}_{task[0]}"], out[f"{row}_{task[0]}_rel"] = points(task, row), relative(task, row)
+    for name, row in {"paper_prompt": "paper-prompt", "paper_rollout": "paper-rollout", "paper_both": "paper-both",
+                      "by_prompt": "rollout-by-prompt", "as_weights": "rollout-as-weights", "rank": "rollout-rank",
+                      "variance": "rollout-variance", "knapsack": "rollout-knapsack"}.items():
+        out[name] = points(a, row)
+    rows = study()[a]
+    first = [r for r in rows["rollout"] if r.seed < 4]
+    out["rollout_4"] = plots.spread(100 * plots.paired(first, rows["grpo"], plots.pass8), signed=True)
+    for name, kind in {"st": "several_terms", "add": "addition", "sq": "sum_of_squares"}.items():
+        out |= {f"{name}_{mode}": value for mode, value in kinds(a, kind).items()}
+    out |= {f"left_{mode}": value for mode, value in kinds("permutations", "left").items()}
+    after = [float(out[f"sq_{mode}"]) for mode in plots.MODES]
+    out["sq_min"], out["sq_max"] = f"{min(after):.1f}", f"{max(after):.1f}"
+    weights = "What weights and bins became: arithmetic"
+    out["pw_min"], out["pw_max"] = (cell(weights, "paper-prompt", c) for c in ("least weight", "greatest weight"))
+    out["OUTER_ANY"], out["OUTER_RATE"] = (cell(weights, r, "prompts in outer two bins")
+                                           for r in ("prompt-any-of-n", "prompt"))
+    allocations = "What the allocations did: arithmetic"
+    out["pr_most"] = cell(allocations, "paper-rollout", "rollouts in the fullest bin")
+    out["wse_gain"] = cell(allocations, "rollout", "WSE (33)").removeprefix("+")
+    out["VAR_GOT"] = cell(allocations, "rollout-variance", "variance (28)").removeprefix("-")
+    out["VAR_LAW"] = cell(allocations, "rollout-variance", "(28) by the law (30)").removeprefix("-")
+    exact = "Exact budgets: arithmetic"
+    out["ONE_PAPER"], out["ONE_EXACT"] = (cell(exact, r, "steps with one choice")
+                                          for r in ("paper-rollout", "rollout-exact"))
+    first, second = np.mean([r.series("surrogate_abs").mean(axis=0) for r in rows["grpo"]], axis=0)
+    out["S0"], out["S1"] = f"{first:.0e}", f"{second:.0e}"
+    for name, signal in (("SNR_S", "surrogate"), ("SNR_R", "reward")):
+        ratios = np.concatenate([plots.noise_ratios(r, signal) for r in rows["grpo"]])
+        out[name] = f"{np.nanmedian(ratios):.2f}"
+    return out
+
+
 def test_results_tables_md_is_what_plots_prints():
     assert (ROOT / "results" / "TABLES.md").read_text() == plots.tables() + "\n", \
         "python plots.py --table > results/TABLES.md"
@@ -66,6 +110,35 @@ def test_every_line_of_a_result_table_is_one_that_plots_prints():
              for line in section(title).splitlines() if line.startswith("| ")]
     printed = set(tables().splitlines())
     assert len(shown) > 20 and not [line for line in shown if line not in printed]
+
+
+# What the README says in words, with the places of the numbers that `found` computes.
+SAID = (
+    "the weights stay between {pw_min} and {pw_max}, and pass@8 moves by {paper_prompt} points",
+    "some bin gets {pr_most} rollouts a prompt on average over steps, and pass@8 moves by {paper_rollout} points; both "
+    "together, {paper_both}",
+    "{prompt_a} points ({prompt_a_rel}) on arithmetic, {prompt_p} ({prompt_p_rel}) on permutations",
+    "{rollout_a} points ({rollout_a_rel}; the interval still touches zero) on arithmetic, {rollout_p} ({rollout_p_rel}) on",
+    "{both_a} points ({both_a_rel}) on arithmetic, more than either; {both_p} ({both_p_rel}) on permutations, less",
+    "from {st_grpo} with GRPO to {st_prompt}, {st_rollout} and {st_both} (prompt, rollout, both)",
+    "`left` from {left_grpo} to {left_prompt}, {left_rollout} and {left_both}",
+    "addition falls from {add_grpo} to {add_prompt}, {add_rollout} and {add_both}",
+    "{sq_base} before training, {sq_min} to {sq_max} after",
+    "(`rollout-by-prompt`) {by_prompt}; with 4 rollouts each and the counts as weights (`rollout-as-weights`) {as_weights}; "
+    "the whole, on the same four seeds, {rollout_4}",
+    "raises the weighted standard error (33) by {wse_gain}; counts by variance, as the analysis wants, change pass@8 by "
+    "{variance}. Of the rivals, E3's ranks give {rank}, Knapsack's value {knapsack}",
+    "a prompt's loss is {S0}, rounding; on the second {S1}. Between bins it spreads {SNR_S} standard errors, what noise "
+    "alone would; minus the reward spreads {SNR_R}.",
+    "one choice in {ONE_PAPER} of the steps of `paper-rollout`, {ONE_EXACT} of `rollout-exact`",
+    "Any puts {OUTER_ANY} of prompts into the outer two bins and depends on n; tuned: the rate of success, {OUTER_RATE}",
+    "*raises* WSE by {wse_gain}; `variance` lowers (28) by {VAR_GOT} of at most {VAR_LAW}, and pass@8 changes by {variance}",
+)
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_what_the_readme_says_in_words_is_computed_from_the_logs(said):
+    assert said.format(**found()) in PROSE
 
 
 def test_every_test_and_file_that_the_readme_names_exists():
