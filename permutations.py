@@ -32,7 +32,7 @@ def _moves(sign: str, move: Callable[[list[str], int, int], list[str]]):
     return make
 
 
-def another_sign(question: str, rng: np.random.Generator) -> str:
+def any_sign(question: str, rng: np.random.Generator) -> str:
     """The same question under a sign drawn from all six."""
     return question[:LENGTH] + SIGNS[int(rng.integers(len(SIGNS)))] + question[LENGTH + 1 :]
 

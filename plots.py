@@ -11,6 +11,7 @@ axes: T steps, B bins (0 = hardest), S seeds.
 """
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -101,36 +102,39 @@ Models = dict[str, dict[str, list[Run]]]  # preset -> mode -> its runs by seed
 
 
 def by_model(runs: list[Run]) -> Models:
-    """Groups runs; raises ValueError when runs of one preset and mode differ in more than the seed."""
+    """Groups runs; raises ValueError when runs of one preset and mode differ in more than the seed, or modes of one
+    preset in the model, the data or the number of rollouts."""
     models: Models = {}
     for run in sorted(runs, key=lambda r: r.seed):
         models.setdefault(run.config["preset"], {}).setdefault(run.mode, []).append(run)
-    aside = ("seed", "loaded", "environment", "resumed", "seconds")
     for preset, modes in models.items():
-        for mode, group in modes.items():
+        first = next(iter(modes.values()))[0]
+        for group in modes.values():
             for run in group[1:]:
-                differing = [k for k in run.config if k not in aside and run.config[k] != group[0].config.get(k)]
-                if differing or run.seed == group[0].seed:
-                    raise ValueError(f"{preset}, {mode}: {group[0].name} and {run.name} differ in "
-                                     f"{', '.join(differing) or 'nothing, not even the seed'}; a figure takes "
-                                     "several seeds of one setting")
+                refuse_difference(group[0], run, set(group[0].config) | set(run.config))
+                if [r.seed for r in group].count(run.seed) > 1:
+                    raise ValueError(f"{preset}: two runs of mode {run.mode} have seed {run.seed}")
+            refuse_difference(first, group[0], {"loaded", "steps", "prompts_per_step", "rollouts_per_prompt"})
     return models
 
 
-def study_runs(task: str, row: str) -> list[Run]:
-    """The complete runs of a row of study.py, by seed."""
-    folders = [f.parent for f in (RESULTS / "study" / task).glob(f"{row}-*/eval.json")
-               if f.parent.name.removeprefix(f"{row}-").isdigit()]
-    return sorted(map(Run.load, folders), key=lambda r: r.seed)
+def refuse_difference(a: Run, b: Run, keys: set[str]) -> None:
+    differing = [k for k in sorted(keys - {"seed", "environment", "resumed", "seconds"})
+                 if a.config.get(k) != b.config.get(k)]
+    if differing:
+        raise ValueError(f"{a.config['preset']}: {a.name} and {b.name} differ in {', '.join(differing)}; figures take "
+                         "runs of a preset that differ in seed and mode")
 
 
 def of_mode(models: Models, *modes: str) -> Models:
     """The models that have runs of all these modes; where one is missing, runs of both adversaries stand in for it and
-    the name says so. Raises Missing when no model has any."""
+    the name says so. A model that has neither is left out and named; raises Missing when that is all of them."""
     found: Models = {}
     for name, runs in models.items():
         lacking = [m for m in modes if m not in runs]
-        if not lacking or "both" in runs:
+        if lacking and "both" not in runs:
+            print(f"{name} left out: no runs of mode {' and '.join(lacking)}, nor of both", file=sys.stderr)
+        else:
             found[f"{name}, both" if lacking else name] = {**runs, **{m: runs["both"] for m in lacking}}
     if not found:
         raise Missing(f"there are no runs of mode {' and '.join(modes)}, nor of both")
@@ -171,7 +175,10 @@ def entropy(x_TB: np.ndarray) -> np.ndarray:
 
 
 def lead_lag(weight_TB: np.ndarray, share_TB: np.ndarray) -> np.ndarray:
-    """(32): how many bins the adversary's mean lies above the prompts', (T,); negative = on harder bins than they."""
+    """(32): how many bins the mean of the weights lies above that of the prompts, (T,).
+
+    Weights are normalised over all bins, so equal ones do not give 0 but (B - 1) / 2 minus the prompts' mean bin.
+    """
     return mean_bin(weight_TB) - mean_bin(share_TB)
 
 
@@ -215,16 +222,17 @@ def exact_configurations(count_B: np.ndarray, arms_K: np.ndarray, total: int) ->
 
 
 def signal_to_noise(mean_B: np.ndarray, error_B: np.ndarray, share_B: np.ndarray) -> float:
-    """Spread of the bins' means over their typical standard error, both weighted by share; NaN with fewer than two.
+    """Spread of the bins' means over what their standard errors alone would make it, both weighted by share.
 
-    About 1 or less is what bins of one and the same loss would show.
+    Bins of one and the same loss show about 1: their means spread by e^2 (1 - sum q^2) when each has the error e. NaN
+    with fewer than two bins.
     """
     known = np.isfinite(mean_B) & np.isfinite(error_B) & (share_B > 0)
     if known.sum() < 2:
         return float("nan")
     q = share_B[known] / share_B[known].sum()
     spread = np.sqrt(q @ (mean_B[known] - q @ mean_B[known]) ** 2)
-    noise = np.sqrt(q @ error_B[known] ** 2)
+    noise = np.sqrt(q @ error_B[known] ** 2 * (1 - q @ q))
     return float(spread / noise) if noise > 0 else float("nan")
 
 
@@ -237,10 +245,14 @@ def interval(x_S: np.ndarray) -> tuple[float, float, float]:
     return mean, mean - float(half), mean + float(half)
 
 
-def pass8(evaluation: dict) -> float:
-    if "pass@8" not in evaluation["passes"]:
-        raise Missing(f"the evaluation at step {evaluation['step']} has no pass@8: it drew fewer than 8 responses")
-    return evaluation["passes"]["pass@8"]
+def headline_k(evaluation: dict) -> int:
+    """8, or the largest k that enough responses were drawn for."""
+    return max(k for name in evaluation["passes"] if (k := int(name.removeprefix("pass@"))) <= 8)
+
+
+def headline(evaluation: dict) -> float:
+    """pass@8, or of the largest k that there is."""
+    return evaluation["passes"][f"pass@{headline_k(evaluation)}"]
 
 
 def worst_kind(evaluation: dict) -> float:
@@ -280,13 +292,14 @@ def legend(figure, *axes, columns: int = 4) -> None:
     figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
 
 
-def band(ax, runs: list[Run], values: list[np.ndarray], colour: str, label: str, style: str = "-") -> None:
-    """Mean over seeds as a line, their range as a band; only the steps that all have."""
+def band(ax, runs: list[Run], values: list[np.ndarray], colour: str, label: str, style: str = "-", *,
+         spread: bool = True) -> None:
+    """Mean over seeds as a line and, with `spread`, their range as a band; only the steps that all have."""
     length = min(map(len, values))
     stack = np.stack([v[:length] for v in values])
     steps = runs[0].steps[:length]
     ax.plot(steps, stack.mean(axis=0), style, color=colour, label=label, marker="." if length == 1 else None)
-    if len(values) > 1:
+    if spread and len(values) > 1:
         ax.fill_between(steps, stack.min(axis=0), stack.max(axis=0), color=colour, alpha=0.15, linewidth=0)
 
 
@@ -341,9 +354,9 @@ def figure_1(models: Models):
     models = of_mode(models, "prompt", "rollout")
     figure, axes = rows_of(models, 3, height=2.1, gridspec_kw={"width_ratios": [1.7, 1, 1]})
     for (left, centre, right), (name, modes) in zip(axes, models.items(), strict=True):
-        benchmarks(left, name, modes)
+        benchmarks(left, name, {m: runs for m, runs in modes.items() if runs[0].mode == m})
         prompt, rollout = modes["prompt"], modes["rollout"]
-        bars(centre, [tail(present(r, r.series("bins", "weight"))) for r in prompt], COLOURS["prompt"])
+        bars(centre, [tail(present(r, r.series("bins", "weight"))) for r in prompt], COLOURS["prompt"], start=1)
         centre.axhline(1, color=COLOURS["uniform"], linestyle="--", label="uniform")
         centre.set_yscale("log")
         centre.yaxis.set_major_formatter("{x:g}")
@@ -364,7 +377,7 @@ def benchmarks(ax, name: str, modes: dict[str, list[Run]]) -> None:
         raise Missing(f"{name}: no run has an eval.json")
     kinds = list(modes[shown[0]][0].last()["by_kind"])
     kinds = kinds if len(kinds) > 1 else []
-    groups = {"all": pass8, **{k: lambda e, k=k: e["by_kind"][k][2] for k in kinds}}
+    groups = {"all": headline, **{k: lambda e, k=k: e["by_kind"][k][2] for k in kinds}}
     width = 0.8 / len(shown)
     for i, mode in enumerate(shown):
         centres = np.arange(len(groups)) + (i - (len(shown) - 1) / 2) * width
@@ -372,16 +385,16 @@ def benchmarks(ax, name: str, modes: dict[str, list[Run]]) -> None:
         ax.bar(centres, found.mean(axis=1), width, color=COLOURS[mode], label=MODES[mode], alpha=0.75)
         ax.plot(np.repeat(centres, found.shape[1]), found.ravel(), ".", color="black", markersize=1.5)
     ax.set_xticks(range(len(groups)), [g.replace("_", " ") for g in groups], rotation=25, ha="right")
-    panel(ax, f"{name} (dots: seeds)", y="pass@8, %")
+    panel(ax, f"{name} (dots: seeds)", y=f"pass@{headline_k(modes[shown[0]][0].last())}, %")
 
 
-def bars(ax, values: list[np.ndarray], colour: str) -> None:
-    """Mean over seeds by bin, the seeds as dots; an absent bin has neither."""
+def bars(ax, values: list[np.ndarray], colour: str, start: float = 0) -> None:
+    """Mean over seeds by bin as bars from `start`, the seeds as dots; an absent bin has neither."""
     stack = np.stack(values)
     seen = np.isfinite(stack).any(axis=0)
     mean = np.full(stack.shape[1], np.nan)
     mean[seen] = np.nanmean(stack[:, seen], axis=0)
-    ax.bar(range(len(mean)), mean, color=colour, alpha=0.75)
+    ax.bar(range(len(mean)), mean - start, bottom=start, color=colour, alpha=0.75)
     if len(values) > 1:
         ax.plot(np.tile(range(len(mean)), len(values)), stack.ravel(), ".", color="black", markersize=2)
 
@@ -451,13 +464,14 @@ def figure_6(models: Models):
     """Left: lead-lag gap (32) of Prompt-GDRO. Right: weighted standard error (33) of Rollout-GDRO against uniform."""
     models = of_mode(models, "prompt", "rollout")
     figure, axes = rows_of(models, 2)
-    labels = {"uniform": "uniform", "rollout": "Rollout-GDRO", "law": "square-root law (30), variances known"}
+    labels = {"uniform": "uniform", "rollout": "Rollout-GDRO", "law": "square-root law (30), best for (28)"}
     for (left, right), (name, modes) in zip(axes, models.items(), strict=True):
         runs = modes["prompt"]
         gap = [lead_lag(r.series("bins", "weight"), r.series("bins", "share")) for r in runs]
-        band(left, runs, gap, COLOURS["prompt"], "lead-lag")
-        left.axhline(0, color=COLOURS["uniform"], linestyle=":")
-        panel(left, f"{name}: lead-lag (32)", y="bins (below 0: on harder)")
+        even = [lead_lag(np.ones_like(x), x) for x in (r.series("bins", "share") for r in runs)]
+        band(left, runs, gap, COLOURS["prompt"], "Prompt-GDRO")
+        band(left, runs, even, COLOURS["uniform"], "uniform", "--", spread=False)
+        panel(left, f"{name}: lead-lag (32)", y="bins (lower: on harder ones)")
         runs = modes["rollout"]
         sigma, n_bar = bin_sigma(runs), runs[0].n_bar
         share = [r.series("bins", "share") for r in runs]
@@ -466,12 +480,11 @@ def figure_6(models: Models):
                    ("law", [np.maximum(square_root_law(q, sigma, n_bar), 1e-9) for q in share], ":"))
         for key, rollouts, style in choices:
             values = [wse(q, np.nan_to_num(sigma), n) for q, n in zip(share, rollouts, strict=True)]
-            band(right, runs, values if key == "rollout" else [np.mean(values, axis=0)], COLOURS[key], labels[key],
-                 style)
+            band(right, runs, values, COLOURS[key], labels[key], style, spread=key == "rollout")
         panel(right, "weighted standard error (33)", y="reward units")
     for ax in axes[-1]:
         ax.set_xlabel("step")
-    legend(figure, axes[0, 1])
+    legend(figure, axes[0, 0], axes[0, 1])
     return figure
 
 
@@ -526,13 +539,13 @@ def figure_outcomes(tasks: dict[str, dict[str, list[Run]]]):
     tasks = {task: rows for task, rows in tasks.items() if "grpo" in rows}
     if not tasks:
         raise Missing("no task of results/study has runs of GRPO")
-    names = list(dict.fromkeys(n for rows in tasks.values() for n in rows if n not in ("grpo", "base")))
+    names = list(dict.fromkeys(n for rows in tasks.values() for n in rows if rows[n][0].mode != "grpo"))
     figure, axes = plt.subplots(1, len(tasks), figsize=(PAGE, 0.16 * len(names) + 0.9), squeeze=False, sharey=True)
     for ax, (task, rows) in zip(axes[0], tasks.items(), strict=True):
         for y, name in enumerate(names):
             if name not in rows:
                 continue
-            differences = 100 * paired(rows[name], rows["grpo"], pass8)
+            differences = 100 * paired(rows[name], rows["grpo"], headline)
             mean, low, high = interval(differences)
             colour = COLOURS[rows[name][0].mode]
             ax.plot(differences, np.full(len(differences), y), "|", color=colour, alpha=0.5, markersize=5)
@@ -566,7 +579,7 @@ def figure_signals(tasks: dict[str, dict[str, list[Run]]]):
         right.axhline(1, color=COLOURS["uniform"], linestyle=":", label="noise alone")
         right.set_yscale("log")
         panel(left, f"{task}: bin loss, median and quartiles of steps", y="signal")
-        panel(right, "spread between bins over standard error", x="step", y="signal to noise")
+        panel(right, "spread of bins over noise, running median", x="step", y="signal to noise")
         bin_ticks(left, mean.shape[1])
     legend(figure, axes[0, 0], axes[0, 1])
     return figure
@@ -593,10 +606,10 @@ def figure_learning(models: Models):
             runs = modes[mode]
             band(left, runs, [running_median(r.series("reward_mean")) for r in runs], COLOURS[mode], MODES[mode])
             for run in runs:
-                right.plot([e["step"] for e in run.evaluations], [100 * pass8(e) for e in run.evaluations], ".-",
+                right.plot([e["step"] for e in run.evaluations], [100 * headline(e) for e in run.evaluations], ".-",
                            color=COLOURS[mode], alpha=0.6, linewidth=0.8)
-        panel(left, f"{name}: training batches", x="step", y="mean reward")
-        panel(right, "held-out problems, each seed", x="step", y="pass@8, %")
+        panel(left, f"{name}: training batches, running median", x="step", y="mean reward")
+        panel(right, "held-out problems, each seed", x="step", y="pass@k, %")
     legend(figure, axes[0, 0])
     return figure
 
@@ -609,18 +622,16 @@ def figure_overview(run: Run):
     reward.plot(steps, run.series("reward_mean"), color=colour)
     if run.evaluations:
         right = reward.twinx()
-        right.plot([e["step"] for e in run.evaluations], [100 * pass8(e) for e in run.evaluations], "o", color="black",
-                   markersize=3)
-        right.set_ylabel("held-out pass@8, % (dots)")
+        right.plot([e["step"] for e in run.evaluations], [100 * headline(e) for e in run.evaluations], "o",
+                   color="black", markersize=3)
+        right.set_ylabel(f"held-out pass@{headline_k(run.last())}, % (dots)")
         right.spines["right"].set_visible(True)
     panel(reward, f"{run.name}: reward", x="step", y="mean reward")
-    share = run.series("bins", "share")
     heatmap(figure, solved, run, (1 + run.series("bins", "reward")) / 2, high=1)
     panel(solved, "success of rollouts by bin", x="step", y="bin (0 = hardest)")
     heatmap(figure, weight, run, present(run, run.series("bins", "weight")), centre=1.0)
     panel(weight, "weight by bin", x="step")
-    heatmap(figure, rollouts, run, np.where(share > 0, run.series("bins", "rollouts"), np.nan),
-            centre=run.n_bar)
+    heatmap(figure, rollouts, run, run.series("bins", "rollouts"), centre=run.n_bar)
     panel(rollouts, "rollouts by bin", x="step", y="bin (0 = hardest)")
     price.plot(steps, run.series("shadow_price"), color=COLOURS["uniform"], linestyle="--", label="mu (21)")
     price.plot(steps, run.series("shadow_price_dp"), color=colour, label="marginal value of the DP")
@@ -639,16 +650,24 @@ def figure_overview(run: Run):
 # ------------------------------------------------------------------------------------------------ tables
 
 
+@functools.cache
 def study() -> dict[str, dict[str, list[Run]]]:
-    """task -> row -> its complete runs, in the order of study.py; a task or row without any is left out."""
-    from study import PARTS
+    """task -> row -> its complete runs by seed, in the order of study.py; a task or row without any is left out.
+
+    Raises ValueError for a run that was made with other flags than its row has now.
+    """
+    import study as rows
 
     found: dict[str, dict[str, list[Run]]] = {}
-    for rows in PARTS.values():
-        for row in rows:
-            for task in row.tasks:
-                if runs := study_runs(task, row.name):
-                    found.setdefault(task, {})[row.name] = runs
+    order = [row.name for part in rows.PARTS.values() for row in part]
+    for planned in sorted(rows.runs(""), key=lambda r: (order.index(r.row.name), r.seed)):
+        if not planned.done():
+            continue
+        run = Run.load(RESULTS / "study" / planned.name)
+        for flag, value in planned.row.flags.items():
+            if flag != "adversary" and run.config[flag] != value:
+                raise ValueError(f"{planned.name} was run with --{flag} {run.config[flag]}, study.py now has {value}")
+        found.setdefault(planned.task, {}).setdefault(planned.row.name, []).append(run)
     if not found:
         raise Missing(f"{RESULTS.name}/study holds no complete run; python study.py makes them")
     return found
@@ -668,14 +687,16 @@ def spread(values: np.ndarray, signed: bool = False, digits: int = 1) -> str:
 def outcome(name: str, runs: list[Run], rows: dict[str, list[Run]]) -> list[str]:
     """One line of a table of outcomes; figures in percent, differences in points."""
     last = [r.last() for r in runs]
-    line = [name, str(len(runs)), spread(100 * np.array([pass8(e) for e in last]))]
-    if name in ("grpo", "base"):
+    line = [name, str(len(runs)), spread(100 * np.array([headline(e) for e in last]))]
+    if runs[0].mode == "grpo":
         line += ["", ""]
+    elif "grpo" not in rows:
+        raise Missing(f"{name} has no runs of grpo to be compared with; python study.py --only grpo makes them")
     else:
-        difference = 100 * paired(runs, rows["grpo"], pass8)
-        baseline = 100 * np.mean([pass8(r.last()) for r in pairs(runs, rows["grpo"])[1]])
+        difference = 100 * paired(runs, rows["grpo"], headline)
+        baseline = 100 * np.mean([headline(r.last()) for r in pairs(runs, rows["grpo"])[1]])
         line += [spread(difference, True), f"{100 * difference.mean() / baseline:+.1f}%"]
-    line += [f"{100 * np.mean([max(map(pass8, r.evaluations)) for r in runs]):.1f}",
+    line += [f"{100 * np.mean([max(map(headline, r.evaluations)) for r in runs]):.1f}",
              spread(100 * np.array([e["mean"] for e in last])),
              f"{100 * np.mean([worst_kind(e) for e in last]):.1f}",
              f"{np.mean([r.series('tokens_generated').sum() for r in runs]) / 1e3:.0f}" if runs[0].log else "0"]
@@ -709,7 +730,7 @@ def kind_table(task: str, rows: dict[str, list[Run]]) -> str:
 def signal_table(rows: dict[str, list[Run]]) -> str:
     """What the signals are worth: |surrogate| by optimiser step of a batch, and spread between bins over noise."""
     lines = []
-    for name in ("prompt-surrogate-1-minibatch", "grpo", "prompt-surrogate-4-minibatches"):
+    for name in ("grpo-1-minibatch", "grpo", "grpo-4-minibatches"):
         for signal in ("surrogate", "reward", "variance"):
             if name not in rows:
                 continue
@@ -743,7 +764,7 @@ def allocation_table(task: str, rows: dict[str, list[Run]]) -> str:
                       *(f"{100 * np.mean([r.series(key).mean() for r in runs]):.0f}%"
                         for key in ("zero_std_frac", "zero_std_rollouts_frac")),
                       *(f"{100 * (np.mean(x) - 1):+.1f}%" for x in (ratio, proxy, law))])
-    head = ["row", "seeds", "rollouts in the fullest bin", "prompts of no signal", "rollouts of no signal",
+    head = ["row", "seeds", "most rollouts of a bin", "prompts of no signal", "rollouts of no signal",
             "WSE (33)", "variance (28)", "(28) by the law (30)"]
     return f"**What the allocations did: {task}**\n\n" + markdown(head, lines)
 

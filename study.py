@@ -6,9 +6,9 @@
     python plots.py --table                       what came out
 
 A run goes to out/study/TASK/ROW-SEED; when it is complete, its config, log (four significant digits) and evaluations
-are copied to results/study/TASK/ROW-SEED. Ctrl-C lets the runs finish their step and checkpoint; the same command goes
-on. Settings were chosen on development problems with seeds from 100 on; the rows report held-out problems with seeds
-from 0 on.
+are copied to results/study/TASK/ROW-SEED (`seconds` in config.json are those of its last sitting). Ctrl-C lets the runs
+finish their step and checkpoint; the same command goes on. Settings were chosen on development problems with seeds from
+100 on; the rows report held-out problems with seeds from 0 on.
 """
 
 import argparse
@@ -31,6 +31,7 @@ HERE = Path(__file__).parent
 OUT, RESULTS = HERE / "out" / "study", HERE / "results" / "study"
 DIGITS = 4
 RUNNING: set[subprocess.Popen] = set()
+STOP = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,10 @@ PARTS = {
         Row("paper-both", 8, {"adversary": "paper", "mode": "both"}),
     ),
     "What the adversary sees": (
-        Row("prompt-surrogate", 4, {"mode": "prompt", "prompt_signal": "surrogate"}),
+        Row("prompt-surrogate", 4, {"mode": "prompt", "prompt_signal": "surrogate", "share_normalize": "off"}),
         Row("prompt-variance", 4, {"mode": "prompt", "prompt_signal": "variance"}),
-        Row("prompt-surrogate-1-minibatch", 1, {"mode": "prompt", "prompt_signal": "surrogate",
-                                                "minibatch_prompts": 64}),
-        Row("prompt-surrogate-4-minibatches", 1, {"mode": "prompt", "prompt_signal": "surrogate",
-                                                  "minibatch_prompts": 16}),
+        Row("grpo-1-minibatch", 1, {"mode": "grpo", "minibatch_prompts": 64}),  # the preset has 2; all signals are
+        Row("grpo-4-minibatches", 1, {"mode": "grpo", "minibatch_prompts": 16}),  # logged in every mode
     ),
     "Who allocates best": (
         Row("rollout-by-prompt", 4, {"mode": "rollout", "averaging": "prompt"}),
@@ -118,6 +117,8 @@ class Run:
             process = subprocess.Popen(self.command(), cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"},
                                        stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         RUNNING.add(process)
+        if STOP.is_set():  # asked for while this one was being started
+            process.terminate()
         code = process.wait()
         RUNNING.discard(process)
         if code:
@@ -176,16 +177,16 @@ def main() -> None:
 
 def work(missing: list[Run], jobs: int) -> int:
     """Executes the runs; 0, 1 if any failed, 130 after Ctrl-C or SIGTERM."""
-    stop, failures = threading.Event(), []
+    failures: list[str] = []
     bar = tqdm(total=len(missing), unit="run")
 
     def one(run: Run) -> None:
-        if stop.is_set():
+        if STOP.is_set():
             return
         failure = run.execute()
         bar.update()
         bar.set_postfix_str(run.name)
-        if failure and not stop.is_set():
+        if failure and not STOP.is_set():
             failures.append(failure)
             bar.write(failure)
 
@@ -193,12 +194,12 @@ def work(missing: list[Run], jobs: int) -> int:
         try:
             list(pool.map(one, missing))
         except KeyboardInterrupt:
-            stop.set()
+            STOP.set()
             for process in list(RUNNING):
                 process.terminate()
             bar.write("stopping when the running ones have written their checkpoints")
     bar.close()
-    return 130 if stop.is_set() else int(bool(failures))
+    return 130 if STOP.is_set() else int(bool(failures))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from data import Problem
 from model import ModelConfig, Transformer
 
 PAD, END = "<pad>", "<end>"
+HELD_BACK = 1200  # problems of each split that the corpus leaves out
 SPLITS = ("train", "heldout", "development")  # settings are chosen on development problems, reported on held-out ones
 
 
@@ -60,12 +61,12 @@ TASKS = {
         "sum_of_squares": Kind("Q", 0.005, arithmetic.sum_of_squares),
     }),
     "permutations": Task(permutations.CHARACTERS, {
-        "swap": Kind("W", 0.40, permutations.swap, permutations.another_sign),
-        "reverse": Kind("V", 0.20, permutations.reverse, permutations.another_sign),
-        "right": Kind("R", 0.08, permutations.right, permutations.another_sign),
-        "left": Kind("L", 0.03, permutations.left, permutations.another_sign),
-        "front": Kind("F", 0.012, permutations.front, permutations.another_sign),
-        "end": Kind("K", 0.005, permutations.end, permutations.another_sign),
+        "swap": Kind("W", 0.40, permutations.swap, permutations.any_sign),
+        "reverse": Kind("V", 0.20, permutations.reverse, permutations.any_sign),
+        "right": Kind("R", 0.08, permutations.right, permutations.any_sign),
+        "left": Kind("L", 0.03, permutations.left, permutations.any_sign),
+        "front": Kind("F", 0.012, permutations.front, permutations.any_sign),
+        "end": Kind("K", 0.005, permutations.end, permutations.any_sign),
     }),
 }
 
@@ -85,10 +86,12 @@ class BaseSettings:
 def problems(task: str, split: str, count: int) -> list[Problem]:
     """The first `count` distinct problems of one of SPLITS, which share none. The id starts with the kind.
 
-    Raises ValueError for an unknown split, or when there are not that many.
+    Raises ValueError for an unknown split, or for more problems than are kept out of the base model's corpus.
     """
     if split not in SPLITS:
         raise ValueError(f"{task}: the splits are {', '.join(SPLITS)}, not {split!r}")
+    if count > HELD_BACK:
+        raise ValueError(f"{task}: a split has {HELD_BACK} problems that the base model never saw, not {count}")
     kinds = TASKS[task].kinds
     rng = np.random.default_rng(20260127)
     split_of: dict[str, str] = {}

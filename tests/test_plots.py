@@ -19,7 +19,8 @@ NAN = float("nan")
 def a_run(mode: str = "prompt", seed: int = 0, steps: int = 12, bins: int = 5, present: float = 0.6,
           preset: str = "made-up", changes: dict | None = None) -> Run:
     """A run whose log is drawn at random, with the fields and nulls that train.py writes."""
-    rng, log = np.random.default_rng((seed, steps, bins)), []
+    which = list(plots.MODES).index(mode)  # no two modes are alike
+    rng, log = np.random.default_rng((which, seed, steps, bins)), []
     for step in range(steps):
         here = rng.random(bins) < present
         here[rng.integers(bins)] = True
@@ -41,7 +42,7 @@ def a_run(mode: str = "prompt", seed: int = 0, steps: int = 12, bins: int = 5, p
               "prompts_per_step": 64, **(changes or {})}
     evaluations = [{"step": s, "mean": 0.3, "passes": {"pass@8": p},
                     "by_kind": {"a": [5, 0.1, p], "b": [5, 0.2, p / 2]}}
-                   for s, p in ((steps // 2, 0.6 + seed / 100), (steps, 0.5 + seed / 50))]
+                   for s, p in ((steps // 2, 0.6 + seed / 100), (steps, 0.5 + seed / 50 + which / 20))]
     return Run(f"{mode}-{seed}", config, log, evaluations)
 
 
@@ -127,11 +128,13 @@ def test_configurations_of_an_exact_budget_are_counted_like_an_enumeration():
 
 def test_signal_to_noise_is_spread_over_error_and_about_one_for_noise():
     mean_B, error_B, share_B = np.array([1.0, -1.0, NAN]), np.array([0.5, 0.5, NAN]), np.array([0.5, 0.5, 0.0])
-    assert plots.signal_to_noise(mean_B, error_B, share_B) == pytest.approx(2.0)
+    assert plots.signal_to_noise(mean_B, error_B, share_B) == pytest.approx(2.0 / math.sqrt(0.5))
     assert np.isnan(plots.signal_to_noise(mean_B, np.array([0.5, NAN, NAN]), share_B))
     rng = np.random.default_rng(4)
     ratios = [plots.signal_to_noise(rng.normal(0, 0.3, 8), np.full(8, 0.3), np.full(8, 1 / 8)) for _ in range(500)]
-    assert 0.85 < np.mean(ratios) < 1.0
+    assert 0.9 < np.mean(ratios) < 1.05
+    ratios = [plots.signal_to_noise(rng.normal(0, 0.3, 2), np.full(2, 0.3), np.full(2, 1 / 2)) for _ in range(4000)]
+    assert np.mean(np.square(ratios)) == pytest.approx(1, abs=0.1)  # whatever the number of bins
 
 
 def test_intervals_are_student_s_and_cover():
@@ -145,13 +148,13 @@ def test_differences_are_paired_by_seed_whatever_the_order():
     ours, base = [a_run("prompt", s) for s in (3, 1, 2)], [a_run("grpo", s) for s in (0, 1, 2)]
     ours[0].evaluations[-1]["passes"]["pass@8"] = 0.9  # seed 3: GRPO has none
     ours[1].evaluations[-1]["passes"]["pass@8"] += 0.25
-    assert plots.paired(ours, base, plots.pass8) == pytest.approx([0.25, 0.0])
+    assert plots.paired(ours, base, plots.headline) == pytest.approx([0.30, 0.05])
 
 
 def test_a_line_of_the_table_says_mean_difference_relative_gain_and_peak():
     rows = {"grpo": [a_run("grpo", s) for s in range(3)], "prompt": [a_run("prompt", s) for s in range(3)]}
     for run in rows["prompt"]:
-        run.evaluations[-1]["passes"]["pass@8"] += 0.26
+        run.evaluations[-1]["passes"]["pass@8"] += 0.21
     name, seeds, value, difference, relative, peak, *_ = plots.outcome("prompt", rows["prompt"], rows)
     assert (name, seeds, difference, relative) == ("prompt", "3", "+26.0 [+26.0, +26.0]", "+50.0%")
     assert value.startswith("78.0 [") and peak == "78.0"
@@ -171,11 +174,17 @@ def test_figure_6_draws_lead_lag_and_wse():
     left, right = figure.axes
     runs = data["made-up"]["prompt"]
     gaps = [plots.lead_lag(r.series("bins", "weight"), r.series("bins", "share")) for r in runs]
+    even = [2 - plots.mean_bin(r.series("bins", "share")) for r in runs]  # (B - 1) / 2 = 2
     assert values_of(left)[0] == pytest.approx(np.mean(gaps, axis=0))
+    assert values_of(left)[1] == pytest.approx(np.mean(even, axis=0))
     runs = data["made-up"]["rollout"]
     sigma = plots.bin_sigma(runs)
-    uniform = np.mean([r.series("bins", "share") @ sigma / 2 for r in runs], axis=0)
-    assert values_of(right)[0] == pytest.approx(uniform)
+    share, rollouts = ([r.series("bins", key) for r in runs] for key in ("share", "rollouts"))
+    drawn = values_of(right)
+    assert drawn[0] == pytest.approx(np.mean([q @ sigma / 2 for q in share], axis=0))
+    assert drawn[1] == pytest.approx(np.mean([plots.wse(q, sigma, n) for q, n in zip(share, rollouts, strict=True)], 0))
+    by_law = [np.sqrt(q @ sigma / 4) * (q @ np.sqrt(sigma)) for q in share]  # (33) at n_b = n_bar sigma_b / q sigma
+    assert drawn[2] == pytest.approx(np.mean(by_law, axis=0))
     plots.plt.close("all")
 
 
@@ -186,8 +195,11 @@ def test_figure_1_draws_tail_averages_and_the_budget():
     drawn = [bar.get_height() for bar in right.patches]
     expected = np.nanmean([plots.tail(r.series("bins", "rollouts")) for r in runs], axis=0)
     assert drawn == pytest.approx(expected) and values_of(right)[-1].tolist() == [4, 4]
+    weights = [plots.tail(plots.present(r, r.series("bins", "weight"))) for r in data["made-up"]["prompt"]]
+    assert [bar.get_y() + bar.get_height() for bar in centre.patches] == pytest.approx(np.nanmean(weights, axis=0))
     heights = [bar.get_height() for bar in left.patches]
     assert heights[:3] == pytest.approx([51, 51, 25.5])  # GRPO: all, a, b; last evaluations of two seeds
+    assert heights[3:6] == pytest.approx([56, 56, 28])  # Prompt-GDRO
     plots.plt.close("all")
 
 
@@ -204,14 +216,33 @@ def test_absent_bins_are_masked_in_heatmaps_and_not_zero(name):
     plots.plt.close("all")
 
 
+def draw_all(data: plots.Models) -> None:
+    """Every figure, rendered; a panel may be empty (no signal to noise with one bin), its figure may not."""
+    for function in (*plots.PAPER_FIGURES.values(), *plots.STUDY_FIGURES.values(), overview_of_both):
+        figure = function(data)
+        figure.canvas.draw()
+        assert figure.axes[0].has_data(), function.__name__
+        plots.plt.close(figure)
+
+
+def overview_of_both(data: plots.Models):
+    return plots.figure_overview(data["made-up"]["both"][0])
+
+
 @pytest.mark.parametrize("odd", [{"bins": 1}, {"steps": 1}, {"steps": 2, "present": 0.0}, {"bins": 3, "present": 0.2}])
 def test_every_figure_draws_from_odd_logs(odd):
-    data = models(**odd)
-    figures = [function(data) for function in (*plots.PAPER_FIGURES.values(), *plots.STUDY_FIGURES.values())]
-    for figure in (*figures, plots.figure_overview(data["made-up"]["both"][0])):
-        figure.canvas.draw()
-        assert any(ax.has_data() for ax in figure.axes)
-    plots.plt.close("all")
+    draw_all(models(**odd))
+
+
+def test_every_figure_draws_from_seeds_that_stopped_early_and_drew_few_responses_of_one_kind():
+    runs = [a_run(mode, seed) for mode in plots.MODES for seed in range(2)]
+    for run in runs[::2]:
+        del run.log[7:]
+    for run in runs:
+        for e in run.evaluations:
+            e["passes"], e["by_kind"] = {"pass@1": 0.1, "pass@4": 0.4, "pass@16": 0.9}, {"all": [10, 0.1, 0.4]}
+    draw_all(plots.by_model(runs))
+    assert plots.headline(runs[0].evaluations[0]) == 0.4 and plots.headline_k(runs[0].evaluations[0]) == 4
 
 
 def test_what_a_figure_lacks_is_named_and_the_others_are_drawn(tmp_path, capsys):
@@ -243,8 +274,31 @@ def test_runs_of_other_settings_are_not_averaged():
     runs = [a_run("prompt", 0), a_run("prompt", 1, changes={"prompt_eta": 2.0})]
     with pytest.raises(ValueError, match="prompt-0 and prompt-1 differ in prompt_eta"):
         plots.by_model(runs)
-    with pytest.raises(ValueError, match="nothing, not even the seed"):
-        plots.by_model([a_run("prompt", 0), a_run("prompt", 0)])
+    with pytest.raises(ValueError, match="two runs of mode prompt have seed 1"):
+        plots.by_model([a_run("prompt", s) for s in (0, 1, 1)])
+    with pytest.raises(ValueError, match="grpo-0 and prompt-0 differ in loaded"):
+        plots.by_model([a_run("grpo", changes={"loaded": "a"}), a_run("prompt", changes={"loaded": "b"})])
+
+
+def test_allocations_in_the_table_equal_a_loop_over_the_log():
+    rows = {"grpo": [a_run("grpo")], "rollout": [a_run("rollout")]}
+    run = rows["rollout"][0]
+    sigma, ours, even, most = plots.bin_sigma([run]), 0.0, 0.0, []
+    for line in run.log:
+        bins = line["bins"]
+        most.append(max(n for n in bins["rollouts"] if n is not None))
+        for q, s, n in zip(bins["share"], sigma, bins["rollouts"], strict=True):
+            if n is not None:
+                ours, even = ours + q * s**2 / n, even + q * s**2 / 4
+    cells = plots.allocation_table("x", rows).splitlines()[-1].strip("| ").split(" | ")
+    assert cells[:3] == ["rollout", "1", f"{np.mean(most):.1f}"] and cells[6] == f"{100 * (ours / even - 1):+.1f}%"
+
+
+def test_signals_in_the_table_equal_a_loop_over_the_log():
+    run = a_run("grpo")
+    sizes = [abs(x) for line in run.log for x in line["signals"]["reward"]["mean"] if x is not None]
+    line = next(x for x in plots.signal_table({"grpo": [run]}).splitlines() if "| reward |" in x)
+    assert f"| {np.median(sizes):.1e} |" in line
 
 
 def folder_of(run: Run, path: Path, cut: str = "") -> Path:

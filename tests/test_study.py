@@ -1,12 +1,13 @@
 """Every row of the study is a run that train.py accepts, and what is kept of a run is what it logged."""
 
+import dataclasses
 import json
 import sys
 
 import pytest
 
 import study
-from train import check, parse_args
+from train import ADVERSARIES, check, parse_args
 
 RUNS = study.runs("")
 
@@ -16,15 +17,32 @@ def config(run: study.Run):
     return parse_args(run.command()[2:])[0]
 
 
-def test_every_run_is_one_that_train_accepts_and_differs_from_grpo_by_its_flags_alone():
+def test_every_run_is_one_that_train_accepts_on_held_out_problems():
     for run in RUNS:
         cfg = config(run)
         check(cfg)
         assert cfg.seed == run.seed and cfg.out_dir.endswith(run.name) and cfg.eval_problems == 1000
-        assert (cfg.model, cfg.train_data, cfg.eval_data) == (run.task,) * 3  # reported on held-out problems
-        for flag, value in run.row.flags.items():
-            if flag != "adversary":
-                assert getattr(cfg, flag) == value
+        assert (cfg.model, cfg.train_data, cfg.eval_data) == (run.task,) * 3
+
+
+def effective(run: study.Run) -> dict:
+    """Its settings, with what "auto" stands for."""
+    fields = dataclasses.asdict(config(run))
+    if fields["share_normalize"] == "auto":
+        fields["share_normalize"] = "on" if fields["prompt_signal"] == "surrogate" else "off"
+    return fields
+
+
+def test_a_row_differs_from_that_of_its_mode_by_its_flags_alone():
+    of_mode = {(r.task, r.row.name): effective(r) for r in RUNS if r.seed == 0}
+    for run in (r for r in RUNS if r.seed == 0 and r.row.name != "base"):
+        own, plain = of_mode[run.task, run.row.name], of_mode[run.task, run.row.flags["mode"]]
+        differing = {k for k in own if own[k] != plain[k]} - {"out_dir"}
+        flags = set(run.row.flags) - {"mode"}
+        if "adversary" in flags:
+            flags = set(ADVERSARIES["tuned"]) | {"share_normalize"}  # "auto", and so on with the surrogate
+        assert differing == flags - {k for k in flags if own[k] == plain[k]} and (differing or not flags)
+        assert all(own[k] != plain[k] for k in set(run.row.flags) - {"mode", "adversary"} - {"share_normalize"})
 
 
 def test_rows_of_a_task_train_on_equally_many_rollouts():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize, minimize_scalar
 
+import plots
 from gdro import PromptGDRO, RolloutGDRO
 
 B, ETA = 10, 0.65  # bins and eta_q of the paper
@@ -139,7 +140,14 @@ def test_the_duality_gap_of_averaged_iterates_is_at_most_the_mean_regret_of_both
 
 
 def test_an_ema_adversary_does_not_reach_the_saddle_point():
-    gap, learner, adversary = game(1000, lambda seen: softmax(seen[-1] if len(seen) else np.zeros(B), ETA))
+    ema = PromptGDRO(B, share_normalize=False)  # the paper's
+
+    def play(seen):
+        if len(seen):
+            ema.update(np.arange(B), seen[-1])
+        return ema.q_B
+
+    gap, learner, adversary = game(1000, play)
     assert 0.1 < gap <= (learner + adversary) / 1000 + 1e-6  # (27) holds, with a regret that does not vanish
 
 
@@ -153,7 +161,7 @@ def problem(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def square_root_law(v_B: np.ndarray, share_B: np.ndarray, n_bar: float) -> np.ndarray:
-    return n_bar * np.sqrt(v_B) / (share_B @ np.sqrt(v_B))
+    return plots.square_root_law(share_B[None], np.sqrt(v_B), n_bar)[0]
 
 
 @pytest.mark.parametrize("seed", range(5))
