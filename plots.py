@@ -727,7 +727,7 @@ def kind_table(task: str, rows: dict[str, list[Run]]) -> str:
     return f"**pass@8 by kind: {task}**\n\n" + markdown(["kind", *modes], lines)
 
 
-def signal_table(rows: dict[str, list[Run]]) -> str:
+def signal_table(task: str, rows: dict[str, list[Run]]) -> str:
     """What the signals are worth: |surrogate| by optimiser step of a batch, and spread between bins over noise."""
     lines = []
     for name in ("grpo-1-minibatch", "grpo", "grpo-4-minibatches"):
@@ -742,7 +742,7 @@ def signal_table(rows: dict[str, list[Run]]) -> str:
                           f"{np.nanmedian(ratios):.2f}", f"{100 * np.mean(ratios[np.isfinite(ratios)] > 2):.0f}%"])
     head = ["runs", "seeds", "signal", "median size of a bin's", "mean size by optimiser step of a batch",
             "median signal to noise", "steps over 2"]
-    return "**Signals: arithmetic**\n\n" + markdown(head, lines)
+    return f"**Signals: {task}**\n\n" + markdown(head, lines)
 
 
 def allocation_table(task: str, rows: dict[str, list[Run]]) -> str:
@@ -769,7 +769,7 @@ def allocation_table(task: str, rows: dict[str, list[Run]]) -> str:
     return f"**What the allocations did: {task}**\n\n" + markdown(head, lines)
 
 
-def weight_table(rows: dict[str, list[Run]]) -> str:
+def weight_table(task: str, rows: dict[str, list[Run]]) -> str:
     """What the weights and bins became: range of the weights applied, bins filled, all in the tail of a run."""
     lines = []
     for name, runs in rows.items():
@@ -782,10 +782,10 @@ def weight_table(rows: dict[str, list[Run]]) -> str:
                       f"{100 * np.mean([q[0] + q[-1] for q in share]):.0f}%",
                       f"{np.mean([tail(np.exp(entropy(r.series('bins', 'share')))) for r in runs]):.1f}"])
     head = ["row", "seeds", "least weight", "greatest weight", "prompts in outer two bins", "exp(entropy of shares)"]
-    return "**What weights and bins became: arithmetic**\n\n" + markdown(head, lines)
+    return f"**What weights and bins became: {task}**\n\n" + markdown(head, lines)
 
 
-def exact_table(rows: dict[str, list[Run]]) -> str:
+def exact_table(task: str, rows: dict[str, list[Run]]) -> str:
     """How often an exact budget with one count a bin leaves a single choice, from the bins that the runs had."""
     lines = []
     for name, runs in rows.items():
@@ -797,17 +797,13 @@ def exact_table(rows: dict[str, list[Run]]) -> str:
             for share_B in r.series("bins", "share"):
                 ways.append(exact_configurations(np.rint(share_B * P).astype(int), arms, round(P * r.n_bar)))
         lines.append([name, str(len(ways)), f"{100 * np.mean(np.array(ways) <= 1):.0f}%", f"{np.median(ways):.0f}"])
-    return "**Exact budgets: arithmetic**\n\n" + markdown(
+    return f"**Exact budgets: {task}**\n\n" + markdown(
         ["bins of", "steps", "steps with one choice", "median choices"], lines)
 
 
 def tables() -> str:
-    parts = study()
-    out = [outcome_tables(), *(kind_table(task, rows) for task, rows in parts.items())]
-    out += [allocation_table(task, rows) for task, rows in parts.items()]
-    if "arithmetic" in parts:
-        out += [f(parts["arithmetic"]) for f in (signal_table, weight_table, exact_table)]
-    return "\n\n".join(out)
+    functions = (kind_table, allocation_table, weight_table, signal_table, exact_table)
+    return "\n\n".join([outcome_tables(), *(f(task, rows) for f in functions for task, rows in study().items())])
 
 
 # ------------------------------------------------------------------------------------------------ the command

@@ -297,7 +297,7 @@ def test_allocations_in_the_table_equal_a_loop_over_the_log():
 def test_signals_in_the_table_equal_a_loop_over_the_log():
     run = a_run("grpo")
     sizes = [abs(x) for line in run.log for x in line["signals"]["reward"]["mean"] if x is not None]
-    line = next(x for x in plots.signal_table({"grpo": [run]}).splitlines() if "| reward |" in x)
+    line = next(x for x in plots.signal_table("x", {"grpo": [run]}).splitlines() if "| reward |" in x)
     assert f"| {np.median(sizes):.1e} |" in line
 
 
