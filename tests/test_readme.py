@@ -25,20 +25,20 @@ def study() -> dict:
     return plots.study()
 
 
-def gain(task: str, row: str, figure=plots.pass8) -> tuple[float, float, float]:
+def gain(task: str, row: str, figure=plots.headline) -> tuple[float, float, float]:
     """Paired difference to GRPO in points, with its interval."""
     rows = study()[task]
     return plots.interval(100 * plots.paired(rows[row], rows["grpo"], figure))
 
 
-def points(task: str, row: str, figure=plots.pass8) -> str:
+def points(task: str, row: str, figure=plots.headline) -> str:
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*gain(task, row, figure))
 
 
 def relative(task: str, row: str) -> str:
     rows = study()[task]
     _, baseline = plots.pairs(rows[row], rows["grpo"])
-    return f"{gain(task, row)[0] / np.mean([plots.pass8(r.last()) for r in baseline]):+.0f}%"
+    return f"{gain(task, row)[0] / np.mean([plots.headline(r.last()) for r in baseline]):+.0f}%"
 
 
 def cell(table: str, row: str, column: str) -> str:
@@ -68,8 +68,19 @@ def found() -> dict[str, str]:
                       "variance": "rollout-variance", "knapsack": "rollout-knapsack"}.items():
         out[name] = points(a, row)
     rows = study()[a]
-    first = [r for r in rows["rollout"] if r.seed < 4]
-    out["rollout_4"] = plots.spread(100 * plots.paired(first, rows["grpo"], plots.pass8), signed=True)
+    for row in ("prompt", "rollout"):
+        four = [r for r in rows[row] if r.seed < 4]
+        out[f"{row}_4"] = plots.spread(100 * plots.paired(four, rows["grpo"], plots.headline), signed=True)
+    from study import PARTS
+
+    sensitivity = {row.name: gain(a, row.name) for row in PARTS["Sensitivity"]}
+    assert all(low < 0 < high for _, low, high in sensitivity.values())
+    assert min(sensitivity, key=sensitivity.get) == "prompt-eta-4"
+    assert max(sensitivity, key=sensitivity.get) == "prompt-no-mean-1"
+    means = sorted(mean for mean, _, _ in sensitivity.values())
+    out["sens_min"], out["sens_max"] = f"{means[0]:+.1f}", f"{means[-1]:+.1f}"
+    alone = np.mean(100 * plots.paired([r for r in rows["prompt"] if r.seed < 4], rows["grpo"], plots.headline))
+    assert all(sensitivity[f"prompt-{r}"][0] < alone for r in ("eta-0.65", "class-share", "any-of-n"))
     for name, kind in {"st": "several_terms", "add": "addition", "sq": "sum_of_squares"}.items():
         out |= {f"{name}_{mode}": value for mode, value in kinds(a, kind).items()}
     out |= {f"left_{mode}": value for mode, value in kinds("permutations", "left").items()}
@@ -115,24 +126,28 @@ def test_every_line_of_a_result_table_is_one_that_plots_prints():
 # What the README says in words, with the places of the numbers that `found` computes.
 SAID = (
     "the weights stay between {pw_min} and {pw_max}, and pass@8 moves by {paper_prompt} points",
-    "some bin gets {pr_most} rollouts a prompt on average over steps, and pass@8 moves by {paper_rollout} points; both "
-    "together, {paper_both}",
+    "some bin gets {pr_most} rollouts a prompt in the mean of all steps, and pass@8 moves by {paper_rollout} points",
+    "Both at once: {paper_both}, the one of the three",
     "{prompt_a} points ({prompt_a_rel}) on arithmetic, {prompt_p} ({prompt_p_rel}) on permutations",
-    "{rollout_a} points ({rollout_a_rel}; the interval still touches zero) on arithmetic, {rollout_p} ({rollout_p_rel}) on",
+    "on permutations, {rollout_p} points ({rollout_p_rel}), at equal rollouts",
+    "on arithmetic, {rollout_a} ({rollout_a_rel}), the interval still touches zero",
     "{both_a} points ({both_a_rel}) on arithmetic, more than either; {both_p} ({both_p_rel}) on permutations, less",
     "from {st_grpo} with GRPO to {st_prompt}, {st_rollout} and {st_both} (prompt, rollout, both)",
     "`left` from {left_grpo} to {left_prompt}, {left_rollout} and {left_both}",
     "addition falls from {add_grpo} to {add_prompt}, {add_rollout} and {add_both}",
     "{sq_base} before training, {sq_min} to {sq_max} after",
-    "(`rollout-by-prompt`) {by_prompt}; with 4 rollouts each and the counts as weights (`rollout-as-weights`) {as_weights}; "
-    "the whole, on the same four seeds, {rollout_4}",
-    "raises the weighted standard error (33) by {wse_gain}; counts by variance, as the analysis wants, change pass@8 by "
-    "{variance}. Of the rivals, E3's ranks give {rank}, Knapsack's value {knapsack}",
-    "a prompt's loss is {S0}, rounding; on the second {S1}. Between bins it spreads {SNR_S} standard errors, what noise "
-    "alone would; minus the reward spreads {SNR_R}.",
+    "(`rollout-by-prompt`) {by_prompt}; with 4 rollouts",
+    "(`rollout-as-weights`) {as_weights}; `rollout` itself on these seeds {rollout_4}",
+    "raises the weighted standard error (33) by {wse_gain}; counts by variance, as the analysis wants, give {variance}",
+    "E3's ranks give {rank} and Knapsack's value {knapsack}",
+    "`prompt` on four seeds gives {prompt_4}; with one setting changed the mean runs from {sens_min} (eta 4) to",
+    "to {sens_max} (weights not rescaled to mean 1)",
+    "a prompt's loss is {S0}, rounding; on the second {S1}.",
+    "Between bins it spreads {SNR_S} times what noise alone would",
+    "minus the reward {SNR_R} times.",
     "one choice in {ONE_PAPER} of the steps of `paper-rollout`, {ONE_EXACT} of `rollout-exact`",
-    "Any puts {OUTER_ANY} of prompts into the outer two bins and depends on n; tuned: the rate of success, {OUTER_RATE}",
-    "*raises* WSE by {wse_gain}; `variance` lowers (28) by {VAR_GOT} of at most {VAR_LAW}, and pass@8 changes by {variance}",
+    "Any puts {OUTER_ANY} of prompts into the outer two bins and depends on n; tuned: the rate, {OUTER_RATE}",
+    "*raises* WSE by {wse_gain}; `variance` lowers (28) by {VAR_GOT} of at most {VAR_LAW}",
 )
 
 
