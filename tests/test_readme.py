@@ -91,7 +91,7 @@ def found() -> dict[str, str]:
     out["OUTER_ANY"], out["OUTER_RATE"] = (cell(weights, r, "prompts in outer two bins")
                                            for r in ("prompt-any-of-n", "prompt"))
     allocations = "What the allocations did: arithmetic"
-    out["pr_most"] = cell(allocations, "paper-rollout", "rollouts in the fullest bin")
+    out["pr_most"] = cell(allocations, "paper-rollout", "most rollouts of a bin")
     out["wse_gain"] = cell(allocations, "rollout", "WSE (33)").removeprefix("+")
     out["VAR_GOT"] = cell(allocations, "rollout-variance", "variance (28)").removeprefix("-")
     out["VAR_LAW"] = cell(allocations, "rollout-variance", "(28) by the law (30)").removeprefix("-")
