@@ -535,7 +535,7 @@ def figure_9(models: Models):
 
 
 def figure_outcomes(tasks: dict[str, dict[str, list[Run]]]):
-    """Every row of the study: paired difference to GRPO in pass@8 with its 95% interval."""
+    """Every row of the study: paired difference to GRPO in pass@8, the seeds as ticks, with its 95% interval."""
     tasks = {task: rows for task, rows in tasks.items() if "grpo" in rows}
     if not tasks:
         raise Missing("no task of results/study has runs of GRPO")
@@ -552,7 +552,7 @@ def figure_outcomes(tasks: dict[str, dict[str, list[Run]]]):
             ax.errorbar(mean, y, xerr=None if np.isnan(low) else [[mean - low], [high - mean]], fmt="o", color=colour,
                         markersize=3.5, elinewidth=1.2)
         ax.axvline(0, color=COLOURS["uniform"], linewidth=0.8)
-        panel(ax, task, x="pass@8 minus GRPO's, points (bar: 95%; ticks: seeds)")
+        panel(ax, task, x="pass@8 minus GRPO's, points")
         ax.set_yticks(range(len(names)), names)
         ax.grid(axis="x", alpha=0.3, linewidth=0.5)
     axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
