@@ -32,7 +32,7 @@ MODES = {"grpo": "GRPO", "prompt": "Prompt-GDRO", "rollout": "Rollout-GDRO", "bo
 COLOURS = {"grpo": "#666666", "prompt": "#0072B2", "rollout": "#D55E00", "both": "#009E73", "uniform": "#000000",
            "law": "#CC79A7"}
 TAIL = 0.6  # tail averages are over the steps at or past this quantile
-COLUMN, PAGE = 3.4, 7.0  # inches: a paper's column and its page
+PAGE = 7.0  # inches: the width of a paper's page
 plt.rcParams.update({"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7,
                      "xtick.labelsize": 7, "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False,
                      "pdf.fonttype": 42,
@@ -399,22 +399,38 @@ def bars(ax, values: list[np.ndarray], colour: str, start: float = 0) -> None:
         ax.plot(np.tile(range(len(mean)), len(values)), stack.ravel(), ".", color="black", markersize=2)
 
 
-def figure_3(models: Models):
-    """Prompt share, adversary weight and realised reward, step by bin; the first seed of each model."""
-    models = of_mode(models, "prompt")
-    figure, axes = rows_of(models, 3)
+def share_and(models: Models, mode: str, others: dict[str, Callable]):
+    """Prompt share beside other maps of step by bin, the first seed of each model: title -> draw(figure, ax, run)."""
+    models = of_mode(models, mode)
+    figure, axes = rows_of(models, 1 + len(others))
     for row, (name, modes) in zip(axes, models.items(), strict=True):
-        run = modes["prompt"][0]
+        run = modes[mode][0]
         share = run.series("bins", "share")
         heatmap(figure, row[0], run, np.where(share > 0, share, np.nan), gamma=0.5)
-        heatmap(figure, row[1], run, present(run, run.series("bins", "weight")), centre=1.0)
-        heatmap(figure, row[2], run, run.series("bins", "reward"), low=-1, high=1)
         panel(row[0], f"{name}, seed {run.seed}: prompt share", y="bin (0 = hardest)")
-        panel(row[1], "adversary weight")
-        panel(row[2], "realised reward")
+        for ax, (title, draw_map) in zip(row[1:], others.items(), strict=True):
+            draw_map(figure, ax, run)
+            panel(ax, title)
     for ax in axes[-1]:
         ax.set_xlabel("step (hatched: bin absent)")
     return figure
+
+
+def weight_map(figure, ax, run: Run) -> None:
+    heatmap(figure, ax, run, present(run, run.series("bins", "weight")), centre=1.0)
+
+
+def reward_map(figure, ax, run: Run) -> None:
+    heatmap(figure, ax, run, run.series("bins", "reward"), low=-1, high=1)
+
+
+def rollouts_map(figure, ax, run: Run) -> None:
+    heatmap(figure, ax, run, run.series("bins", "rollouts"), centre=run.n_bar)
+
+
+def figure_3(models: Models):
+    """Prompt share, adversary weight and realised reward, step by bin."""
+    return share_and(models, "prompt", {"adversary weight": weight_map, "realised reward": reward_map})
 
 
 def dynamics(models: Models, mode: str, acted: Callable[[Run], np.ndarray], what: str):
@@ -489,19 +505,8 @@ def figure_6(models: Models):
 
 
 def figure_7(models: Models):
-    """Prompt share beside rollouts per prompt, step by bin; the first seed of each model."""
-    models = of_mode(models, "rollout")
-    figure, axes = rows_of(models, 2)
-    for row, (name, modes) in zip(axes, models.items(), strict=True):
-        run = modes["rollout"][0]
-        share = run.series("bins", "share")
-        heatmap(figure, row[0], run, np.where(share > 0, share, np.nan), gamma=0.5)
-        heatmap(figure, row[1], run, run.series("bins", "rollouts"), centre=run.n_bar)
-        panel(row[0], f"{name}, seed {run.seed}: prompt share", y="bin (0 = hardest)")
-        panel(row[1], "rollouts per prompt")
-    for ax in axes[-1]:
-        ax.set_xlabel("step (hatched: bin absent)")
-    return figure
+    """Prompt share beside rollouts per prompt, step by bin."""
+    return share_and(models, "rollout", {"rollouts per prompt": rollouts_map})
 
 
 def figure_8(models: Models):
@@ -629,9 +634,9 @@ def figure_overview(run: Run):
     panel(reward, f"{run.name}: reward", x="step", y="mean reward")
     heatmap(figure, solved, run, (1 + run.series("bins", "reward")) / 2, high=1)
     panel(solved, "success of rollouts by bin", x="step", y="bin (0 = hardest)")
-    heatmap(figure, weight, run, present(run, run.series("bins", "weight")), centre=1.0)
+    weight_map(figure, weight, run)
     panel(weight, "weight by bin", x="step")
-    heatmap(figure, rollouts, run, run.series("bins", "rollouts"), centre=run.n_bar)
+    rollouts_map(figure, rollouts, run)
     panel(rollouts, "rollouts by bin", x="step", y="bin (0 = hardest)")
     price.plot(steps, run.series("shadow_price"), color=COLOURS["uniform"], linestyle="--", label="mu (21)")
     price.plot(steps, run.series("shadow_price_dp"), color=colour, label="marginal value of the DP")
