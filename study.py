@@ -54,6 +54,11 @@ PARTS = {
         Row("rollout", 8, {"mode": "rollout"}, BOTH_TASKS),
         Row("both", 8, {"mode": "both"}, BOTH_TASKS),
     ),
+    "A tuned step": (  # for all its flags, "tuned" above says nothing of the step size, which nobody had tuned
+        Row("grpo-4-minibatches", 8, {"mode": "grpo", "minibatch_prompts": 16}, BOTH_TASKS),
+        Row("rollout-4-minibatches", 8, {"mode": "rollout", "minibatch_prompts": 16}, BOTH_TASKS),
+        Row("grpo-lr-4e-4", 8, {"mode": "grpo", "learning_rate": 4e-4}, ("permutations",)),
+    ),
     "The paper's settings": (
         Row("paper-prompt", 8, {"adversary": "paper", "mode": "prompt"}),
         Row("paper-rollout", 8, {"adversary": "paper", "mode": "rollout"}),
@@ -62,8 +67,7 @@ PARTS = {
     "What the adversary sees": (
         Row("prompt-surrogate", 4, {"mode": "prompt", "prompt_signal": "surrogate", "share_normalize": "off"}),
         Row("prompt-variance", 4, {"mode": "prompt", "prompt_signal": "variance"}),
-        Row("grpo-1-minibatch", 1, {"mode": "grpo", "minibatch_prompts": 64}),  # the preset has 2; all signals are
-        Row("grpo-4-minibatches", 1, {"mode": "grpo", "minibatch_prompts": 16}),  # logged in every mode
+        Row("grpo-1-minibatch", 1, {"mode": "grpo", "minibatch_prompts": 64}),  # all signals are logged in every mode
     ),
     "Who allocates best": (
         Row("rollout-by-prompt", 4, {"mode": "rollout", "averaging": "prompt"}),
