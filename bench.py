@@ -28,8 +28,8 @@ import torch
 
 import model
 import tasks
-from bench_kernels import VOCABULARY, bench_kernels, bench_sm90, forget_peak, in_fresh_process, resident_mib
 from gdro import BUDGETS, UTILITIES, DifficultyBins, PromptGDRO, RolloutGDRO
+from kernels.bench import VOCABULARY, bench_kernels, bench_sm90, forget_peak, in_fresh_process, resident_mib
 from reward import Grader
 from rollout import Sampling, TorchEngine, rollout_seed
 from train import Ranks, Trainer, environment, parse_args

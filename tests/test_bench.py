@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import bench
-import bench_kernels
+import kernels.bench
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,7 +20,7 @@ def compiled_for_sm90(*operations: str) -> list[dict]:
     triton = importlib.util.find_spec("triton")
     if triton is None or not (Path(triton.origin).parent / "backends/nvidia/bin/nvdisasm").exists():
         pytest.skip("needs Triton with its NVIDIA tools")
-    code = f"import json, bench_kernels as b; print(json.dumps(b.compile_for_sm90({operations!r})))"
+    code = f"import json, kernels.bench as b; print(json.dumps(b.compile_for_sm90({operations!r})))"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -45,7 +45,7 @@ def test_tables_split_where_columns_change():
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_the_peak_of_memory_is_seen_and_forgotten():
-    held = bench_kernels.forget_peak()
+    held = kernels.bench.forget_peak()
     bytearray(64 << 20)[:] = bytes(64 << 20)
-    assert bench_kernels.resident_mib("VmHWM") - held > 60
-    assert bench_kernels.forget_peak() > 0 and bench_kernels.resident_mib("VmHWM") - held < 60
+    assert kernels.bench.resident_mib("VmHWM") - held > 60
+    assert kernels.bench.forget_peak() > 0 and kernels.bench.resident_mib("VmHWM") - held < 60
