@@ -1,102 +1,58 @@
-"""From logs to the paper's figures and to tables. Reads run folders and results/, writes figures/ and nothing else.
+"""From logs to the paper's figures. Reads run folders and results/, writes figures/ and nothing else.
 
     python plots.py                    every figure of the study, from results/, into figures/ (PNG and PDF)
     python plots.py RUN_DIR ...        the same from any runs: one row a preset, seeds of one mode together
     python plots.py --live RUN_DIR     one run as it stands now, finished or not
     python plots.py --table            the study's tables in Markdown
 
-First the logs, then what is computed from them (every function there is tested), then one function a figure; numbers
-and titles of figures are the paper's. A bin that no prompt of a batch was in is absent (NaN), never zero. Suffixes name
-axes: T steps, B bins (0 = hardest), S seeds.
+One function a figure; numbers and titles of figures are the paper's. The numbers come from logs.py, the tables from
+tables.py.
 """
 
 import argparse
-import functools
-import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
-from scipy import stats
+
+from logs import (
+    MODES,
+    Missing,
+    Run,
+    bin_sigma,
+    budget_share,
+    entropy,
+    headline,
+    headline_k,
+    interval,
+    lead_lag,
+    mass_from,
+    mean_bin,
+    noise_ratios,
+    paired,
+    present,
+    square_root_law,
+    study,
+    tail,
+    wse,
+)
+from tables import tables
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
-MODES = {"grpo": "GRPO", "prompt": "Prompt-GDRO", "rollout": "Rollout-GDRO", "both": "both"}
+FIGURES = Path(__file__).parent / "figures"
 # Okabe and Ito's palette: told apart by colour-blind eyes and, by lightness, in print
 COLOURS = {"grpo": "#666666", "prompt": "#0072B2", "rollout": "#D55E00", "both": "#009E73", "uniform": "#000000",
            "law": "#CC79A7"}
-TAIL = 0.6  # tail averages are over the steps at or past this quantile
 PAGE = 7.0  # inches: the width of a paper's page
 plt.rcParams.update({"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7,
                      "xtick.labelsize": 7, "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False,
-                     "pdf.fonttype": 42,
-                     "figure.constrained_layout.use": True, "legend.frameon": False, "lines.linewidth": 1.2})
+                     "pdf.fonttype": 42, "figure.constrained_layout.use": True, "legend.frameon": False,
+                     "lines.linewidth": 1.2})
 
-# ------------------------------------------------------------------------------------------------ logs
-
-
-class Missing(ValueError):
-    """A figure or table needs something that the logs do not hold."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run folder: config.json, metrics.jsonl, and eval.json if there is one."""
-
-    name: str  # the folder's
-    config: dict
-    log: list[dict]
-    evaluations: list[dict]
-
-    @classmethod
-    def load(cls, folder: Path) -> "Run":
-        if not (folder / "config.json").exists():
-            raise Missing(f"{folder} is no run folder: it has no config.json")
-        metrics, evaluations = folder / "metrics.jsonl", folder / "eval.json"
-        lines = metrics.read_text().split("\n") if metrics.exists() else [""]
-        # What follows the last line break is a line that is being written.
-        return cls(folder.name, json.loads((folder / "config.json").read_text()),
-                   [json.loads(x) for x in lines[:-1] if x],
-                   json.loads(evaluations.read_text()) if evaluations.exists() else [])
-
-    @property
-    def mode(self) -> str:
-        return self.config["mode"]
-
-    @property
-    def seed(self) -> int:
-        return self.config["seed"]
-
-    @property
-    def steps(self) -> np.ndarray:
-        return np.array([line["step"] for line in self.log])
-
-    @property
-    def n_bar(self) -> float:
-        return self.config["rollouts_per_prompt"]
-
-    def series(self, *path: str) -> np.ndarray:
-        """The values of one key of every line, e.g. series("bins", "share"): (T,) or (T, B), NaN for null."""
-        if not self.log:
-            raise Missing(f"{self.name}: metrics.jsonl has no step yet")
-        values = self.log
-        for key in path:
-            if not all(key in v for v in values):
-                raise Missing(f"{self.name}: metrics.jsonl has no '{'.'.join(path)}'")
-            values = [v[key] for v in values]
-        return np.array(values, float)
-
-    def last(self) -> dict:
-        if not self.evaluations:
-            raise Missing(f"{self.name}: eval.json is missing or empty")
-        return self.evaluations[-1]
-
+# ------------------------------------------------------------------------------------------------ runs
 
 Models = dict[str, dict[str, list[Run]]]  # preset -> mode -> its runs by seed
 
@@ -139,137 +95,6 @@ def of_mode(models: Models, *modes: str) -> Models:
     if not found:
         raise Missing(f"there are no runs of mode {' and '.join(modes)}, nor of both")
     return found
-
-
-# ------------------------------------------------------------------------------------------------ what is computed
-
-
-def tail(x_T: np.ndarray) -> np.ndarray:
-    """Mean over the steps from the 60th percentile on; NaN only where a bin was absent from all of them."""
-    late = x_T[int(np.ceil(TAIL * (len(x_T) - 1))):]
-    seen = np.isfinite(late)
-    count = seen.sum(axis=0)
-    return np.where(count > 0, np.where(seen, late, 0).sum(axis=0) / np.maximum(count, 1), np.nan)
-
-
-def normalised(x_TB: np.ndarray) -> np.ndarray:
-    """Rows that sum to 1; NaN counts as 0."""
-    x_TB = np.nan_to_num(x_TB)
-    return x_TB / x_TB.sum(axis=-1, keepdims=True)
-
-
-def mean_bin(x_TB: np.ndarray) -> np.ndarray:
-    """Mean bin index under the normalised rows, (T,)."""
-    return normalised(x_TB) @ np.arange(x_TB.shape[-1])
-
-
-def mass_from(x_TB: np.ndarray, low: int) -> np.ndarray:
-    """Mass in the bins from `low` on, (T,)."""
-    return normalised(x_TB)[..., low:].sum(axis=-1)
-
-
-def entropy(x_TB: np.ndarray) -> np.ndarray:
-    """Shannon entropy of the normalised rows in nats, (T,)."""
-    p = normalised(x_TB)
-    return -(p * np.log(np.where(p > 0, p, 1))).sum(axis=-1)
-
-
-def lead_lag(weight_TB: np.ndarray, share_TB: np.ndarray) -> np.ndarray:
-    """(32): how many bins the mean of the weights lies above that of the prompts, (T,).
-
-    Weights are normalised over all bins, so equal ones do not give 0 but (B - 1) / 2 minus the prompts' mean bin.
-    """
-    return mean_bin(weight_TB) - mean_bin(share_TB)
-
-
-def budget_share(share_TB: np.ndarray, rollouts_TB: np.ndarray) -> np.ndarray:
-    """Share of a step's rollouts that each bin was given, (T, B)."""
-    return normalised(share_TB * np.nan_to_num(rollouts_TB))
-
-
-def bin_sigma(runs: list[Run]) -> np.ndarray:
-    """sigma_b of (33), (B,): root of the mean within-prompt variance of the reward, once for all steps and runs; NaN
-    for a bin never seen."""
-    share = np.concatenate([r.series("bins", "share") for r in runs])
-    variance = np.concatenate([r.series("signals", "variance", "mean") for r in runs])
-    weight = np.where(np.isfinite(variance), share, 0)
-    total = weight.sum(axis=0)
-    return np.sqrt(np.divide((weight * np.nan_to_num(variance)).sum(axis=0), total, out=np.full(share.shape[1], np.nan),
-                             where=total > 0))
-
-
-def wse(share_TB: np.ndarray, sigma_B: np.ndarray, rollouts_TB: np.ndarray) -> np.ndarray:
-    """(33): sum_b q_b sigma_b / sqrt(n_b) over the bins present, (T,)."""
-    return np.where(share_TB > 0, share_TB * sigma_B / np.sqrt(np.where(share_TB > 0, rollouts_TB, 1)), 0).sum(axis=-1)
-
-
-def square_root_law(share_TB: np.ndarray, sigma_B: np.ndarray, n_bar: float) -> np.ndarray:
-    """(30) with the variances known: n_b = n_bar sigma_b / sum_j q_j sigma_j, not rounded, (T, B)."""
-    sigma_B = np.nan_to_num(sigma_B)
-    return n_bar * sigma_B / (share_TB * sigma_B).sum(axis=-1, keepdims=True)
-
-
-def exact_configurations(count_B: np.ndarray, arms_K: np.ndarray, total: int) -> int:
-    """In how many ways can each present bin (count > 0) take one arm so that sum count * n is `total`?"""
-    ways = {0: 1}
-    for count in count_B[count_B > 0].tolist():
-        fresh: dict[int, int] = {}
-        for spent, number in ways.items():
-            for n in arms_K.tolist():
-                fresh[spent + count * n] = fresh.get(spent + count * n, 0) + number
-        ways = fresh
-    return ways.get(total, 0)
-
-
-def signal_to_noise(mean_B: np.ndarray, error_B: np.ndarray, share_B: np.ndarray) -> float:
-    """Spread of the bins' means over what their standard errors alone would make it, both weighted by share.
-
-    Bins of one and the same loss show about 1: their means spread by e^2 (1 - sum q^2) when each has the error e. NaN
-    with fewer than two bins.
-    """
-    known = np.isfinite(mean_B) & np.isfinite(error_B) & (share_B > 0)
-    if known.sum() < 2:
-        return float("nan")
-    q = share_B[known] / share_B[known].sum()
-    spread = np.sqrt(q @ (mean_B[known] - q @ mean_B[known]) ** 2)
-    noise = np.sqrt(q @ error_B[known] ** 2 * (1 - q @ q))
-    return float(spread / noise) if noise > 0 else float("nan")
-
-
-def interval(x_S: np.ndarray) -> tuple[float, float, float]:
-    """Mean over seeds and its 95% t-interval; without an interval (NaN) for one seed."""
-    mean = float(np.mean(x_S))
-    if len(x_S) < 2:
-        return mean, float("nan"), float("nan")
-    half = stats.t.ppf(0.975, len(x_S) - 1) * np.std(x_S, ddof=1) / np.sqrt(len(x_S))
-    return mean, mean - float(half), mean + float(half)
-
-
-def headline_k(evaluation: dict) -> int:
-    """8, or the largest k that enough responses were drawn for."""
-    return max(k for name in evaluation["passes"] if (k := int(name.removeprefix("pass@"))) <= 8)
-
-
-def headline(evaluation: dict) -> float:
-    """pass@8, or of the largest k that there is."""
-    return evaluation["passes"][f"pass@{headline_k(evaluation)}"]
-
-
-def worst_kind(evaluation: dict) -> float:
-    return min(kind[2] for kind in evaluation["by_kind"].values())
-
-
-def pairs(runs: list[Run], baseline: list[Run]) -> tuple[list[Run], list[Run]]:
-    """The runs of both whose seeds are in both, in the same order."""
-    other = {r.seed: r for r in baseline}
-    kept = [r for r in runs if r.seed in other]
-    return kept, [other[r.seed] for r in kept]
-
-
-def paired(runs: list[Run], baseline: list[Run], figure: Callable[[dict], float]) -> np.ndarray:
-    """Differences of a figure of the last evaluations, seed by seed, (S,)."""
-    kept, other = pairs(runs, baseline)
-    return np.array([figure(a.last()) - figure(b.last()) for a, b in zip(kept, other, strict=True)])
 
 
 # ------------------------------------------------------------------------------------------------ drawing
@@ -322,11 +147,6 @@ def heatmap(figure, ax, run: Run, x_TB: np.ndarray, *, low: float = 0.0, high: f
     ax.set_yticks(range(0, x_TB.shape[1], max(1, x_TB.shape[1] // 5)))
     bar = figure.colorbar(image, ax=ax, pad=0.02, ticks=ticks, format="{x:g}")
     bar.ax.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-
-
-def present(run: Run, x_TB: np.ndarray) -> np.ndarray:
-    """The values with NaN where the bin is absent from the step."""
-    return np.where(run.series("bins", "share") > 0, x_TB, np.nan)
 
 
 def bin_ticks(ax, bins: int) -> None:
@@ -590,13 +410,6 @@ def figure_signals(tasks: dict[str, dict[str, list[Run]]]):
     return figure
 
 
-def noise_ratios(run: Run, signal: str) -> list[float]:
-    """signal_to_noise of every step."""
-    return [signal_to_noise(m, e, q) for m, e, q in zip(run.series("signals", signal, "mean"),
-                                                        run.series("signals", signal, "error"),
-                                                        run.series("bins", "share"), strict=True)]
-
-
 def running_median(x_T: np.ndarray, reach: int = 5) -> np.ndarray:
     """Median over the steps within `reach` of each, without those that are NaN; NaN where all are."""
     parts = [x_T[max(0, t - reach) : t + reach + 1] for t in range(len(x_T))]
@@ -652,165 +465,6 @@ def figure_overview(run: Run):
     return figure
 
 
-# ------------------------------------------------------------------------------------------------ tables
-
-
-@functools.cache
-def study() -> dict[str, dict[str, list[Run]]]:
-    """task -> row -> its complete runs by seed, in the order of study.py; a task or row without any is left out.
-
-    Raises ValueError for a run that was made with other flags than its row has now.
-    """
-    import study as rows
-
-    found: dict[str, dict[str, list[Run]]] = {}
-    order = [row.name for part in rows.PARTS.values() for row in part]
-    for planned in sorted(rows.runs(""), key=lambda r: (order.index(r.row.name), r.seed)):
-        if not planned.done():
-            continue
-        run = Run.load(RESULTS / "study" / planned.name)
-        for flag, value in planned.row.flags.items():
-            if flag != "adversary" and run.config[flag] != value:
-                raise ValueError(f"{planned.name} was run with --{flag} {run.config[flag]}, study.py now has {value}")
-        found.setdefault(planned.task, {}).setdefault(planned.row.name, []).append(run)
-    if not found:
-        raise Missing(f"{RESULTS.name}/study holds no complete run; python study.py makes them")
-    return found
-
-
-def markdown(head: list[str], lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
-
-
-def spread(values: np.ndarray, signed: bool = False, digits: int = 1) -> str:
-    """Mean over seeds and 95% interval: 62.9 [58.1, 67.6]."""
-    form = f"{{:{'+' if signed else ''}.{digits}f}}"
-    mean, low, high = (form.format(x) for x in interval(values))
-    return mean if len(values) < 2 else f"{mean} [{low}, {high}]"
-
-
-def outcome(name: str, runs: list[Run], rows: dict[str, list[Run]]) -> list[str]:
-    """One line of a table of outcomes; figures in percent, differences in points."""
-    last = [r.last() for r in runs]
-    line = [name, str(len(runs)), spread(100 * np.array([headline(e) for e in last]))]
-    if runs[0].mode == "grpo":
-        line += ["", ""]
-    elif "grpo" not in rows:
-        raise Missing(f"{name} has no runs of grpo to be compared with; python study.py --only grpo makes them")
-    else:
-        difference = 100 * paired(runs, rows["grpo"], headline)
-        baseline = 100 * np.mean([headline(r.last()) for r in pairs(runs, rows["grpo"])[1]])
-        line += [spread(difference, True), f"{100 * difference.mean() / baseline:+.1f}%"]
-    line += [f"{100 * np.mean([max(map(headline, r.evaluations)) for r in runs]):.1f}",
-             spread(100 * np.array([e["mean"] for e in last])),
-             f"{100 * np.mean([worst_kind(e) for e in last]):.1f}",
-             f"{np.mean([r.series('tokens_generated').sum() for r in runs]) / 1e3:.0f}" if runs[0].log else "0"]
-    return line
-
-
-def outcome_tables() -> str:
-    """Every part of the study for every task: outcomes, and paired differences to GRPO on the same seeds."""
-    from study import PARTS
-
-    head = ["row", "seeds", "pass@8", "paired difference", "relative", "peak pass@8", "mean@16", "worst kind, pass@8",
-            "thousand tokens"]
-    parts, out = study(), []
-    for part, rows in PARTS.items():
-        for task, found in parts.items():
-            lines = [outcome(row.name, found[row.name], found) for row in rows if row.name in found]
-            if lines:
-                out.append(f"**{part}: {task}**\n\n{markdown(head, lines)}")
-    return "\n\n".join(out)
-
-
-def kind_table(task: str, rows: dict[str, list[Run]]) -> str:
-    """pass@8 by kind of problem, means over seeds, in percent."""
-    modes = [m for m in ("base", *MODES) if m in rows]
-    kinds = rows[modes[0]][0].last()["by_kind"]
-    lines = [[kind, *(f"{100 * np.mean([r.last()['by_kind'][kind][2] for r in rows[m]]):.1f}" for m in modes)]
-             for kind in kinds]
-    return f"**pass@8 by kind: {task}**\n\n" + markdown(["kind", *modes], lines)
-
-
-def signal_table(task: str, rows: dict[str, list[Run]]) -> str:
-    """What the signals are worth: |surrogate| by optimiser step of a batch, and spread between bins over noise."""
-    lines = []
-    for name in ("grpo-1-minibatch", "grpo", "grpo-4-minibatches"):
-        for signal in ("surrogate", "reward", "variance"):
-            if name not in rows:
-                continue
-            ratios = np.concatenate([noise_ratios(r, signal) for r in rows[name]])
-            size = np.concatenate([np.abs(r.series("signals", signal, "mean")).ravel() for r in rows[name]])
-            by_update = np.mean([r.series("surrogate_abs").mean(axis=0) for r in rows[name]], axis=0)
-            lines.append([name, str(len(rows[name])), signal, f"{np.nanmedian(size):.1e}",
-                          " ".join(f"{x:.0e}" for x in by_update) if signal == "surrogate" else "",
-                          f"{np.nanmedian(ratios):.2f}", f"{100 * np.mean(ratios[np.isfinite(ratios)] > 2):.0f}%"])
-    head = ["runs", "seeds", "signal", "median size of a bin's", "mean size by optimiser step of a batch",
-            "median signal to noise", "steps over 2"]
-    return f"**Signals: {task}**\n\n" + markdown(head, lines)
-
-
-def allocation_table(task: str, rows: dict[str, list[Run]]) -> str:
-    """What the allocations did: spread of counts, wasted rollouts, and (28), (33) against uniform counts."""
-    lines = []
-    for name, runs in rows.items():
-        if runs[0].mode not in ("rollout", "both") and name != "grpo":
-            continue
-        sigma = np.nan_to_num(bin_sigma(runs))
-        ratio, proxy, law, most = [], [], [], []
-        for r in runs:
-            q, n = r.series("bins", "share"), np.nan_to_num(r.series("bins", "rollouts"), nan=1.0)
-            even, best = np.full_like(q, r.n_bar), np.maximum(square_root_law(q, sigma, r.n_bar), 1e-9)
-            ratio.append(wse(q, sigma, n).sum() / wse(q, sigma, even).sum())
-            proxy.append((q * sigma**2 / n).sum() / (q * sigma**2 / even).sum())
-            law.append((q * sigma**2 / best).sum() / (q * sigma**2 / even).sum())
-            most.append(np.nanmax(r.series("bins", "rollouts"), axis=1).mean())
-        lines.append([name, str(len(runs)), f"{np.mean(most):.1f}",
-                      *(f"{100 * np.mean([r.series(key).mean() for r in runs]):.0f}%"
-                        for key in ("zero_std_frac", "zero_std_rollouts_frac")),
-                      *(f"{100 * (np.mean(x) - 1):+.1f}%" for x in (ratio, proxy, law))])
-    head = ["row", "seeds", "most rollouts of a bin", "prompts of no signal", "rollouts of no signal",
-            "WSE (33)", "variance (28)", "(28) by the law (30)"]
-    return f"**What the allocations did: {task}**\n\n" + markdown(head, lines)
-
-
-def weight_table(task: str, rows: dict[str, list[Run]]) -> str:
-    """What the weights and bins became: range of the weights applied, bins filled, all in the tail of a run."""
-    lines = []
-    for name, runs in rows.items():
-        if runs[0].mode not in ("prompt", "both", "grpo") or name == "base":
-            continue
-        weight = [tail(present(r, r.series("bins", "weight"))) for r in runs]
-        share = [tail(r.series("bins", "share")) for r in runs]
-        lines.append([name, str(len(runs)), f"{np.mean([np.nanmin(w) for w in weight]):.3f}",
-                      f"{np.mean([np.nanmax(w) for w in weight]):.3f}",
-                      f"{100 * np.mean([q[0] + q[-1] for q in share]):.0f}%",
-                      f"{np.mean([tail(np.exp(entropy(r.series('bins', 'share')))) for r in runs]):.1f}"])
-    head = ["row", "seeds", "least weight", "greatest weight", "prompts in outer two bins", "exp(entropy of shares)"]
-    return f"**What weights and bins became: {task}**\n\n" + markdown(head, lines)
-
-
-def exact_table(task: str, rows: dict[str, list[Run]]) -> str:
-    """How often an exact budget with one count a bin leaves a single choice, from the bins that the runs had."""
-    lines = []
-    for name, runs in rows.items():
-        if name not in ("grpo", "rollout", "paper-rollout", "rollout-exact"):
-            continue
-        ways = []
-        for r in runs:
-            P, arms = r.config["prompts_per_step"], np.arange(r.config["n_min"], r.config["n_max"] + 1)
-            for share_B in r.series("bins", "share"):
-                ways.append(exact_configurations(np.rint(share_B * P).astype(int), arms, round(P * r.n_bar)))
-        lines.append([name, str(len(ways)), f"{100 * np.mean(np.array(ways) <= 1):.0f}%", f"{np.median(ways):.0f}"])
-    return f"**Exact budgets: {task}**\n\n" + markdown(
-        ["bins of", "steps", "steps with one choice", "median choices"], lines)
-
-
-def tables() -> str:
-    functions = (kind_table, allocation_table, weight_table, signal_table, exact_table)
-    return "\n\n".join([outcome_tables(), *(f(task, rows) for f in functions for task, rows in study().items())])
-
-
 # ------------------------------------------------------------------------------------------------ the command
 
 PAPER_FIGURES = {"1": figure_1, "3": figure_3, "4": figure_4, "5": figure_5, "6": figure_6, "7": figure_7,
@@ -848,7 +502,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN_DIR", help="run folders; none = the study's")
     parser.add_argument("--live", action="store_true", help="an overview of each RUN_DIR, no figure of the paper")
     parser.add_argument("--table", action="store_true", help="print the study's tables and draw nothing")
-    parser.add_argument("--out", type=Path, default=HERE / "figures", metavar="DIR", help="where figures go [figures/]")
+    parser.add_argument("--out", type=Path, default=FIGURES, metavar="DIR", help="where figures go [figures/]")
     args = parser.parse_args()
     if args.table and (args.runs or args.live) or args.live and not args.runs:
         parser.error("--live needs RUN_DIR, and --table takes none")

@@ -1,0 +1,227 @@
+"""Logs and what is computed from them: the numbers behind every figure and table (each function is tested).
+
+A bin that no prompt of a batch was in is absent (NaN), never zero. Suffixes name axes: T steps, B bins (0 = hardest),
+S seeds.
+"""
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+RESULTS = Path(__file__).parent / "results"
+MODES = {"grpo": "GRPO", "prompt": "Prompt-GDRO", "rollout": "Rollout-GDRO", "both": "both"}
+TAIL = 0.6  # tail averages are over the steps at or past this quantile
+
+# ------------------------------------------------------------------------------------------------ logs
+
+
+class Missing(ValueError):
+    """A figure or table needs something that the logs do not hold."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder: config.json, metrics.jsonl, and eval.json if there is one."""
+
+    name: str  # the folder's
+    config: dict
+    log: list[dict]
+    evaluations: list[dict]
+
+    @classmethod
+    def load(cls, folder: Path) -> "Run":
+        if not (folder / "config.json").exists():
+            raise Missing(f"{folder} is no run folder: it has no config.json")
+        metrics, evaluations = folder / "metrics.jsonl", folder / "eval.json"
+        lines = metrics.read_text().split("\n") if metrics.exists() else [""]
+        # What follows the last line break is a line that is being written.
+        return cls(folder.name, json.loads((folder / "config.json").read_text()),
+                   [json.loads(x) for x in lines[:-1] if x],
+                   json.loads(evaluations.read_text()) if evaluations.exists() else [])
+
+    @property
+    def mode(self) -> str:
+        return self.config["mode"]
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    @property
+    def steps(self) -> np.ndarray:
+        return np.array([line["step"] for line in self.log])
+
+    @property
+    def n_bar(self) -> float:
+        return self.config["rollouts_per_prompt"]
+
+    def series(self, *path: str) -> np.ndarray:
+        """The values of one key of every line, e.g. series("bins", "share"): (T,) or (T, B), NaN for null."""
+        if not self.log:
+            raise Missing(f"{self.name}: metrics.jsonl has no step yet")
+        values = self.log
+        for key in path:
+            if not all(key in v for v in values):
+                raise Missing(f"{self.name}: metrics.jsonl has no '{'.'.join(path)}'")
+            values = [v[key] for v in values]
+        return np.array(values, float)
+
+    def last(self) -> dict:
+        if not self.evaluations:
+            raise Missing(f"{self.name}: eval.json is missing or empty")
+        return self.evaluations[-1]
+
+
+@functools.cache
+def study() -> dict[str, dict[str, list[Run]]]:
+    """task -> row -> its complete runs by seed, in the order of study.py; a task or row without any is left out.
+
+    Raises ValueError for a run that was made with other flags than its row has now.
+    """
+    import study as rows
+
+    found: dict[str, dict[str, list[Run]]] = {}
+    order = [row.name for part in rows.PARTS.values() for row in part]
+    for planned in sorted(rows.runs(""), key=lambda r: (order.index(r.row.name), r.seed)):
+        if not planned.done():
+            continue
+        run = Run.load(RESULTS / "study" / planned.name)
+        for flag, value in planned.row.flags.items():
+            if flag != "adversary" and run.config[flag] != value:
+                raise ValueError(f"{planned.name} was run with --{flag} {run.config[flag]}, study.py now has {value}")
+        found.setdefault(planned.task, {}).setdefault(planned.row.name, []).append(run)
+    if not found:
+        raise Missing(f"{RESULTS.name}/study holds no complete run; python study.py makes them")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ what is computed
+
+
+def tail(x_T: np.ndarray) -> np.ndarray:
+    """Mean over the steps from the 60th percentile on; NaN only where a bin was absent from all of them."""
+    late = x_T[int(np.ceil(TAIL * (len(x_T) - 1))):]
+    seen = np.isfinite(late)
+    count = seen.sum(axis=0)
+    return np.where(count > 0, np.where(seen, late, 0).sum(axis=0) / np.maximum(count, 1), np.nan)
+
+
+def normalised(x_TB: np.ndarray) -> np.ndarray:
+    """Rows that sum to 1; NaN counts as 0."""
+    x_TB = np.nan_to_num(x_TB)
+    return x_TB / x_TB.sum(axis=-1, keepdims=True)
+
+
+def mean_bin(x_TB: np.ndarray) -> np.ndarray:
+    """Mean bin index under the normalised rows, (T,)."""
+    return normalised(x_TB) @ np.arange(x_TB.shape[-1])
+
+
+def mass_from(x_TB: np.ndarray, low: int) -> np.ndarray:
+    """Mass in the bins from `low` on, (T,)."""
+    return normalised(x_TB)[..., low:].sum(axis=-1)
+
+
+def entropy(x_TB: np.ndarray) -> np.ndarray:
+    """Shannon entropy of the normalised rows in nats, (T,)."""
+    p = normalised(x_TB)
+    return -(p * np.log(np.where(p > 0, p, 1))).sum(axis=-1)
+
+
+def lead_lag(weight_TB: np.ndarray, share_TB: np.ndarray) -> np.ndarray:
+    """(32): how many bins the mean of the weights lies above that of the prompts, (T,).
+
+    Weights are normalised over all bins, so equal ones do not give 0 but (B - 1) / 2 minus the prompts' mean bin.
+    """
+    return mean_bin(weight_TB) - mean_bin(share_TB)
+
+
+def budget_share(share_TB: np.ndarray, rollouts_TB: np.ndarray) -> np.ndarray:
+    """Share of a step's rollouts that each bin was given, (T, B)."""
+    return normalised(share_TB * np.nan_to_num(rollouts_TB))
+
+
+def bin_sigma(runs: list[Run]) -> np.ndarray:
+    """sigma_b of (33), (B,): root of the mean within-prompt variance of the reward, once for all steps and runs; NaN
+    for a bin never seen."""
+    share = np.concatenate([r.series("bins", "share") for r in runs])
+    variance = np.concatenate([r.series("signals", "variance", "mean") for r in runs])
+    weight = np.where(np.isfinite(variance), share, 0)
+    total = weight.sum(axis=0)
+    return np.sqrt(np.divide((weight * np.nan_to_num(variance)).sum(axis=0), total, out=np.full(share.shape[1], np.nan),
+                             where=total > 0))
+
+
+def wse(share_TB: np.ndarray, sigma_B: np.ndarray, rollouts_TB: np.ndarray) -> np.ndarray:
+    """(33): sum_b q_b sigma_b / sqrt(n_b) over the bins present, (T,)."""
+    return np.where(share_TB > 0, share_TB * sigma_B / np.sqrt(np.where(share_TB > 0, rollouts_TB, 1)), 0).sum(axis=-1)
+
+
+def square_root_law(share_TB: np.ndarray, sigma_B: np.ndarray, n_bar: float) -> np.ndarray:
+    """(30) with the variances known: n_b = n_bar sigma_b / sum_j q_j sigma_j, not rounded, (T, B)."""
+    sigma_B = np.nan_to_num(sigma_B)
+    return n_bar * sigma_B / (share_TB * sigma_B).sum(axis=-1, keepdims=True)
+
+
+def present(run: Run, x_TB: np.ndarray) -> np.ndarray:
+    """The values with NaN where the bin is absent from the step."""
+    return np.where(run.series("bins", "share") > 0, x_TB, np.nan)
+
+
+def signal_to_noise(mean_B: np.ndarray, error_B: np.ndarray, share_B: np.ndarray) -> float:
+    """Spread of the bins' means over what their standard errors alone would make it, both weighted by share.
+
+    Bins of one and the same loss show about 1: their means spread by e^2 (1 - sum q^2) when each has the error e. NaN
+    with fewer than two bins.
+    """
+    known = np.isfinite(mean_B) & np.isfinite(error_B) & (share_B > 0)
+    if known.sum() < 2:
+        return float("nan")
+    q = share_B[known] / share_B[known].sum()
+    spread = np.sqrt(q @ (mean_B[known] - q @ mean_B[known]) ** 2)
+    noise = np.sqrt(q @ error_B[known] ** 2 * (1 - q @ q))
+    return float(spread / noise) if noise > 0 else float("nan")
+
+
+def interval(x_S: np.ndarray) -> tuple[float, float, float]:
+    """Mean over seeds and its 95% t-interval; without an interval (NaN) for one seed."""
+    mean = float(np.mean(x_S))
+    if len(x_S) < 2:
+        return mean, float("nan"), float("nan")
+    half = stats.t.ppf(0.975, len(x_S) - 1) * np.std(x_S, ddof=1) / np.sqrt(len(x_S))
+    return mean, mean - float(half), mean + float(half)
+
+
+def headline_k(evaluation: dict) -> int:
+    """8, or the largest k that enough responses were drawn for."""
+    return max(k for name in evaluation["passes"] if (k := int(name.removeprefix("pass@"))) <= 8)
+
+
+def headline(evaluation: dict) -> float:
+    """pass@8, or of the largest k that there is."""
+    return evaluation["passes"][f"pass@{headline_k(evaluation)}"]
+
+
+def pairs(runs: list[Run], baseline: list[Run]) -> tuple[list[Run], list[Run]]:
+    """The runs of both whose seeds are in both, in the same order."""
+    other = {r.seed: r for r in baseline}
+    kept = [r for r in runs if r.seed in other]
+    return kept, [other[r.seed] for r in kept]
+
+
+def paired(runs: list[Run], baseline: list[Run], figure: Callable[[dict], float]) -> np.ndarray:
+    """Differences of a figure of the last evaluations, seed by seed, (S,)."""
+    kept, other = pairs(runs, baseline)
+    return np.array([figure(a.last()) - figure(b.last()) for a, b in zip(kept, other, strict=True)])
+
+
+def noise_ratios(run: Run, signal: str) -> list[float]:
+    """signal_to_noise of every step."""
+    return [signal_to_noise(m, e, q) for m, e, q in zip(run.series("signals", signal, "mean"),
+                                                        run.series("signals", signal, "error"),
+                                                        run.series("bins", "share"), strict=True)]

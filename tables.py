@@ -1,0 +1,170 @@
+"""From logs to the study's tables in Markdown: `tables()`, which python plots.py --table prints."""
+
+import numpy as np
+
+from logs import (
+    MODES,
+    Missing,
+    Run,
+    bin_sigma,
+    entropy,
+    headline,
+    interval,
+    noise_ratios,
+    paired,
+    pairs,
+    present,
+    square_root_law,
+    study,
+    tail,
+    wse,
+)
+
+
+def exact_configurations(count_B: np.ndarray, arms_K: np.ndarray, total: int) -> int:
+    """In how many ways can each present bin (count > 0) take one arm so that sum count * n is `total`?"""
+    ways = {0: 1}
+    for count in count_B[count_B > 0].tolist():
+        fresh: dict[int, int] = {}
+        for spent, number in ways.items():
+            for n in arms_K.tolist():
+                fresh[spent + count * n] = fresh.get(spent + count * n, 0) + number
+        ways = fresh
+    return ways.get(total, 0)
+
+
+def worst_kind(evaluation: dict) -> float:
+    return min(kind[2] for kind in evaluation["by_kind"].values())
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+
+
+def spread(values: np.ndarray, signed: bool = False, digits: int = 1) -> str:
+    """Mean over seeds and 95% interval: 62.9 [58.1, 67.6]."""
+    form = f"{{:{'+' if signed else ''}.{digits}f}}"
+    mean, low, high = (form.format(x) for x in interval(values))
+    return mean if len(values) < 2 else f"{mean} [{low}, {high}]"
+
+
+def outcome(name: str, runs: list[Run], rows: dict[str, list[Run]]) -> list[str]:
+    """One line of a table of outcomes; figures in percent, differences in points."""
+    last = [r.last() for r in runs]
+    line = [name, str(len(runs)), spread(100 * np.array([headline(e) for e in last]))]
+    if runs[0].mode == "grpo":
+        line += ["", ""]
+    elif "grpo" not in rows:
+        raise Missing(f"{name} has no runs of grpo to be compared with; python study.py --only grpo makes them")
+    else:
+        difference = 100 * paired(runs, rows["grpo"], headline)
+        baseline = 100 * np.mean([headline(r.last()) for r in pairs(runs, rows["grpo"])[1]])
+        line += [spread(difference, True), f"{100 * difference.mean() / baseline:+.1f}%"]
+    line += [f"{100 * np.mean([max(map(headline, r.evaluations)) for r in runs]):.1f}",
+             spread(100 * np.array([e["mean"] for e in last])),
+             f"{100 * np.mean([worst_kind(e) for e in last]):.1f}",
+             f"{np.mean([r.series('tokens_generated').sum() for r in runs]) / 1e3:.0f}" if runs[0].log else "0"]
+    return line
+
+
+def outcome_tables() -> str:
+    """Every part of the study for every task: outcomes, and paired differences to GRPO on the same seeds."""
+    from study import PARTS
+
+    head = ["row", "seeds", "pass@8", "paired difference", "relative", "peak pass@8", "mean@16", "worst kind, pass@8",
+            "thousand tokens"]
+    parts, out = study(), []
+    for part, rows in PARTS.items():
+        for task, found in parts.items():
+            lines = [outcome(row.name, found[row.name], found) for row in rows if row.name in found]
+            if lines:
+                out.append(f"**{part}: {task}**\n\n{markdown(head, lines)}")
+    return "\n\n".join(out)
+
+
+def kind_table(task: str, rows: dict[str, list[Run]]) -> str:
+    """pass@8 by kind of problem, means over seeds, in percent."""
+    modes = [m for m in ("base", *MODES) if m in rows]
+    kinds = rows[modes[0]][0].last()["by_kind"]
+    lines = [[kind, *(f"{100 * np.mean([r.last()['by_kind'][kind][2] for r in rows[m]]):.1f}" for m in modes)]
+             for kind in kinds]
+    return f"**pass@8 by kind: {task}**\n\n" + markdown(["kind", *modes], lines)
+
+
+def signal_table(task: str, rows: dict[str, list[Run]]) -> str:
+    """What the signals are worth: |surrogate| by optimiser step of a batch, and spread between bins over noise."""
+    lines = []
+    for name in ("grpo-1-minibatch", "grpo", "grpo-4-minibatches"):
+        for signal in ("surrogate", "reward", "variance"):
+            if name not in rows:
+                continue
+            ratios = np.concatenate([noise_ratios(r, signal) for r in rows[name]])
+            size = np.concatenate([np.abs(r.series("signals", signal, "mean")).ravel() for r in rows[name]])
+            by_update = np.mean([r.series("surrogate_abs").mean(axis=0) for r in rows[name]], axis=0)
+            lines.append([name, str(len(rows[name])), signal, f"{np.nanmedian(size):.1e}",
+                          " ".join(f"{x:.0e}" for x in by_update) if signal == "surrogate" else "",
+                          f"{np.nanmedian(ratios):.2f}", f"{100 * np.mean(ratios[np.isfinite(ratios)] > 2):.0f}%"])
+    head = ["runs", "seeds", "signal", "median size of a bin's", "mean size by optimiser step of a batch",
+            "median signal to noise", "steps over 2"]
+    return f"**Signals: {task}**\n\n" + markdown(head, lines)
+
+
+def allocation_table(task: str, rows: dict[str, list[Run]]) -> str:
+    """What the allocations did: spread of counts, wasted rollouts, and (28), (33) against uniform counts."""
+    lines = []
+    for name, runs in rows.items():
+        if runs[0].mode not in ("rollout", "both") and name != "grpo":
+            continue
+        sigma = np.nan_to_num(bin_sigma(runs))
+        ratio, proxy, law, most = [], [], [], []
+        for r in runs:
+            q, n = r.series("bins", "share"), np.nan_to_num(r.series("bins", "rollouts"), nan=1.0)
+            even, best = np.full_like(q, r.n_bar), np.maximum(square_root_law(q, sigma, r.n_bar), 1e-9)
+            ratio.append(wse(q, sigma, n).sum() / wse(q, sigma, even).sum())
+            proxy.append((q * sigma**2 / n).sum() / (q * sigma**2 / even).sum())
+            law.append((q * sigma**2 / best).sum() / (q * sigma**2 / even).sum())
+            most.append(np.nanmax(r.series("bins", "rollouts"), axis=1).mean())
+        lines.append([name, str(len(runs)), f"{np.mean(most):.1f}",
+                      *(f"{100 * np.mean([r.series(key).mean() for r in runs]):.0f}%"
+                        for key in ("zero_std_frac", "zero_std_rollouts_frac")),
+                      *(f"{100 * (np.mean(x) - 1):+.1f}%" for x in (ratio, proxy, law))])
+    head = ["row", "seeds", "most rollouts of a bin", "prompts of no signal", "rollouts of no signal",
+            "WSE (33)", "variance (28)", "(28) by the law (30)"]
+    return f"**What the allocations did: {task}**\n\n" + markdown(head, lines)
+
+
+def weight_table(task: str, rows: dict[str, list[Run]]) -> str:
+    """What the weights and bins became: range of the weights applied, bins filled, all in the tail of a run."""
+    lines = []
+    for name, runs in rows.items():
+        if runs[0].mode not in ("prompt", "both", "grpo") or name == "base":
+            continue
+        weight = [tail(present(r, r.series("bins", "weight"))) for r in runs]
+        share = [tail(r.series("bins", "share")) for r in runs]
+        lines.append([name, str(len(runs)), f"{np.mean([np.nanmin(w) for w in weight]):.3f}",
+                      f"{np.mean([np.nanmax(w) for w in weight]):.3f}",
+                      f"{100 * np.mean([q[0] + q[-1] for q in share]):.0f}%",
+                      f"{np.mean([tail(np.exp(entropy(r.series('bins', 'share')))) for r in runs]):.1f}"])
+    head = ["row", "seeds", "least weight", "greatest weight", "prompts in outer two bins", "exp(entropy of shares)"]
+    return f"**What weights and bins became: {task}**\n\n" + markdown(head, lines)
+
+
+def exact_table(task: str, rows: dict[str, list[Run]]) -> str:
+    """How often an exact budget with one count a bin leaves a single choice, from the bins that the runs had."""
+    lines = []
+    for name, runs in rows.items():
+        if name not in ("grpo", "rollout", "paper-rollout", "rollout-exact"):
+            continue
+        ways = []
+        for r in runs:
+            P, arms = r.config["prompts_per_step"], np.arange(r.config["n_min"], r.config["n_max"] + 1)
+            for share_B in r.series("bins", "share"):
+                ways.append(exact_configurations(np.rint(share_B * P).astype(int), arms, round(P * r.n_bar)))
+        lines.append([name, str(len(ways)), f"{100 * np.mean(np.array(ways) <= 1):.0f}%", f"{np.median(ways):.0f}"])
+    return f"**Exact budgets: {task}**\n\n" + markdown(
+        ["bins of", "steps", "steps with one choice", "median choices"], lines)
+
+
+def tables() -> str:
+    functions = (kind_table, allocation_table, weight_table, signal_table, exact_table)
+    return "\n\n".join([outcome_tables(), *(f(task, rows) for f in functions for task, rows in study().items())])

@@ -1,0 +1,145 @@
+"""The numbers behind figures and tables are what the logs say: against loops and enumerations."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import logs
+from logs import Run
+
+NAN = float("nan")
+
+
+def a_run(mode: str = "prompt", seed: int = 0, steps: int = 12, bins: int = 5, present: float = 0.6,
+          preset: str = "made-up", changes: dict | None = None) -> Run:
+    """A run whose log is drawn at random, with the fields and nulls that train.py writes."""
+    which = list(logs.MODES).index(mode)  # no two modes are alike
+    rng, log = np.random.default_rng((which, seed, steps, bins)), []
+    for step in range(steps):
+        here = rng.random(bins) < present
+        here[rng.integers(bins)] = True
+        share = np.where(here, rng.random(bins), 0)
+        share /= share.sum()
+
+        def by_bin(values, here=here):
+            return [float(v) if h else None for v, h in zip(values, here, strict=True)]
+
+        log.append({
+            "step": step, "reward_mean": rng.uniform(-1, 1), "shadow_price": 0.0, "shadow_price_dp": None,
+            "zero_std_frac": 0.5, "zero_std_rollouts_frac": 0.6, "tokens_generated": 100, "surrogate_abs": [0.0, 0.1],
+            "seconds": {"generate": 1.0, "update": 2.0, "total": 3.0},
+            "bins": {"share": share.tolist(), "weight": rng.uniform(0.1, 3, bins).tolist(),
+                     "reward": by_bin(rng.uniform(-1, 1, bins)), "rollouts": by_bin(rng.integers(2, 9, bins))},
+            "signals": {k: {"mean": by_bin(rng.uniform(0.1, 1, bins)), "error": by_bin(rng.uniform(0.1, 1, bins))}
+                        for k in ("surrogate", "reward", "variance")}})
+    config = {"preset": preset, "mode": mode, "seed": seed, "rollouts_per_prompt": 4, "n_min": 2, "n_max": 8,
+              "prompts_per_step": 64, **(changes or {})}
+    evaluations = [{"step": s, "mean": 0.3, "passes": {"pass@8": p},
+                    "by_kind": {"a": [5, 0.1, p], "b": [5, 0.2, p / 2]}}
+                   for s, p in ((steps // 2, 0.6 + seed / 100), (steps, 0.5 + seed / 50 + which / 20))]
+    return Run(f"{mode}-{seed}", config, log, evaluations)
+
+
+def folder_of(run: Run, path: Path, cut: str = "") -> Path:
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(run.config))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in run.log) + cut)
+    (path / "eval.json").write_text(json.dumps(run.evaluations))
+    return path
+
+
+def test_tail_averages_start_at_the_60th_percentile_and_leave_absent_bins_out():
+    x_TB = np.full((11, 3), NAN)
+    x_TB[:, 0] = np.arange(11)  # steps 6 to 10 are the tail
+    x_TB[8, 1] = 5.0
+    assert logs.tail(x_TB)[:2].tolist() == [8.0, 5.0] and np.isnan(logs.tail(x_TB)[2])
+    assert logs.tail(np.array([[3.0, NAN]]))[0] == 3.0  # one step is its own tail
+
+
+def test_mean_bin_mass_and_entropy_equal_loops():
+    rng = np.random.default_rng(0)
+    x_TB = rng.random((20, 10)) * (rng.random((20, 10)) < 0.5)
+    x_TB[:, 4] += 0.1
+    for t, row in enumerate(x_TB):
+        p = [v / sum(row) for v in row]
+        assert logs.mean_bin(x_TB)[t] == pytest.approx(sum(b * v for b, v in enumerate(p)))
+        assert logs.mass_from(x_TB, 3)[t] == pytest.approx(sum(p[3:]))
+        assert logs.entropy(x_TB)[t] == pytest.approx(-sum(v * math.log(v) for v in p if v))
+    assert logs.entropy(np.ones((1, 8)))[0] == pytest.approx(math.log(8))
+    assert logs.entropy(np.eye(3))[0] == 0  # one bin
+
+
+def test_lead_lag_is_negative_when_the_weights_lie_on_harder_bins():
+    weight_TB, share_TB = np.array([[3.0, 1.0, 0.0], [1.0, 1.0, 1.0]]), np.array([[0.0, 0.5, 0.5], [1.0, 0.0, 0.0]])
+    assert logs.lead_lag(weight_TB, share_TB) == pytest.approx([0.25 - 1.5, 1.0])  # (32)
+
+
+def test_wse_equals_a_loop_and_ignores_absent_bins():
+    run = a_run("rollout", bins=6)
+    share_TB, n_TB = run.series("bins", "share"), run.series("bins", "rollouts")
+    sigma_B = np.random.default_rng(1).random(6)
+    for t, line in enumerate(run.log):
+        terms = [q * s / math.sqrt(n) for q, s, n in
+                 zip(line["bins"]["share"], sigma_B, line["bins"]["rollouts"], strict=True) if n is not None]
+        assert logs.wse(share_TB, sigma_B, n_TB)[t] == pytest.approx(sum(terms))  # (33)
+    even = logs.wse(share_TB, sigma_B, np.full_like(share_TB, 4.0))
+    assert even == pytest.approx(share_TB @ sigma_B / 2)
+
+
+def test_sigma_is_one_number_a_bin_from_all_steps_and_runs():
+    runs = [a_run("rollout", seed) for seed in range(3)]
+    for b in range(5):
+        seen = [(line["bins"]["share"][b], line["signals"]["variance"]["mean"][b]) for r in runs for line in r.log
+                if line["signals"]["variance"]["mean"][b] is not None]
+        assert logs.bin_sigma(runs)[b] ** 2 == pytest.approx(sum(q * v for q, v in seen) / sum(q for q, _ in seen))
+
+
+def test_the_square_root_law_meets_the_budget_and_beats_random_counts():
+    rng = np.random.default_rng(2)
+    share_TB, sigma_B = rng.dirichlet(np.ones(6), 4), rng.random(6)
+    n_TB = logs.square_root_law(share_TB, sigma_B, 4.0)
+    assert (share_TB * n_TB).sum(axis=1) == pytest.approx(np.full(4, 4.0))
+    for _ in range(200):
+        other = rng.random((4, 6)) + 0.05
+        other *= 4 / (share_TB * other).sum(axis=1, keepdims=True)
+        assert np.all((share_TB * sigma_B**2 / n_TB).sum(axis=1) <= (share_TB * sigma_B**2 / other).sum(axis=1) + 1e-12)
+
+
+def test_budget_shares_are_the_rollouts_of_a_bin_over_all():
+    share_TB, n_TB = np.array([[0.75, 0.25, 0.0]]), np.array([[2.0, 10.0, NAN]])
+    assert logs.budget_share(share_TB, n_TB)[0] == pytest.approx([1.5 / 4, 2.5 / 4, 0])
+
+
+def test_signal_to_noise_is_spread_over_error_and_about_one_for_noise():
+    mean_B, error_B, share_B = np.array([1.0, -1.0, NAN]), np.array([0.5, 0.5, NAN]), np.array([0.5, 0.5, 0.0])
+    assert logs.signal_to_noise(mean_B, error_B, share_B) == pytest.approx(2.0 / math.sqrt(0.5))
+    assert np.isnan(logs.signal_to_noise(mean_B, np.array([0.5, NAN, NAN]), share_B))
+    rng = np.random.default_rng(4)
+    ratios = [logs.signal_to_noise(rng.normal(0, 0.3, 8), np.full(8, 0.3), np.full(8, 1 / 8)) for _ in range(500)]
+    assert 0.9 < np.mean(ratios) < 1.05
+    ratios = [logs.signal_to_noise(rng.normal(0, 0.3, 2), np.full(2, 0.3), np.full(2, 1 / 2)) for _ in range(4000)]
+    assert np.mean(np.square(ratios)) == pytest.approx(1, abs=0.1)  # whatever the number of bins
+
+
+def test_intervals_are_student_s_and_cover():
+    assert logs.interval(np.array([0.4]))[0] == 0.4 and np.isnan(logs.interval(np.array([0.4]))[1])
+    x = np.random.default_rng(5).normal(size=8)
+    expected = stats.ttest_1samp(x, 0).confidence_interval(0.95)
+    assert logs.interval(x)[1:] == pytest.approx((expected.low, expected.high))
+
+
+def test_differences_are_paired_by_seed_whatever_the_order():
+    ours, base = [a_run("prompt", s) for s in (3, 1, 2)], [a_run("grpo", s) for s in (0, 1, 2)]
+    ours[0].evaluations[-1]["passes"]["pass@8"] = 0.9  # seed 3: GRPO has none
+    ours[1].evaluations[-1]["passes"]["pass@8"] += 0.25
+    assert logs.paired(ours, base, logs.headline) == pytest.approx([0.30, 0.05])
+
+
+def test_a_run_that_is_still_writing_is_read_up_to_its_last_whole_line(tmp_path):
+    run = a_run()
+    read = Run.load(folder_of(run, tmp_path / "run", cut='{"step": 12, "rew'))
+    assert read.log == run.log and read.evaluations == run.evaluations
