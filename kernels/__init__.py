@@ -4,6 +4,5 @@ the Triton form, and one public function. Nothing here knows of models, prompts 
 from kernels.group_advantage import group_advantage
 from kernels.grpo_token_loss import grpo_token_loss
 from kernels.linear_logprob import linear_logprob
-from kernels.logits_logprob import logits_logprob
 
-__all__ = ["group_advantage", "grpo_token_loss", "linear_logprob", "logits_logprob"]
+__all__ = ["group_advantage", "grpo_token_loss", "linear_logprob"]

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 
-from kernels import group_advantage, grpo_token_loss, linear_logprob, logits_logprob
+from kernels import group_advantage, grpo_token_loss, linear_logprob
 
 DEVICE = "cuda"
 VOCABULARY = 151_936
@@ -60,12 +60,8 @@ FORWARD_FLOPS, BOTH_FLOPS, BYTES_PER_SECOND, LAUNCH_US = 600e12, 650e12, 4.3e12,
 # ------------------------------------------------------------------------------------------------ plain torch
 
 
-def plain_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.log_softmax(1, dtype=torch.float32).gather(1, targets[:, None]).squeeze(1)
-
-
 def plain_linear(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return plain_logits(hidden @ weight.T, targets)
+    return (hidden @ weight.T).log_softmax(1, dtype=torch.float32).gather(1, targets[:, None]).squeeze(1)
 
 
 def plain_linear_and_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -119,11 +115,6 @@ def load_trl(outputs: tuple[str, ...] = ()) -> Callable:
     return call
 
 
-def load_trl_logits() -> Callable:
-    function = trl_kernels("logprob_entropy").selective_log_softmax_and_entropy
-    return lambda logits, targets: function(logits, targets)[0]
-
-
 def load_verl(entropy: bool = False) -> Callable:
     function = import_bare("verl.utils.kernel.linear_cross_entropy", {"verl.utils": {}, "verl.utils.device": {
         "is_cuda_available": torch.cuda.is_available(), "get_device_capability": torch.cuda.get_device_capability,
@@ -148,13 +139,6 @@ def load_liger(chunk_mem_const: int | None = None) -> Callable:
                                                                                        *options)[0]
 
 
-def load_liger_logits() -> Callable:
-    """Forward only. It takes (B, L + 1, V) and drops the last row, so the result has one row fewer."""
-    from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
-
-    return lambda logits, targets: fused_selective_log_softmax(logits[None], targets[None, :-1], temperature=1.0)[0]
-
-
 def load_cce() -> Callable:
     from cut_cross_entropy import linear_cross_entropy
 
@@ -164,7 +148,6 @@ def load_cce() -> Callable:
 LINEAR_PEERS = {"liger": load_liger, "liger, chunk_mem_const 16": functools.partial(load_liger, 16), "cce": load_cce,
                 "trl": load_trl, "verl": load_verl}
 ENTROPY_PEERS = {"trl": functools.partial(load_trl, ("entropy",)), "verl": functools.partial(load_verl, True)}
-LOGITS_PEERS = {"trl, with entropy": load_trl_logits, "liger, forward only": load_liger_logits}
 
 
 def reason(error: Exception) -> str:
@@ -303,13 +286,12 @@ def examine(direction: str, call: Callable, make: Callable[[int], Inputs], truth
 
 
 def compare(operation: str, case: str, calls: dict[str, Callable | str], make: Callable[[int], Inputs], truth: Truth, *,
-            predicted: dict[str, float], names: tuple[str, ...] = (), whole_logits: int = 0, small: bool = False,
-            traffic: dict[str, float] | None = None) -> Iterator[dict]:
+            predicted: dict[str, float], names: tuple[str, ...] = (), whole_logits: int = 0,
+            small: bool = False) -> Iterator[dict]:
     """A row a direction and provider. `predicted` has the directions to run and the milliseconds expected of ours.
 
-    `whole_logits` counts the logits that plain torch keeps. `traffic` has the bytes that must move, for a column with
-    the share of the copy speed reached. `small` operations are all launches: their rows have the launches, the device's
-    own time and the whole call's, host included, in microseconds.
+    `whole_logits` counts the logits that plain torch keeps. `small` operations are all launches: their rows have the
+    launches, the device's own time and the whole call's, host included, in microseconds.
     """
     torch.cuda.empty_cache()
     absent = {name: call for name, call in calls.items() if isinstance(call, str)}
@@ -346,16 +328,7 @@ def compare(operation: str, case: str, calls: dict[str, Callable | str], make: C
             else:
                 row |= {"ms": warm.get(name), "cold ms": cold.get(name), "predicted ms": expected}
             row["ours / it"] = warm["ours"] / warm[name] if ran and "ours" in warm else None
-            if traffic:
-                row["of copy speed"] = traffic[direction] / (warm[name] / 1000) / copy_speed() if ran else None
             yield {**row, **facts.get(name, nothing), "note": notes.get(name)}
-
-
-@functools.cache
-def copy_speed() -> float:
-    """Bytes a second of a copy on the device, reads and writes counted."""
-    a, b = torch.empty(2, 1 << 30, dtype=torch.uint8, device=DEVICE)
-    return 2 * a.nbytes / (statistics.median(event_ms(lambda: b.copy_(a)) for _ in range(20)) / 1000)
 
 
 # ------------------------------------------------------------------------------------------------ the operations
@@ -430,33 +403,6 @@ def linear_case(T: int, V: int, D: int, what: str = "", *, live: float = 1.0, ma
                    whole_logits=T * V)
 
 
-def logits_inputs(T: int, V: int, i: int) -> Inputs:
-    draw = functools.partial(torch.randn, generator=seeded(i), device=DEVICE)
-    logits = draw(T, V, dtype=torch.bfloat16).requires_grad_()
-    targets = torch.randint(V, (T,), generator=seeded(i), device=DEVICE)
-    return Inputs((logits, targets), (logits,), draw(T))
-
-
-@torch.no_grad()
-def logits_truth(inputs: Inputs) -> Truth:
-    logits, targets = inputs.arguments
-    rows = torch.randperm(len(logits), generator=seeded(0), device=DEVICE)[:SAMPLE]
-    out = [dlogits(logits[chunk], targets[chunk], inputs.grad[chunk])[0][0]
-           for chunk in torch.arange(len(logits), device=DEVICE).split(1024)]
-    return Truth(torch.cat(out), (dlogits(logits[rows], targets[rows], inputs.grad[rows])[1],), (rows,))
-
-
-def logits_case(T: int, V: int) -> Iterator[dict]:
-    """`ours, in place` writes gradients over the logits, so that all find those there after the first round."""
-    make = functools.partial(logits_inputs, T, V)
-    calls = providers(logits_logprob, plain_logits, LOGITS_PEERS)
-    calls["ours, in place"] = functools.partial(logits_logprob, inplace_backward=True)
-    traffic = {"forward": 2 * T * V, "both": 6 * T * V}  # read; read, read and write
-    predicted = {direction: 1000 * moved / BYTES_PER_SECOND for direction, moved in traffic.items()}
-    return compare("logits_logprob", f"T {T}, V {V}", calls, make, logits_truth(make(0)), predicted=predicted,
-                   names=("logits",), whole_logits=T * V, traffic=traffic)
-
-
 def device_ms(launches: int, moved: int) -> float:
     return launches * LAUNCH_US / 1000 + 1000 * moved / BYTES_PER_SECOND
 
@@ -520,8 +466,6 @@ def cuda_cases() -> Iterator[Callable[[], Iterator[dict]]]:
     yield functools.partial(linear_case, 16_384, VOCABULARY, 2048, ", main_grad", main_grad=True)
     yield functools.partial(linear_case, 16_384, VOCABULARY, 2048, ", with entropy", entropy=True)
     yield functools.partial(linear_case, 4095, 151_937, 2056)
-    for T in (16_384, 4096):
-        yield functools.partial(logits_case, T, VOCABULARY)
     for groups, rollouts in ((256, 1024), (4096, 16_384)):
         yield functools.partial(advantage_case, groups, rollouts)
     for responses, tokens in ((64, 16_384), (1024, 1 << 20)):
@@ -562,23 +506,20 @@ def forget_peak() -> float:
     return resident_mib("VmRSS")
 
 
-CPU_CALLS = {("linear_logprob", "ours"): linear_logprob, ("linear_logprob", "whole logits"): plain_linear,
-             ("logits_logprob", "ours"): logits_logprob, ("logits_logprob", "whole logits"): plain_logits}
-CPU_CASES = [("linear_logprob", 512, VOCABULARY, 256), ("linear_logprob", 2048, 32_000, 256),
-             ("logits_logprob", 512, VOCABULARY, 0), ("logits_logprob", 2048, 32_000, 0)]
+CPU_CALLS = {"ours": linear_logprob, "whole logits": plain_linear}
+CPU_SHAPES = [(512, VOCABULARY, 256), (2048, 32_000, 256)]
 
 
 def cpu_inputs(T: int, V: int, D: int) -> Inputs:
-    """float32; logits of N(0, 1) where there is no D."""
+    """float32, logits of N(0, 1)."""
     g = torch.Generator().manual_seed(0)
-    shapes = ((T, D), (V, D)) if D else ((T, V),)
-    leaves = tuple((torch.randn(shape, generator=g) / max(1, D) ** 0.25).requires_grad_() for shape in shapes)
+    leaves = tuple((torch.randn(rows, D, generator=g) / D**0.25).requires_grad_() for rows in (T, V))
     return Inputs((*leaves, torch.randint(V, (T,), generator=g)), leaves, torch.randn(T, generator=g))
 
 
-def cpu_peaks(operation: str, provider: str, T: int, V: int, D: int) -> dict[str, float]:
+def cpu_peaks(provider: str, T: int, V: int, D: int) -> dict[str, float]:
     """By direction: the most MiB beyond what the process held before. For a process of its own."""
-    call, inputs, peaks = CPU_CALLS[operation, provider], cpu_inputs(T, V, D), {}
+    call, inputs, peaks = CPU_CALLS[provider], cpu_inputs(T, V, D), {}
     for direction, run in DIRECTIONS.items():
         held = forget_peak()
         run(call, inputs)
@@ -594,17 +535,16 @@ def cpu_seconds(call: Callable[[], object]) -> float:
 
 def cpu_rows(rounds: int = 3) -> list[dict]:
     """Memory of each provider in a process of its own, then seconds of both here, taking turns."""
-    rows, names = [], ("ours", "whole logits")
-    for operation, *shape in CPU_CASES:
-        T, V, D = shape
-        MiB = {name: in_fresh_process(cpu_peaks, operation, name, *shape) for name in names}
-        inputs = cpu_inputs(*shape)
+    rows = []
+    for T, V, D in CPU_SHAPES:
+        MiB = [in_fresh_process(cpu_peaks, name, T, V, D) for name in CPU_CALLS]
+        inputs = cpu_inputs(T, V, D)
         for direction, run in DIRECTIONS.items():
-            times = [[cpu_seconds(functools.partial(run, CPU_CALLS[operation, name], inputs)) for name in names]
+            times = [[cpu_seconds(functools.partial(run, call, inputs)) for call in CPU_CALLS.values()]
                      for _ in range(rounds)]
             ours, whole = map(statistics.median, zip(*times, strict=True))
-            a, b = (MiB[name][direction] for name in names)
-            rows.append({"operation": operation, "case": f"T {T}, V {V}" + (f", D {D}" if D else "") + ", float32",
+            a, b = (peaks[direction] for peaks in MiB)
+            rows.append({"operation": "linear_logprob", "case": f"T {T}, V {V}, D {D}, float32",
                          "direction": direction, "ours s": ours, "whole logits s": whole, "ratio of s": ours / whole,
                          "ours MiB": a, "whole logits MiB": b, "ratio of MiB": a / b})
     return rows
@@ -619,6 +559,8 @@ def bench_kernels() -> list[dict]:
 
 
 # ------------------------------------------------------------------------------------------------ the compiler's view
+
+OPERATIONS = ("linear_logprob", "group_advantage", "grpo_token_loss")
 
 
 class SM90:
@@ -651,27 +593,22 @@ def launches() -> Iterator[tuple[str, str, Callable[[], object]]]:
 
     The calls go in below the check that the tensors are on a GPU: small ones on the CPU stand for large ones there.
     """
-    modules = {name: importlib.import_module(f"kernels.{name}")
-               for name in ("linear_logprob", "logits_logprob", "group_advantage", "grpo_token_loss")}
+    linear, advantage, loss = (importlib.import_module(f"kernels.{name}") for name in OPERATIONS)
     T, V, D = 128, 4096, 256
     row, targets = torch.ones(T), torch.zeros(T, dtype=torch.long)
     offsets = torch.tensor([0, 64, T])
-    for name, operands in (("linear_logprob", ((T, D), (V, D))), ("logits_logprob", ((T, V),))):
-        module = modules[name]
-        for dtype in (torch.bfloat16, torch.float32):
-            for entropy in (False, True):
-                what = str(dtype).removeprefix("torch.") + ", entropy" * entropy
-                x = [torch.zeros(shape, dtype=dtype) for shape in operands]
-                kept = (row, row if entropy else None, *x, targets, row, row)
-                last = (None, 1.0, True, True) if name == "linear_logprob" else (1.0, True, torch.empty_like(x[0]))
-                yield name, what, functools.partial(module._forward, *x, targets, 1.0, entropy, True)
-                yield name, what, functools.partial(module._backward, *kept, *last)
-    yield ("group_advantage", "float64, weights, clip", functools.partial(
-        modules["group_advantage"]._group_advantage, row.double(), offsets, row[:2].double(), 1e-6, 5.0, True, True))
+    for dtype in (torch.bfloat16, torch.float32):
+        x = [torch.zeros(rows, D, dtype=dtype) for rows in (T, V)]
+        for entropy in (False, True):
+            what = str(dtype).removeprefix("torch.") + ", entropy" * entropy
+            yield "linear_logprob", what, functools.partial(linear._forward, *x, targets, 1.0, entropy, True)
+            yield "linear_logprob", what, functools.partial(
+                linear._backward, row, row if entropy else None, *x, targets, row, row, None, 1.0, True, True)
+    yield "group_advantage", "float64, weights, clip", functools.partial(
+        advantage._group_advantage, row.double(), offsets, row[:2].double(), 1e-6, 5.0, True, True)
     for beta in (0.0, 0.001):
-        yield ("grpo_token_loss", "float32" + ", KL" * bool(beta), functools.partial(
-            modules["grpo_token_loss"]._token_loss, row, row, row[:2], offsets, row[:2], row if beta else None, None,
-            0.2, 0.28, beta, True))
+        yield "grpo_token_loss", "float32" + ", KL" * bool(beta), functools.partial(
+            loss._token_loss, row, row, row[:2], offsets, row[:2], row if beta else None, None, 0.2, 0.28, beta, True)
 
 
 def disassembled(cubin: bytes) -> dict[str, int]:
@@ -721,5 +658,4 @@ def bench_sm90() -> list[dict]:
         sys.exit("bench.py sm90: TRITON_INTERPRET is set, and interpreted kernels are not compiled; unset it")
     if importlib.util.find_spec("triton") is None:
         sys.exit("bench.py sm90: Triton is not installed: pip install triton")
-    return in_fresh_process(compile_for_sm90, ("linear_logprob", "logits_logprob", "group_advantage",
-                                               "grpo_token_loss"))
+    return in_fresh_process(compile_for_sm90, OPERATIONS)

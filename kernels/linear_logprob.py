@@ -151,8 +151,8 @@ def _fold_kernel(hidden, weight, targets, peak_ST, total_ST, moment_ST, chosen_T
         chosen += tl.sum(tl.where(column == target[:, None], logits, 0.0), axis=1)
         logits = tl.where(column < last, logits, LOWEST)
         left, right = tl.split(logits.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))  # else registers are spilled
-        peak, total, moment = fold(left, peak, total, moment, 1, ENTROPY)
-        peak, total, moment = fold(right, peak, total, moment, 1, ENTROPY)
+        peak, total, moment = fold(left, peak, total, moment, ENTROPY)
+        peak, total, moment = fold(right, peak, total, moment, ENTROPY)
     out = split.to(tl.int64) * T + row
     tl.store(peak_ST + out, peak * LN2, mask=row < T)
     tl.store(total_ST + out, total, mask=row < T)

@@ -1,4 +1,4 @@
-"""What the two log-prob operations share: the softmax that is summed up piece by piece, and the gradient in its logits.
+"""The softmax that `linear_logprob` sums up piece by piece, and the gradient in its logits.
 
 A piece of a row of logits leaves three numbers: its maximum and two sums relative to it,
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels.backend import IGNORE_INDEX, jit, tl
 
-LOWEST = tl.constexpr(-1e30)  # stands for -inf, which breeds NaN where it meets a weight of 0
+LOWEST = tl.constexpr(-1e30)  # stands for -inf at columns past the end: -inf breeds NaN where it meets a weight of 0
 LN2 = tl.constexpr(math.log(2))
 
 
@@ -39,7 +39,7 @@ class Partial(NamedTuple):
         if not entropy:
             return cls(peak, logits.exp_().sum(dim=1), torch.zeros_like(peak))
         p = logits.exp()
-        return cls(peak, p.sum(dim=1), logits.clamp_(min=-1e30).mul_(p).sum(dim=1))
+        return cls(peak, p.sum(dim=1), logits.mul_(p).sum(dim=1))
 
     def lse_and_entropy(self) -> tuple[Tensor, Tensor]:
         """(T,) each, of the partials (S, T) of S pieces."""
@@ -57,7 +57,7 @@ def of_whole_rows(logits: Tensor, targets: Tensor, entropy: bool) -> tuple[Tenso
     return chosen, *Partial(*(x[None] for x in Partial.of(logits, entropy))).lse_and_entropy()
 
 
-def chunks(rows: int, columns: int, most: int, multiple: int = 1) -> list[slice]:
+def chunks(rows: int, columns: int, most: int, multiple: int) -> list[slice]:
     """Slices of the rows, each of at most `most` logits or, if that is too few, of `multiple` rows."""
     size = max(1, most // (columns * multiple)) * multiple
     return [slice(first, first + size) for first in range(0, rows, size)]
@@ -68,7 +68,7 @@ def logit_gradient(log_p: Tensor, targets: Tensor, entropy: Tensor, grad_logp: T
     """The gradient above for log p (n, V), which is overwritten."""
     pull = grad_logp[:, None]
     if grad_entropy is not None:
-        pull = pull + grad_entropy[:, None] * (log_p.clamp_(min=-1e30) + entropy[:, None])
+        pull = pull + grad_entropy[:, None] * (log_p + entropy[:, None])
     gradient = log_p.exp_().mul_(pull).neg_()
     row = ((targets >= 0) & (targets < log_p.shape[1])).nonzero().squeeze(1)
     gradient[row, targets[row]] += grad_logp[row]
@@ -85,15 +85,15 @@ def check_targets(targets: Tensor, words: int) -> None:
 
 
 @jit
-def fold(logits, peak, total, moment, AXIS: tl.constexpr, ENTROPY: tl.constexpr):
-    """Takes a tile of logits, in units of log 2, into running partials along AXIS; starts from LOWEST, 0, 0."""
-    higher = tl.maximum(peak, tl.max(logits, axis=AXIS))
+def fold(logits, peak, total, moment, ENTROPY: tl.constexpr):
+    """Takes a tile of logits, in units of log 2, into its rows' running partials; starts from LOWEST, 0, 0."""
+    higher = tl.maximum(peak, tl.max(logits, axis=1))
     drop = peak - higher
-    logits -= tl.expand_dims(higher, AXIS)
+    logits -= higher[:, None]
     p = tl.exp2(logits)
     if ENTROPY:
-        moment = tl.exp2(drop) * (moment + total * drop) + tl.sum(p * logits, axis=AXIS)
-    total = tl.exp2(drop) * total + tl.sum(p, axis=AXIS)
+        moment = tl.exp2(drop) * (moment + total * drop) + tl.sum(p * logits, axis=1)
+    total = tl.exp2(drop) * total + tl.sum(p, axis=1)
     return higher, total, moment
 
 

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import group_advantage, grpo_token_loss, linear_logprob, logits_logprob
+from kernels import group_advantage, grpo_token_loss, linear_logprob
 
 ROOT = Path(__file__).parents[1]
-LINEAR, LOGITS = (importlib.import_module(f"kernels.{name}_logprob") for name in ("linear", "logits"))  # the modules:
-# the package has functions of these names
+LINEAR = importlib.import_module("kernels.linear_logprob")  # the package has a function of this name
 
 
 def generator(seed=0):
@@ -136,15 +135,10 @@ def test_linear_logprob_passes_gradcheck(monkeypatch, max_logits):
 # MiB that a process of its own holds at most (VmHWM) beyond what it held before, after forward and after backward:
 # with chunks of 4 MiB, then with whole logits.
 PEAK = """
-import importlib, sys, torch
-from kernels import linear_logprob, logits_logprob
-operation, T, V = sys.argv[1], 2048, 16384
-module, function = importlib.import_module(f"kernels.{operation}"), globals()[operation]
-targets = torch.randint(V, (T,))
-if operation == "linear_logprob":
-    operands = torch.randn(T, 8, requires_grad=True), torch.randn(V, 8, requires_grad=True)
-else:
-    operands = torch.full((T, V), 0.5, requires_grad=True),
+import importlib, torch
+module, T, V = importlib.import_module("kernels.linear_logprob"), 2048, 16384
+function, targets = module.linear_logprob, torch.randint(V, (T,))
+operands = torch.randn(T, 8, requires_grad=True), torch.randn(V, 8, requires_grad=True)
 
 def peak():
     return next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("VmHWM")) / 1024
@@ -163,16 +157,14 @@ for module.MAX_LOGITS in (1 << 20, T * V):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process's peak memory from Linux's /proc")
-@pytest.mark.parametrize("operation, output", [("linear_logprob", 0), ("logits_logprob", 128)])
-def test_no_more_than_a_chunk_of_logits_ever_exists(operation, output):
-    """2048 x 16384 logits are 128 MiB in float32; either direction must do with a few chunks of 4 MiB beside the
-    operands and its output, which from given logits is as large as they are."""
-    done = subprocess.run([sys.executable, "-c", PEAK, operation], cwd=ROOT, capture_output=True, text=True,
+def test_no_more_than_a_chunk_of_logits_ever_exists():
+    """2048 x 16384 logits are 128 MiB in float32; either direction must do with a few chunks of 8 MiB."""
+    done = subprocess.run([sys.executable, "-c", PEAK], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     forward, both, whole_forward, whole_both = map(float, done.stdout.split())
-    assert forward < 48 and both < output + 48
-    assert whole_forward > 100 and whole_both > output + 100  # the probe sees logits where they are made whole
+    assert forward < 48 and both < 48
+    assert whole_forward > 100 and whole_both > 100  # the probe sees logits where they are made whole
 
 
 def test_the_backward_keeps_no_logits():
@@ -195,18 +187,15 @@ def test_operands_of_two_dtypes_raise():
 def test_a_target_that_is_no_word_raises(wrong):
     hidden, weight, targets = linear_case()
     targets[7] = wrong
-    for call in (lambda: linear_logprob(hidden, weight, targets), lambda: logits_logprob(hidden @ weight.T, targets)):
-        with pytest.raises(IndexError, match=rf"targets\[7\] is {wrong}, and there are 41 words"):
-            call()
+    with pytest.raises(IndexError, match=rf"targets\[7\] is {wrong}, and there are 41 words"):
+        linear_logprob(hidden, weight, targets)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
 def test_a_temperature_that_is_not_positive_raises(temperature):
     hidden, weight, targets = linear_case()
-    for call in (lambda: linear_logprob(hidden, weight, targets, temperature=temperature),
-                 lambda: logits_logprob(hidden @ weight.T, targets, temperature=temperature)):
-        with pytest.raises(ValueError, match="temperature must be positive"):
-            call()
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        linear_logprob(hidden, weight, targets, temperature=temperature)
 
 
 @pytest.mark.parametrize("max_logits", [1 << 24, 23 * 5], ids=["whole", "in slices"])
@@ -240,27 +229,6 @@ def test_main_grad_is_added_to_and_autograd_gets_nothing(monkeypatch, max_logits
     torch.testing.assert_close(main, 1 + plain.grad)
     with pytest.raises(ValueError, match="must have the shape of weight"):
         linear_logprob(hidden, weight, targets, main_grad=main[1:])
-
-
-@pytest.mark.parametrize("max_logits", [1 << 24, 41 * 4, 1], ids=["one chunk", "chunks of 4 rows", "row by row"])
-def test_from_logits_comes_what_comes_from_their_factors(monkeypatch, max_logits):
-    monkeypatch.setattr(LOGITS, "MAX_LOGITS", max_logits)
-    hidden, weight, targets = linear_case(dtype=torch.float64)
-    targets[3] = -100
-    logits = (hidden @ weight.T).requires_grad_()
-    expected = linear_logprob(hidden.requires_grad_(), weight, targets, temperature=0.8, entropy=True)
-    got = logits_logprob(logits, targets, temperature=0.8, entropy=True)
-    for x, y in zip(got, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
-    for logp, entropy in (got, expected):
-        (logp.square() + entropy).sum().backward()
-    torch.testing.assert_close(logits.grad @ weight, hidden.grad, rtol=1e-11, atol=1e-12)
-
-
-@pytest.mark.parametrize("shape, stride", [((5, 7), (1, 5)), ((5, 7, 1), (7, 1, 1)), ((4, 7), (7, 1))])
-def test_logits_of_another_form_raise(shape, stride):
-    with pytest.raises(ValueError, match="shapes do not fit|contiguous along V"):
-        logits_logprob(torch.zeros(60).as_strided(shape, stride), torch.zeros(5, dtype=torch.long))
 
 
 @pytest.mark.parametrize("hidden, weight, targets", [

@@ -16,12 +16,12 @@ from test_train import trainer_of
 from torch import Tensor
 
 import tasks
-from kernels import backend, group_advantage, grpo_token_loss, linear_logprob, logits_logprob
+from kernels import backend, group_advantage, grpo_token_loss, linear_logprob
 
 pytest.importorskip("triton", reason="the kernels need Triton, which is not installed")
 
-ADVANTAGE, LOSS, LINEAR, LOGITS = (importlib.import_module(f"kernels.{name}") for name in (
-    "group_advantage", "grpo_token_loss", "linear_logprob", "logits_logprob"))  # the package has functions so named
+ADVANTAGE, LOSS, LINEAR = (importlib.import_module(f"kernels.{name}") for name in (
+    "group_advantage", "grpo_token_loss", "linear_logprob"))  # the package has functions so named
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORWARD = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5}  # absolute
 GRADIENT = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 2**-7, torch.float16: 2**-9}  # of the norm
@@ -238,10 +238,8 @@ def test_targets_may_be_every_other_one_of_a_row(how):
     hidden, weight, targets = linear_case(9, 140, 24)
     apart = torch.stack((targets, torch.zeros_like(targets)), dim=1)[:, 0]
     assert apart.stride() == (2,)
-    logits = hidden @ weight.T
     assert torch.equal(linear_logprob(hidden, weight, apart, backend=how),
                        linear_logprob(hidden, weight, targets, backend=how))
-    assert torch.equal(logits_logprob(logits, apart, backend=how), logits_logprob(logits, targets, backend=how))
 
 
 def test_one_row_seen_many_times():
@@ -431,183 +429,6 @@ def test_frozen_operands_get_no_gradient_and_spoil_none(how):
         assert operands[frozen].grad is None and torch.equal(operands[1 - frozen].grad, expected[3 - frozen])
         combine(*linear_logprob(*operands, targets, entropy=True, backend=how, main_grad=main), a, b).backward()
         assert bool(main.any()) == (frozen == 0)  # a frozen weight's main_grad is left alone
-
-
-# ------------------------------------------------------------------------------------------------- logits_logprob
-
-
-def logits_case(T=4, V=300, dtype=torch.float32, seed=0, width=None):
-    g = generator(seed)
-    buffer = (3 * torch.randn(T, width or V, generator=g)).to(DEVICE, dtype)
-    targets = torch.randint(V, (T,), generator=g)
-    border = torch.tensor([y for y in (V - 1, 0, 127, 128) if y < V][:T], dtype=torch.long)
-    targets[: len(border)] = border
-    return buffer[:, :V], targets.to(DEVICE)
-
-
-def logits_truth(logits, targets, a=None, b=None, temperature=1.0):
-    x = logits.detach().double().requires_grad_()
-    logp, entropy = log_softmax(x / temperature, targets)
-    if a is not None or b is not None:
-        combine(logp, entropy, a, b).backward()
-    return logp.detach(), entropy.detach(), x.grad
-
-
-def from_logits(logits, targets, a=None, b=None, *, how="triton", **options):
-    x = logits.detach().requires_grad_()
-    logp, entropy = logits_logprob(x, targets, entropy=True, backend=how, **options)
-    if a is not None or b is not None:
-        combine(logp, entropy, a, b).backward()
-    return logp.detach(), entropy.detach(), x.grad
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16],
-                         ids=["f64", "f32", "bf16", "f16"])
-@pytest.mark.parametrize("shape", [(0, 17), (1, 1), (4, 17), (4, 128), (3, 129), (4, 300)], ids=str)
-def test_logits_equal_float64_at_any_shape(shape, dtype):
-    logits, targets = logits_case(*shape, dtype=dtype)
-    a, b = weights_of(shape[0])
-    got, expected = from_logits(logits, targets, a, b, temperature=0.7), logits_truth(logits, targets, a, b, 0.7)
-    assert got[2].dtype == dtype
-    for x, y in zip(got[:2], expected[:2], strict=True):
-        assert x.dtype == torch.promote_types(dtype, torch.float32)
-        torch.testing.assert_close(x.double(), y, rtol=0, atol=FORWARD[dtype])
-    eps = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, torch.finfo(dtype).eps)
-    torch.testing.assert_close(got[2].double(), expected[2], rtol=eps, atol=eps / 10)
-
-
-@pytest.mark.parametrize("which", ["logp", "entropy"])
-@pytest.mark.parametrize("temperature", [1.0, 1.7])
-def test_logits_gradients_of_either_output_alone(which, temperature):
-    logits, targets = logits_case(3, 129)
-    a, b = weights_of(3, which)
-    got = from_logits(logits, targets, a, b, temperature=temperature)
-    assert relative_error(got[2], logits_truth(logits, targets, a, b, temperature)[2]) < 1e-5
-    assert torch.equal(logits_logprob(logits, targets, temperature=temperature, backend="triton"), got[0])
-
-
-@pytest.mark.parametrize("how", ["triton", "torch"])
-def test_logits_gradcheck(how):
-    logits, targets = logits_case(2, 5, dtype=torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda x: logits_logprob(x, targets, temperature=0.7, entropy=True, backend=how), (logits.requires_grad_(),))
-
-
-@pytest.mark.parametrize("how", ["triton", "torch"])
-def test_the_left_part_of_wider_logits(how):
-    """A padded vocabulary: the columns past V hold anything, here large numbers."""
-    logits, targets = logits_case(4, 130, width=200)
-    wider = torch.full((4, 200), 80.0, device=DEVICE)
-    wider[:, :130] = logits
-    a, b = weights_of(4)
-    got, expected = from_logits(wider[:, :130], targets, a, b, how=how), logits_truth(logits, targets, a, b)
-    for x, y in zip(got, expected, strict=True):
-        assert x.shape == y.shape
-        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
-    left = wider[:, :130]
-    from_logits(left, targets, a, b, how=how, inplace_backward=True)
-    torch.testing.assert_close(left.double(), expected[2], rtol=1e-5, atol=1e-6)
-    assert (wider[:, 130:] == 80).all()
-
-
-@pytest.mark.parametrize("how", ["triton", "torch"])
-def test_impossible_words_have_no_gradient(how):
-    logits, targets = logits_case(4, 140)
-    logits[:, 1:126] = -torch.inf  # a whole stride of some rows' columns
-    logits[0, 128:] = -torch.inf
-    targets[:] = torch.tensor([0, 126, 127, 128])
-    a, b = weights_of(4)
-    got, expected = from_logits(logits, targets, a, b, how=how), logits_truth(logits, targets, a)
-    torch.testing.assert_close(got[0].double(), expected[0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(got[1].double(), expected[1], rtol=0, atol=1e-5)
-    assert (got[2][logits == -torch.inf] == 0).all() and got[2].isfinite().all()
-    assert relative_error(from_logits(logits, targets, a, how=how)[2], expected[2]) < 1e-5
-
-
-@pytest.mark.parametrize("how", ["triton", "torch"])
-@pytest.mark.parametrize("level", [-1e4, 0.0, 1e4])
-def test_logits_may_lie_anywhere(how, level):
-    logits, targets = logits_case(3, 129, dtype=torch.float64)
-    a, b = weights_of(3)
-    got, expected = from_logits(logits + level, targets, a, b, how=how), logits_truth(logits + level, targets, a, b)
-    for x, y in zip(got, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("how", ["triton", "torch"])
-def test_ignored_logits_give_zero_and_no_gradient(how):
-    logits, targets = logits_case(4, 17)
-    targets[1:3] = -100
-    a, b = weights_of(4)
-    got, expected = from_logits(logits, targets, a, b, how=how), logits_truth(logits, targets, a, b)
-    for x, y in zip(got, expected, strict=True):
-        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
-        assert (x[1:3] == 0).all()
-
-
-@pytest.mark.parametrize("how", ["triton", "torch"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-def test_backward_in_place_writes_over_the_logits_once(dtype, how):
-    logits, targets = logits_case(3, 150, dtype=dtype)
-    a, b = weights_of(3)
-    _, _, apart = from_logits(logits, targets, a, b, how=how)
-    x = logits.clone().requires_grad_()
-    logp, entropy = logits_logprob(x, targets, entropy=True, inplace_backward=True, backend=how)
-    total = combine(logp, entropy, a, b)
-    total.backward(retain_graph=True)
-    assert x.grad.data_ptr() == x.data_ptr() and torch.equal(x.detach(), apart)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        total.backward()
-
-
-def test_logits_survive_a_backward_that_is_not_in_place():
-    logits, targets = logits_case(2, 140)
-    before = logits.clone()
-    _, _, gradient = from_logits(logits, targets, *weights_of(2))
-    assert torch.equal(logits, before) and gradient.data_ptr() != logits.data_ptr()
-
-
-@pytest.mark.parametrize("how", ["triton", "torch"])
-def test_outputs_from_logits_may_be_overwritten(how):
-    logits, targets = logits_case(2, 140)
-    a, b = weights_of(2)
-    _, _, expected = from_logits(logits, targets, a, b, how=how)
-    x = logits.clone().requires_grad_()
-    logp, entropy = logits_logprob(x, targets, entropy=True, backend=how)
-    total = combine(logp, entropy, a, b)
-    with torch.no_grad():
-        logp.zero_(), entropy.zero_()
-    total.backward()
-    assert torch.equal(x.grad, expected)
-
-
-@pytest.mark.parametrize("how", ["triton", "torch"])
-@pytest.mark.parametrize("column", [0, 130])
-def test_a_nan_logit_shows(how, column):
-    logits, targets = logits_case(2, 140)
-    logits[1, column] = torch.nan
-    targets[:] = 5
-    logp = logits_logprob(logits, targets, backend=how)
-    assert logp[0].isfinite() and logp[1].isnan()
-
-
-def test_rows_beyond_two_to_the_31_elements_are_found():
-    """Four rows a 2^30 elements apart; of the memory between them only what is touched becomes real on CPU."""
-    stride, V = 2**30 + 64, 20
-    try:
-        buffer = torch.empty(3 * stride + V, dtype=torch.bfloat16, device=DEVICE)
-    except (RuntimeError, MemoryError):
-        pytest.skip("no 6 GB of address space")
-    logits = buffer.as_strided((4, V), (stride, 1))
-    values, targets = logits_case(4, V, dtype=torch.bfloat16)
-    logits.copy_(values)
-    a, b = weights_of(4)
-    expected = logits_truth(values, targets, a, b)
-    logp, entropy, gradient = from_logits(logits, targets, a, b)
-    torch.testing.assert_close(logp.double(), expected[0], rtol=0, atol=2e-5)
-    torch.testing.assert_close(gradient.double(), expected[2], rtol=2**-7, atol=1e-3)
-    from_logits(logits, targets, a, b, inplace_backward=True)
-    assert torch.equal(logits, gradient)
 
 
 # ------------------------------------------------------------------------------------------------ group_advantage
@@ -854,7 +675,7 @@ def test_no_responses_lose_nothing():
     assert result.loss == 0 and all(x.shape == (0,) for x in result[1:])
 
 
-# ------------------------------------------------------------------------------------------------ all four in torch
+# ------------------------------------------------------------------------------------------------ all three in torch
 
 
 def operations(how: str):
@@ -865,9 +686,6 @@ def operations(how: str):
     a, b = (x.float() for x in weights_of(6))
     ops = torch.ops.group_dro
     logp, lse, entropy = ops.linear_logprob(hidden, weight, targets, 0.7, True, on)
-    logits, words = logits_case(3, 140)
-    words[1] = -100
-    _, lse_2, entropy_2 = ops.logits_logprob(logits, words, 0.7, True, on)
     sideways = hidden.T.contiguous().T
     case, extra = loss_case((2, 5), dtype=torch.float32)
     rewards, offsets = torch.randn(7, generator=generator(3)).to(DEVICE), torch.tensor([0, 3, 3, 7], device=DEVICE)
@@ -884,9 +702,6 @@ def operations(how: str):
                                                (a, None, hidden, weight, targets, *backward, None, 0.7, False, on)),
         "linear backward to main_grad": (ops.linear_logprob_backward, (
             a, b, hidden, weight, targets, *backward, torch.zeros_like(weight), 0.7, True, on)),
-        "logits": (ops.logits_logprob, (logits, words, 0.7, True, on)),
-        "logits backward": (ops.logits_logprob_backward, (
-            a[:3], b[:3], logits, words, lse_2, entropy_2, 0.7, on, torch.empty_like(logits))),
         "advantage": (ops.group_advantage, (rewards, offsets, rewards[:3].clone(), 1e-6, 3.0, True, on)),
         "advantage without weights": (ops.group_advantage, (rewards, offsets, None, 1e-6, None, False, on)),
         "loss": (ops.grpo_token_loss, (*loss, 0.2, 0.28, 0.04, on)),
@@ -897,21 +712,21 @@ def operations(how: str):
 @pytest.mark.parametrize("how", ["triton", "torch"])
 @pytest.mark.parametrize("name", [
     "linear", "linear without entropy", "linear backward", "linear backward of transposed hidden states",
-    "linear backward to a frozen weight", "linear backward to main_grad", "logits", "logits backward", "advantage",
+    "linear backward to a frozen weight", "linear backward to main_grad", "advantage",
     "advantage without weights", "loss", "loss without reference",
 ])
 def test_operations_are_what_torch_is_told_of_them(name, how):
     torch.library.opcheck(*operations(how)[name])
 
 
-def step_of_all(hidden, weight, targets, logits, rewards, offsets, how, main_grad=None):
-    """A function of all four operations, of (6,) tokens in two responses, for torch.compile."""
+def step_of_all(hidden, weight, targets, rewards, offsets, how, main_grad=None):
+    """A function of all three operations, of (6,) tokens in two responses, for torch.compile."""
     A, _ = group_advantage(rewards, torch.tensor([0, 2], device=rewards.device), clip=3.0, backend=how)
     logp, entropy = linear_logprob(hidden, weight, targets, temperature=0.7, entropy=True, main_grad=main_grad,
                                    backend=how)
     loss = grpo_token_loss(logp, logp.detach() - 0.1, A, offsets, torch.ones_like(A), beta=0.04,
                            ref_logp=logp.detach() + 0.1, backend=how).loss
-    return loss + entropy.sum() + logits_logprob(logits, targets, backend=how).sum()
+    return loss + entropy.sum()
 
 
 @pytest.mark.parametrize("compiler, how, main", [
@@ -920,15 +735,14 @@ def step_of_all(hidden, weight, targets, logits, rewards, offsets, how, main_gra
 ])
 def test_compiled_whole_they_are_what_they_were(compiler, how, main):
     hidden, weight, targets = linear_case(6, 140, 16)
-    logits, _ = logits_case(6, 140)
     rest = (torch.tensor([1.0, -1.0], device=DEVICE), torch.tensor([0, 2, 6], device=DEVICE))
     results = []
     for function in (step_of_all, torch.compile(step_of_all, backend=compiler, fullgraph=True)):
-        operands = [x.clone().requires_grad_() for x in (hidden, weight, logits)]
+        operands = [x.clone().requires_grad_() for x in (hidden, weight)]
         main_grad = torch.ones_like(weight) if main else None
-        loss = function(operands[0], operands[1], targets, operands[2], *rest, how, main_grad)
+        loss = function(*operands, targets, *rest, how, main_grad)
         loss.backward()
-        results.append([loss.detach(), operands[0].grad, main_grad if main else operands[1].grad, operands[2].grad])
+        results.append([loss.detach(), operands[0].grad, main_grad if main else operands[1].grad])
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
@@ -940,12 +754,11 @@ def calls(how):
     hidden, weight, targets = (x.cpu() for x in linear_case(2, 5, 3))
     (logp, *rest), _ = loss_case((2,), dtype=torch.float32)
     return [lambda: linear_logprob(hidden, weight, targets, backend=how),
-            lambda: logits_logprob(weight, torch.zeros(5, dtype=torch.long), backend=how),
             lambda: group_advantage(torch.ones(3), torch.tensor([0, 3]), backend=how),
             lambda: grpo_token_loss(logp, *rest, backend=how)]
 
 
-KERNELS = [(LINEAR, "_fold_kernel"), (LOGITS, "_forward_kernel"), (ADVANTAGE, "_kernel"), (LOSS, "_kernel")]
+KERNELS = [(LINEAR, "_fold_kernel"), (ADVANTAGE, "_kernel"), (LOSS, "_kernel")]
 
 
 def test_an_unknown_backend_raises():
@@ -977,7 +790,7 @@ def test_the_backend_decides_which_form_runs(monkeypatch, how, devices, launches
     counted = [count(monkeypatch, *kernel) for kernel in KERNELS]
     for call in calls(how):
         call()
-    assert [k.launches for k in counted] == [launches] * 4
+    assert [k.launches for k in counted] == [launches] * 3
 
 
 @pytest.fixture(scope="module")
@@ -1021,7 +834,7 @@ def test_a_training_step_on_the_kernels_is_one_on_the_references(base, tmp_path,
                         **{k: torch.tensor(line[k]) for k in rounded[:5]},
                         "prompt scores": torch.from_numpy(trainer.prompt_gdro.score_B),
                         "arm scores": torch.from_numpy(trainer.rollout_gdro.log_prob_BK())})
-    names = ("linear", "logits", "advantage", "loss", "dlogits")
+    names = ("linear", "advantage", "loss", "dlogits")
     launches = dict(zip(names, (k.launches for k in counted), strict=True))
     assert launches["advantage"] == 1 and launches["linear"] > launches["dlogits"] >= launches["loss"] >= 1
     for line in lines:
