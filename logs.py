@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-RESULTS = Path(__file__).parent / "results"
+from study import PARTS, kept_lines, row_file
+
 MODES = {"grpo": "GRPO", "prompt": "Prompt-GDRO", "rollout": "Rollout-GDRO", "both": "both"}
 TAIL = 0.6  # tail averages are over the steps at or past this quantile
 
@@ -26,7 +27,7 @@ class Missing(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder: config.json, metrics.jsonl, and eval.json if there is one."""
+    """What a run folder holds: config.json, metrics.jsonl, and eval.json if there is one."""
 
     name: str  # the folder's
     config: dict
@@ -83,20 +84,19 @@ def study() -> dict[str, dict[str, list[Run]]]:
 
     Raises ValueError for a run that was made with other flags than its row has now.
     """
-    import study as rows
-
     found: dict[str, dict[str, list[Run]]] = {}
-    order = [row.name for part in rows.PARTS.values() for row in part]
-    for planned in sorted(rows.runs(""), key=lambda r: (order.index(r.row.name), r.seed)):
-        if not planned.done():
-            continue
-        run = Run.load(RESULTS / "study" / planned.name)
-        for flag, value in planned.row.flags.items():
-            if flag != "adversary" and run.config[flag] != value:
-                raise ValueError(f"{planned.name} was run with --{flag} {run.config[flag]}, study.py now has {value}")
-        found.setdefault(planned.task, {}).setdefault(planned.row.name, []).append(run)
+    for row in (row for part in PARTS.values() for row in part):
+        for task in row.tasks:
+            runs = [Run(**json.loads(line)) for line in kept_lines(row_file(task, row.name)).values()]
+            for run in runs:
+                other = [f"--{k} {run.config[k]}" for k, v in row.flags.items()
+                         if k != "adversary" and run.config[k] != v]
+                if other:
+                    raise ValueError(f"{task}/{run.name} was run with {' '.join(other)}, unlike its row in study.py")
+            if runs:
+                found.setdefault(task, {})[row.name] = runs
     if not found:
-        raise Missing(f"{RESULTS.name}/study holds no complete run; python study.py makes them")
+        raise Missing("results/study holds no complete run; python study.py makes them")
     return found
 
 

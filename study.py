@@ -5,13 +5,14 @@
     python study.py --only permutations/both      runs whose name contains this
     python plots.py --table                       what came out
 
-A run goes to out/study/TASK/ROW-SEED; when it is complete, its config, log (four significant digits) and evaluations
-are copied to results/study/TASK/ROW-SEED (`seconds` in config.json are those of its last sitting). Ctrl-C lets the runs
-finish their step and checkpoint; the same command goes on. Settings were chosen on development problems with seeds from
-100 on; the rows report held-out problems with seeds from 0 on.
+A run goes to out/study/TASK/ROW-SEED; when it is complete, its config, log (four significant digits, seconds in total
+alone) and evaluations become one line of results/study/TASK/ROW.jsonl.gz (`seconds` of its config are those of its last
+sitting). Ctrl-C lets the runs finish their step and checkpoint; the same command goes on. Settings were chosen on
+development problems with seeds from 100 on; the rows report held-out problems with seeds from 0 on.
 """
 
 import argparse
+import gzip
 import json
 import os
 import signal
@@ -25,13 +26,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ranks import replace_text
-
 HERE = Path(__file__).parent
 OUT, RESULTS = HERE / "out" / "study", HERE / "results" / "study"
 DIGITS = 4
 RUNNING: set[subprocess.Popen] = set()
 STOP = threading.Event()
+WRITING = threading.Lock()  # two runs of a row may end at once
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,10 @@ class Run:
         return [sys.executable, str(HERE / "train.py"), "--preset", self.task, *flags, *resume]
 
     def done(self) -> bool:
-        return (RESULTS / self.name / "eval.json").exists()
+        return f"{self.row.name}-{self.seed}" in kept_lines(row_file(self.task, self.row.name))
 
     def execute(self) -> str | None:
-        """Runs it to the end and copies what stays; None, or what went wrong."""
+        """Runs it to the end and keeps what stays; None, or what went wrong."""
         folder, start = OUT / self.name, time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "output.txt", "a") as output:
@@ -128,7 +128,7 @@ class Run:
         if code:
             last = (folder / "output.txt").read_text().replace("\r", "\n").strip().splitlines()[-1:]
             return f"{self.name}: train.py ended with {code}: {' '.join(last)}"
-        keep(folder, RESULTS / self.name, time.monotonic() - start)
+        keep(folder, time.monotonic() - start)
         return None
 
 
@@ -141,15 +141,38 @@ def rounded(x):
     return float(f"{x:.{DIGITS}g}") if isinstance(x, float) else x
 
 
-def keep(run: Path, kept: Path, seconds: float) -> None:
-    """Copies config, log and evaluations of a complete run; eval.json last, since it says that the run is done."""
-    kept.mkdir(parents=True, exist_ok=True)
-    config = json.loads((run / "config.json").read_text())
-    replace_text(kept / "config.json", json.dumps({**config, "seconds": round(seconds, 1)}, indent=1) + "\n")
-    lines = [json.dumps(rounded(json.loads(line)), separators=(",", ":"))
-             for line in (run / "metrics.jsonl").read_text().splitlines()]
-    replace_text(kept / "metrics.jsonl", "\n".join(lines) + "\n")
-    replace_text(kept / "eval.json", json.dumps(json.loads((run / "eval.json").read_text()), indent=1) + "\n")
+def row_file(task: str, row: str) -> Path:
+    return RESULTS / task / f"{row}.jsonl.gz"
+
+
+def kept_lines(file: Path) -> dict[str, str]:
+    """Name of a run -> its line, of all that a row's file holds. Names come first: none is parsed for them."""
+    if not file.exists():
+        return {}
+    with gzip.open(file, "rt") as lines:
+        return {line.split('"', 4)[3]: line for line in lines}
+
+
+def keep(folder: Path, seconds: float | None = None) -> None:
+    """Adds a complete run folder, named ROW-SEED, to the file of its row, or replaces it there. The same runs give the
+    same bytes, in whatever order they came."""
+    config, evaluations = (json.loads((folder / name).read_text()) for name in ("config.json", "eval.json"))
+    if evaluations[-1]["step"] < config["steps"]:
+        raise ValueError(f"{folder} is not complete: its last evaluation is of step {evaluations[-1]['step']}")
+    if seconds is not None:
+        config["seconds"] = round(seconds, 1)
+    log = [rounded(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines() if line]
+    for line in log:
+        line["seconds"] = {"total": line["seconds"]["total"]}
+    record = {"name": folder.name, "config": config, "log": log, "evaluations": evaluations}
+    file = row_file(config["preset"], folder.name.rpartition("-")[0])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with WRITING:
+        lines = {**kept_lines(file), folder.name: json.dumps(record, separators=(",", ":")) + "\n"}
+        by_seed = sorted(lines, key=lambda name: int(name.rpartition("-")[2]))
+        aside = file.with_name(file.name + ".partial")
+        aside.write_bytes(gzip.compress("".join(lines[name] for name in by_seed).encode(), 9, mtime=0))
+        aside.replace(file)
 
 
 def runs(only: str) -> list[Run]:

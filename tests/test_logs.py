@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 import logs
+import study
 from logs import Run
 
 NAN = float("nan")
@@ -143,3 +144,16 @@ def test_a_run_that_is_still_writing_is_read_up_to_its_last_whole_line(tmp_path)
     run = a_run()
     read = Run.load(folder_of(run, tmp_path / "run", cut='{"step": 12, "rew'))
     assert read.log == run.log and read.evaluations == run.evaluations
+
+
+def test_the_study_is_read_by_row_and_seed_and_runs_of_other_flags_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    for name, mode, seed in (("grpo", "grpo", 1), ("grpo", "grpo", 0), ("both", "both", 0)):
+        run = a_run(mode, seed, preset="arithmetic", changes={"steps": 12})
+        study.keep(folder_of(run, tmp_path / f"{name}-{seed}"))
+    found = logs.study.__wrapped__()["arithmetic"]
+    assert {row: [r.seed for r in runs] for row, runs in found.items()} == {"grpo": [0, 1], "both": [0]}
+    assert found["both"][0].log == study.rounded([{**line, "seconds": {"total": 3.0}} for line in run.log])
+    study.keep(folder_of(run, tmp_path / "rollout-0"))
+    with pytest.raises(ValueError, match="arithmetic/rollout-0 was run with --mode both, unlike its row in study.py"):
+        logs.study.__wrapped__()

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -58,26 +60,61 @@ def test_names_are_unique_and_parts_run_seed_by_seed():
     assert modes == sorted(modes)
 
 
-def test_what_is_kept_says_what_was_logged_to_four_digits(tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    line = {"step": 3, "x": [0.123456, None, 2, 1e-9], "y": {"z": -12345.678, "name": "0.123456"}}
-    (run / "config.json").write_text('{"seed": 1}')
-    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    (run / "eval.json").write_text('[{"mean": 0.123456789}]')
-    study.keep(run, tmp_path / "kept", 12.34)
-    kept = json.loads((tmp_path / "kept" / "metrics.jsonl").read_text())
-    assert kept == {"step": 3, "x": [0.1235, None, 2, 1e-9], "y": {"z": -12350.0, "name": "0.123456"}}
-    assert json.loads((tmp_path / "kept" / "eval.json").read_text()) == [{"mean": 0.123456789}]  # whole
-    assert json.loads((tmp_path / "kept" / "config.json").read_text()) == {"seed": 1, "seconds": 12.3}
+def folder_of(path: Path, seed: int, steps: int = 1, ended: int = 1) -> Path:
+    """A run folder as train.py leaves it, of `steps` steps, evaluated last after `ended`."""
+    folder = path / f"some-row-{seed}"
+    folder.mkdir(exist_ok=True)
+    line = {"step": 3, "x": [0.123456, None, 2, 1e-9], "y": {"z": -12345.678, "name": "0.123456"},
+            "seconds": {"update": 1.23456, "total": 2.34567}}
+    (folder / "config.json").write_text(json.dumps({"preset": "a-task", "seed": seed, "steps": steps}))
+    (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (folder / "eval.json").write_text(json.dumps([{"step": ended, "mean": 0.123456789}]))
+    return folder
 
 
-def test_a_run_that_fails_is_reported_with_its_last_words_and_is_not_done(tmp_path, monkeypatch):
+def test_what_is_kept_says_what_was_logged_to_four_digits(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    study.keep(folder_of(tmp_path, 4), 12.34)
+    (line,) = study.kept_lines(tmp_path / "results" / "a-task" / "some-row.jsonl.gz").values()
+    assert json.loads(line) == {
+        "name": "some-row-4", "config": {"preset": "a-task", "seed": 4, "steps": 1, "seconds": 12.3},
+        "log": [{"step": 3, "x": [0.1235, None, 2, 1e-9], "y": {"z": -12350.0, "name": "0.123456"},
+                 "seconds": {"total": 2.346}}],
+        "evaluations": [{"step": 1, "mean": 0.123456789}]}  # whole
+
+
+def test_runs_kept_at_once_are_all_there_by_seed_and_the_same_runs_give_the_same_bytes(tmp_path, monkeypatch):
+    folders = [folder_of(tmp_path, seed) for seed in range(12)]
+    files = []
+    for order in (folders, folders[::-1]):
+        monkeypatch.setattr(study, "RESULTS", tmp_path / f"results-{len(files)}")
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(study.keep, order))
+        study.keep(order[5])  # again: replaced, not doubled
+        files.append(study.row_file("a-task", "some-row"))
+    assert list(study.kept_lines(files[0])) == [f"some-row-{seed}" for seed in range(12)]
+    assert files[0].read_bytes() == files[1].read_bytes() and len(list(files[0].parent.iterdir())) == 1
+    row = study.Row("some-row", 13)
+    assert study.Run("a-task", row, 11).done() and not study.Run("a-task", row, 12).done()
+
+
+def test_a_run_that_stopped_early_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    with pytest.raises(ValueError, match="some-row-0 is not complete: its last evaluation is of step 50"):
+        study.keep(folder_of(tmp_path, 0, steps=100, ended=50))
+
+
+def test_a_run_is_kept_when_it_ends_and_reported_with_its_last_words_when_it_fails(tmp_path, monkeypatch):
+    """In the place of train.py stands a program that fails, and where it is asked to resume, completes."""
+    monkeypatch.setattr(study, "HERE", tmp_path)
     monkeypatch.setattr(study, "OUT", tmp_path / "out")
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
-    broken = study.Run("arithmetic", study.Row("broken", 1, {"mode": "grpo", "prompts_per_step": -1}), 0)
-    assert "broken-0: train.py ended with 1: train.py: --prompts_per_step must be positive" in broken.execute()
-    assert not broken.done() and study.work([broken], 1) == 1
+    (tmp_path / "train.py").write_text("import sys; '--resume' in sys.argv or sys.exit('working\\nno such luck')")
+    run = study.Run("a-task", study.Row("some-row", 1, {"mode": "grpo"}), 0)
+    assert run.execute() == "a-task/some-row-0: train.py ended with 1: no such luck"
+    assert not run.done() and study.work([run], 1) == 1
+    folder_of(tmp_path / "out" / "a-task", 0)
+    assert study.work([run], 1) == 0 and run.done()
 
 
 def test_an_unknown_row_is_refused(monkeypatch, capsys):
@@ -87,11 +124,8 @@ def test_an_unknown_row_is_refused(monkeypatch, capsys):
     assert "--only nothing-like-it: no run has that in its name" in capsys.readouterr().err
 
 
-def test_the_list_says_of_each_run_whether_it_is_done(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(study, "RESULTS", tmp_path)
-    done = tmp_path / "arithmetic" / "grpo-0"
-    done.mkdir(parents=True)
-    (done / "eval.json").write_text("[]")
+def test_the_list_says_of_each_run_whether_it_is_done(monkeypatch, capsys):
+    monkeypatch.setattr(study, "kept_lines", lambda file: ["grpo-0"] if file.name == "grpo.jsonl.gz" else [])
     monkeypatch.setattr(sys, "argv", ["study.py", "--list", "--only", "arithmetic/grpo"])
     study.main()
     lines = capsys.readouterr().out.splitlines()
