@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from study import PARTS, kept_lines, row_file
 
@@ -193,7 +193,7 @@ def interval(x_S: np.ndarray) -> tuple[float, float, float]:
     mean = float(np.mean(x_S))
     if len(x_S) < 2:
         return mean, float("nan"), float("nan")
-    half = stats.t.ppf(0.975, len(x_S) - 1) * np.std(x_S, ddof=1) / np.sqrt(len(x_S))
+    half = stdtrit(len(x_S) - 1, 0.975) * np.std(x_S, ddof=1) / np.sqrt(len(x_S))
     return mean, mean - float(half), mean + float(half)
 
 

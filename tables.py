@@ -22,15 +22,16 @@ from logs import (
 
 
 def exact_configurations(count_B: np.ndarray, arms_K: np.ndarray, total: int) -> int:
-    """In how many ways can each present bin (count > 0) take one arm so that sum count * n is `total`?"""
-    ways = {0: 1}
-    for count in count_B[count_B > 0].tolist():
-        fresh: dict[int, int] = {}
-        for spent, number in ways.items():
-            for n in arms_K.tolist():
-                fresh[spent + count * n] = fresh.get(spent + count * n, 0) + number
-        ways = fresh
-    return ways.get(total, 0)
+    """In how many ways can each present bin (count > 0) take one arm so that sum count * n is `total`?
+
+    The coefficient of x^total in the product over bins of sum_n x^(count n), multiplied as one integer: x is a power of
+    two past the sum of all coefficients, K^B, so that none reaches into the next.
+    """
+    counts, arms = count_B[count_B > 0].tolist(), arms_K.tolist()
+    bits, product = (len(arms) ** len(counts)).bit_length(), 1
+    for count in counts:
+        product = sum(product << bits * count * n for n in arms)
+    return product >> bits * total & (1 << bits) - 1
 
 
 def worst_kind(evaluation: dict) -> float:

@@ -17,6 +17,10 @@ def test_configurations_of_an_exact_budget_are_counted_like_an_enumeration():
         present = count_B[count_B > 0]
         expected = sum(int(present @ np.array(n)) == total for n in itertools.product(arms, repeat=len(present)))
         assert tables.exact_configurations(count_B, arms, total) == expected
+    count_B = rng.integers(1, 12, 20)  # too many to enumerate; every choice has one total
+    least, most = 2 * int(count_B.sum()), 6 * int(count_B.sum())
+    ways = [tables.exact_configurations(count_B, arms, total) for total in range(least, most + 1)]
+    assert sum(ways) == 5**20 and ways == ways[::-1]
     assert tables.exact_configurations(np.array([45, 19]), np.arange(2, 13), 256) == 1  # the example of the README
 
 
