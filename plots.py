@@ -39,6 +39,7 @@ from logs import (
     tail,
     wse,
 )
+from study import BASELINES, PARTS
 from tables import tables
 
 matplotlib.use("Agg")
@@ -360,17 +361,19 @@ def figure_9(models: Models):
 
 
 def figure_outcomes(tasks: dict[str, dict[str, list[Run]]]):
-    """Every row of the study: paired difference to GRPO in pass@8, the seeds as ticks, with its 95% interval."""
+    """Every row of the study: paired difference to GRPO in pass@8, or to the row that its part names; seeds are ticks,
+    bars 95% intervals."""
     tasks = {task: rows for task, rows in tasks.items() if "grpo" in rows}
     if not tasks:
         raise Missing("no task of results/study has runs of GRPO")
     names = list(dict.fromkeys(n for rows in tasks.values() for n in rows if rows[n][0].mode != "grpo"))
+    own = {row.name: BASELINES[part] for part in BASELINES for row in PARTS[part]}
     figure, axes = plt.subplots(1, len(tasks), figsize=(PAGE, 0.16 * len(names) + 0.9), squeeze=False, sharey=True)
     for ax, (task, rows) in zip(axes[0], tasks.items(), strict=True):
         for y, name in enumerate(names):
-            if name not in rows:
+            differences = 100 * paired(rows.get(name, []), rows.get(own.get(name, "grpo"), []), headline)
+            if not len(differences):
                 continue
-            differences = 100 * paired(rows[name], rows["grpo"], headline)
             mean, low, high = interval(differences)
             colour = COLOURS[rows[name][0].mode]
             ax.plot(differences, np.full(len(differences), y), "|", color=colour, alpha=0.5, markersize=5)
@@ -378,7 +381,7 @@ def figure_outcomes(tasks: dict[str, dict[str, list[Run]]]):
                         markersize=3.5, elinewidth=1.2)
         ax.axvline(0, color=COLOURS["uniform"], linewidth=0.8)
         panel(ax, task, x="pass@8 minus GRPO's, points")
-        ax.set_yticks(range(len(names)), names)
+        ax.set_yticks(range(len(names)), [f"{n} (own GRPO)" if n in own else n for n in names])
         ax.grid(axis="x", alpha=0.3, linewidth=0.5)
     axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
     return figure

@@ -91,6 +91,7 @@ PARTS = {
         Row("prompt-gamma-0.1", 4, {"mode": "prompt", "prompt_gamma": 0.1}),
     ),
 }
+BASELINES = {"A tuned step": "grpo-4-minibatches"}  # part -> the row that its rows are compared with besides grpo
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """From logs to the study's tables in Markdown: `tables()`, which python plots.py --table prints."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from logs import (
     MODES,
-    Missing,
     Run,
     bin_sigma,
     entropy,
@@ -19,7 +20,11 @@ from logs import (
     tail,
     wse,
 )
+from study import BASELINES, PARTS
 
+NOTE = """Figures are of the last checkpoint, in percent, on held-out problems answered 16 times each at temperature 1
+without truncation. Peak is the best evaluation of each run, chosen on the problems reported. Means over seeds, with 95%
+t-intervals over them; differences to grpo are paired by seed."""
 
 def exact_configurations(count_B: np.ndarray, arms_K: np.ndarray, total: int) -> int:
     """In how many ways can each present bin (count > 0) take one arm so that sum count * n is `total`?
@@ -32,6 +37,10 @@ def exact_configurations(count_B: np.ndarray, arms_K: np.ndarray, total: int) ->
     for count in counts:
         product = sum(product << bits * count * n for n in arms)
     return product >> bits * total & (1 << bits) - 1
+
+
+def mean_success(evaluation: dict) -> float:
+    return evaluation["mean"]
 
 
 def worst_kind(evaluation: dict) -> float:
@@ -49,47 +58,50 @@ def spread(values: np.ndarray, signed: bool = False, digits: int = 1) -> str:
     return mean if len(values) < 2 else f"{mean} [{low}, {high}]"
 
 
-def outcome(name: str, runs: list[Run], rows: dict[str, list[Run]]) -> list[str]:
-    """One line of a table of outcomes; figures in percent, differences in points."""
+def difference(runs: list[Run], baseline: list[Run], figure: Callable[[dict], float]) -> str:
+    """Paired, in points; empty where a row would meet itself or no seed is in both."""
+    values = paired(runs, baseline, figure)
+    return spread(100 * values, True) if len(values) and runs is not baseline else ""
+
+
+def outcome(name: str, runs: list[Run], rows: dict[str, list[Run]], own: str | None = None) -> list[str]:
+    """One line of a table of outcomes, figures in percent; with `own`, compared with that row too."""
     last = [r.last() for r in runs]
-    line = [name, str(len(runs)), spread(100 * np.array([headline(e) for e in last]))]
-    if runs[0].mode == "grpo":
-        line += ["", ""]
-    elif "grpo" not in rows:
-        raise Missing(f"{name} has no runs of grpo to be compared with; python study.py --only grpo makes them")
-    else:
-        difference = 100 * paired(runs, rows["grpo"], headline)
-        baseline = 100 * np.mean([headline(r.last()) for r in pairs(runs, rows["grpo"])[1]])
-        line += [spread(difference, True), f"{100 * difference.mean() / baseline:+.1f}%"]
-    line += [f"{100 * np.mean([max(map(headline, r.evaluations)) for r in runs]):.1f}",
-             spread(100 * np.array([e["mean"] for e in last])),
-             f"{100 * np.mean([worst_kind(e) for e in last]):.1f}",
-             f"{np.mean([r.series('tokens_generated').sum() for r in runs]) / 1e3:.0f}" if runs[0].log else "0"]
-    return line
+    grpo = rows.get("grpo", []) if runs[0].log else []  # the untrained model is not a method
+    minus = difference(runs, grpo, headline)
+    ours, theirs = ([headline(r.last()) for r in group] for group in pairs(runs, grpo))
+    relative = f"{100 * (np.mean(ours) / np.mean(theirs) - 1):+.1f}%" if minus else ""
+    line = [name, str(len(runs)), spread(100 * np.array([headline(e) for e in last])), minus, relative,
+            f"{100 * np.mean([max(map(headline, r.evaluations)) for r in runs]):.1f}",
+            spread(100 * np.array([mean_success(e) for e in last])), difference(runs, grpo, mean_success),
+            f"{100 * np.mean([worst_kind(e) for e in last]):.1f}",
+            f"{np.mean([r.series('tokens_generated').sum() for r in runs]) / 1e3:.0f}" if runs[0].log else "0"]
+    return line + [difference(runs, rows.get(own, []), f) for f in (headline, mean_success) if own]
 
 
 def outcome_tables() -> str:
     """Every part of the study for every task: outcomes, and paired differences to GRPO on the same seeds."""
-    from study import PARTS
-
-    head = ["row", "seeds", "pass@8", "paired difference", "relative", "peak pass@8", "mean@16", "worst kind, pass@8",
-            "thousand tokens"]
+    head = ["row", "seeds", "pass@8", "paired difference", "relative", "peak pass@8", "mean@16",
+            "mean@16, paired difference", "worst kind, pass@8", "thousand tokens"]
     parts, out = study(), []
     for part, rows in PARTS.items():
+        own = BASELINES.get(part)
+        more = [f"pass@8 minus {own}", f"mean@16 minus {own}"] if own else []
         for task, found in parts.items():
-            lines = [outcome(row.name, found[row.name], found) for row in rows if row.name in found]
+            lines = [outcome(row.name, found[row.name], found, own) for row in rows if row.name in found]
             if lines:
-                out.append(f"**{part}: {task}**\n\n{markdown(head, lines)}")
+                out.append(f"**{part}: {task}**\n\n{markdown(head + more, lines)}")
     return "\n\n".join(out)
 
 
 def kind_table(task: str, rows: dict[str, list[Run]]) -> str:
-    """pass@8 by kind of problem, means over seeds, in percent."""
+    """pass@8 and pass@1 by kind of problem, means over seeds, in percent: a loss in the second hides in the first."""
     modes = [m for m in ("base", *MODES) if m in rows]
     kinds = rows[modes[0]][0].last()["by_kind"]
-    lines = [[kind, *(f"{100 * np.mean([r.last()['by_kind'][kind][2] for r in rows[m]]):.1f}" for m in modes)]
-             for kind in kinds]
-    return f"**pass@8 by kind: {task}**\n\n" + markdown(["kind", *modes], lines)
+    lines = [[kind, *(f"{100 * np.mean([r.last()['by_kind'][kind][place] for r in rows[m]]):.1f}"
+                      for place in (2, 1) for m in modes)] for kind in kinds]
+    head = ["kind", *(f"{m}, pass@{k}" for k in (8, 1) for m in modes)]
+    return f"**pass@8 and pass@1 by kind: {task}**\n\n" + markdown(head, lines)
 
 
 def signal_table(task: str, rows: dict[str, list[Run]]) -> str:
@@ -135,18 +147,20 @@ def allocation_table(task: str, rows: dict[str, list[Run]]) -> str:
 
 
 def weight_table(task: str, rows: dict[str, list[Run]]) -> str:
-    """What the weights and bins became: range of the weights applied, bins filled, all in the tail of a run."""
+    """What weights and bins became: weights of bins present, averaged over the tail of a run and at their extremes."""
     lines = []
     for name, runs in rows.items():
         if runs[0].mode not in ("prompt", "both", "grpo") or name == "base":
             continue
-        weight = [tail(present(r, r.series("bins", "weight"))) for r in runs]
-        share = [tail(r.series("bins", "share")) for r in runs]
-        lines.append([name, str(len(runs)), f"{np.mean([np.nanmin(w) for w in weight]):.3f}",
-                      f"{np.mean([np.nanmax(w) for w in weight]):.3f}",
-                      f"{100 * np.mean([q[0] + q[-1] for q in share]):.0f}%",
-                      f"{np.mean([tail(np.exp(entropy(r.series('bins', 'share')))) for r in runs]):.1f}"])
-    head = ["row", "seeds", "least weight", "greatest weight", "prompts in outer two bins", "exp(entropy of shares)"]
+        weight = [present(r, r.series("bins", "weight")) for r in runs]
+        share = [r.series("bins", "share") for r in runs]
+        lines.append([name, str(len(runs)),
+                      *(f"{np.mean([extreme(tail(w)) for w in weight]):.3f}" for extreme in (np.nanmin, np.nanmax)),
+                      f"{min(map(np.nanmin, weight)):.3f}", f"{max(map(np.nanmax, weight)):.3f}",
+                      f"{100 * np.mean([tail(q)[0] + tail(q)[-1] for q in share]):.0f}%",
+                      f"{np.mean([tail(np.exp(entropy(q))) for q in share]):.1f}"])
+    head = ["row", "seeds", "least weight, tail mean", "greatest weight, tail mean", "least ever applied",
+            "greatest ever applied", "prompts in outer two bins", "exp(entropy of shares)"]
     return f"**What weights and bins became: {task}**\n\n" + markdown(head, lines)
 
 
@@ -168,4 +182,4 @@ def exact_table(task: str, rows: dict[str, list[Run]]) -> str:
 
 def tables() -> str:
     functions = (kind_table, allocation_table, weight_table, signal_table, exact_table)
-    return "\n\n".join([outcome_tables(), *(f(task, rows) for f in functions for task, rows in study().items())])
+    return "\n\n".join([NOTE, outcome_tables(), *(f(task, rows) for f in functions for task, rows in study().items())])

@@ -52,6 +52,18 @@ def test_figure_1_draws_tail_averages_and_the_budget():
     plots.plt.close("all")
 
 
+def test_the_figure_of_outcomes_compares_a_row_with_that_which_its_part_names():
+    rows = {"grpo": [a_run("grpo")], "rollout": [a_run("rollout")], "rollout-4-minibatches": [a_run("both")],
+            "grpo-4-minibatches": [a_run("grpo")]}
+    rows["grpo-4-minibatches"][0].evaluations[-1]["passes"]["pass@8"] = 0.58
+    (ax,) = plots.figure_outcomes({"made-up": rows}).axes
+    ticks = dict(zip((label.get_text() for label in ax.get_yticklabels()), ax.get_yticks(), strict=True))
+    seeds = {line.get_ydata()[0]: line.get_xdata()[0] for line in ax.get_lines() if line.get_marker() == "|"}
+    assert seeds[ticks["rollout"]] == pytest.approx(60 - 50)
+    assert seeds[ticks["rollout-4-minibatches (own GRPO)"]] == pytest.approx(65 - 58)
+    plots.plt.close("all")
+
+
 @pytest.mark.parametrize("name", ["3", "7"])
 def test_absent_bins_are_masked_in_heatmaps_and_not_zero(name):
     data = models()

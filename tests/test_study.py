@@ -53,6 +53,10 @@ def test_rows_of_a_task_train_on_equally_many_rollouts():
     assert all(config(r).rollout_budget != "dual" for r in RUNS)  # the only budget that holds on average alone
 
 
+def test_a_part_names_one_of_its_own_rows_as_baseline():
+    assert all(row in [r.name for r in study.PARTS[part]] for part, row in study.BASELINES.items())
+
+
 def test_names_are_unique_and_parts_run_seed_by_seed():
     names = [r.name for r in RUNS]
     assert len(set(names)) == len(names)
