@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from reward import STYLES
+
 log = logging.getLogger(__name__)
 
 # short name -> (repository, config, split); the ids of the paper's training set and benchmarks
@@ -152,6 +154,8 @@ def _problem(row: dict, where: str) -> Problem:
         answer = ", ".join(_text(part) for part in answer)
     prompt, (_, hashes, answer) = _text(prompt).strip(), _text(answer).rpartition("####")  # GSM8K: "... #### 18"
     answer, style = answer.strip(), _text(row.get("style")) or ("gsm8k" if hashes else style)
+    if style not in STYLES:
+        raise ValueError(f"{where}: unknown answer style {style!r}; there are {', '.join(STYLES)}")
     for field, value in ("prompt", prompt), ("answer", answer):
         if not value:
             raise ValueError(f"{where}: the {field} is empty or not text; fill it in or remove the row")
@@ -233,19 +237,15 @@ def encode_prompts(problems: list[Problem], tokenizer, *, suffix: str, chat_temp
         raise ValueError("chat_template='always', but the tokenizer has none; use 'never' or an instruct model")
     use_template = chat_template != "never" and bool(tokenizer.chat_template)
     texts = [problem.prompt + suffix for problem in problems]
-    if use_template:  # the template writes the special tokens, so none are added below
+    if use_template:
         texts = [tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
                                                add_generation_prompt=True) for text in texts]
-    all_ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    unknown = tokenizer.unk_token_id
-    for problem, text, ids in zip(problems, texts, all_ids, strict=True):
-        if not ids:
+    all_ids = _encode(texts, tokenizer, special=not use_template)  # a template writes the special tokens itself
+    for problem, ids in zip(problems, all_ids, strict=True):
+        if not ids or ids == [tokenizer.bos_token_id]:
             raise ValueError(f"problem {problem.id}: the prompt encodes to no tokens")
-        if unknown is not None and unknown in ids:
-            characters = [c for c in dict.fromkeys(text)
-                          if unknown in tokenizer(c, add_special_tokens=False)["input_ids"]]
-            raise ValueError(f"problem {problem.id}: the tokenizer does not know {characters}; "
-                             "remove the problem or use another tokenizer")
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+            raise ValueError(f"problem {problem.id}: {_what_is_unknown(problem.prompt, suffix, tokenizer)}")
     kept = [(problem, ids) for problem, ids in zip(problems, all_ids, strict=True) if len(ids) <= max_tokens]
     if not kept:
         raise ValueError(f"none of {len(problems)} prompts fits in {max_tokens} tokens; raise the limit")
@@ -253,6 +253,33 @@ def encode_prompts(problems: list[Problem], tokenizer, *, suffix: str, chat_temp
     record = {"chat_template": use_template, "too_long": len(problems) - len(kept), "tokens_max": max(lengths),
               "tokens_mean": sum(lengths) / len(lengths)}
     return [problem for problem, _ in kept], [ids for _, ids in kept], record
+
+
+def _encode(texts: list[str], tokenizer, *, special: bool) -> list[list[int]]:
+    """Token ids with the tokenizer's own start token if `special`; never two of them, and never an end token, behind
+    which a model has nothing more to say."""
+    start, end, encoded = tokenizer.bos_token_id, tokenizer.eos_token_id, []
+    for ids in tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else []:
+        if special and ids[-1:] == [end]:
+            ids = ids[:-1]
+        while start is not None and ids[:2] == [start, start]:
+            ids = ids[1:]
+        encoded.append(ids)
+    return encoded
+
+
+def _what_is_unknown(prompt: str, suffix: str, tokenizer) -> str:
+    """Which characters the tokenizer does not know, who brought them, and what helps."""
+    def unknown(text: str) -> list[str]:
+        return [c for c in dict.fromkeys(text)
+                if tokenizer.unk_token_id in tokenizer(c, add_special_tokens=False)["input_ids"]]
+
+    for what, found, remedy in (
+            ("its prompt", unknown(prompt), "remove the problem or use another tokenizer"),
+            (f"the suffix {suffix!r}", unknown(suffix), "give another --prompt_suffix (\"\" = none)")):
+        if found:
+            return f"the tokenizer does not know {found} of {what}; {remedy}"
+    return "the tokenizer does not know what the chat template adds; use --chat_template never or another tokenizer"
 
 
 def stop_token_ids(tokenizer, *, generation_config: dict | None, override: str = "auto") -> tuple[int, ...]:

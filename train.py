@@ -10,6 +10,7 @@ is shared out by tokens, and results meet in one collective: a sum of arrays in 
 
 import argparse
 import dataclasses
+import errno
 import hashlib
 import json
 import shutil
@@ -63,6 +64,7 @@ class Config:
     out_dir: str = arg("", "run folder: config.json, metrics.jsonl, eval.json, checkpoint/, ...; empty = "
                            "out/PRESET-MODE-SEED")
     save_every: int = arg(50, "steps between checkpoints; 0 = only at the end")
+    keep: int = arg(2, "checkpoints kept, the newest ones; 0 = all")
 
     # what is trained on what
     model: str = arg("Qwen/Qwen3-1.7B-Base", "Hugging Face folder or hub id; 'arithmetic' and 'permutations' = the "
@@ -186,7 +188,7 @@ PRESETS = {
     "qwen3-8b": ("paper", dict(model="Qwen/Qwen3-8B-Base")),
 }
 # What a resumed run may change; config.json records when it did. The rest would make it another experiment.
-MAY_CHANGE = ("steps", "out_dir", "save_every", "eval_every", "grader_workers", "grader_timeout", "microbatch_tokens",
+MAY_CHANGE = ("steps", "out_dir", "save_every", "keep", "eval_every", "grader_workers", "grader_timeout", "microbatch_tokens",
               "max_rollouts", "gpu_memory_utilization", "gradient_checkpointing", "learning_rate")
 
 
@@ -235,7 +237,7 @@ def check(cfg: Config) -> None:
     for name in positive:
         if not getattr(cfg, name) > 0:
             raise ValueError(f"--{name} must be positive, got {getattr(cfg, name)}")
-    not_negative = ("steps", "seed", "save_every", "eval_every", "kl_beta", "importance_cap", "warmup_steps",
+    not_negative = ("steps", "seed", "save_every", "keep", "eval_every", "kl_beta", "importance_cap", "warmup_steps",
                     "weight_decay", "train_problems", "eval_problems", "eval_temperature")
     for name in not_negative:
         if not getattr(cfg, name) >= 0:
@@ -249,6 +251,10 @@ def check(cfg: Config) -> None:
         raise ValueError("--eval_temperature 0 gives the same response every time: use it with --eval_rollouts 1")
     if not cfg.steps and not cfg.eval_first:
         raise ValueError("--steps 0 only evaluates the base, which --eval_first false forbids")
+    if cfg.allocation == "weights" and cfg.mode in ("rollout", "both") and not UTILITIES[cfg.rollout_utility].by_share:
+        raise ValueError(f"--allocation weights draws {cfg.rollouts_per_prompt} rollouts of every prompt, so "
+                         f"--rollout_utility {cfg.rollout_utility} would only ever see that arm; take one that is known "
+                         f"for every arm: {', '.join(name for name, u in UTILITIES.items() if u.by_share)}")
     if cfg.minibatch_prompts > cfg.prompts_per_step:
         raise ValueError(f"--minibatch_prompts {cfg.minibatch_prompts} is more than --prompts_per_step "
                          f"{cfg.prompts_per_step}")
@@ -545,10 +551,13 @@ class Trainer:
             bin_P = self.bins.lookup(ids_P)  # (P,) from what earlier steps saw
             n_P = self.rollout_gdro.allocate(bin_P)  # (P,)
             weight_P = self.prompt_gdro.weights(bin_P)  # (P,)
-            acted_on = {"score": self.prompt_gdro.score_B, "weight": self.prompt_gdro.weights_by_bin(bin_P)}
+            allocated_B, share_B = bin_means(bin_P, n_P, self.bins.num_bins)
+            acted_on = {"score": self.prompt_gdro.score_B, "weight": self.prompt_gdro.weights_by_bin(bin_P),
+                        "allocated": allocated_B}
             mu = self.rollout_gdro.mu
             if cfg.allocation == "weights":
                 weight_P = weight_P * n_P / cfg.rollouts_per_prompt
+                acted_on["weight"] *= np.where(share_B > 0, allocated_B / cfg.rollouts_per_prompt, 1.0)
                 n_P = np.full_like(n_P, cfg.rollouts_per_prompt)
 
         sampling = Sampling(cfg.max_response_tokens, cfg.temperature, stop_ids=self.stop_ids)
@@ -583,7 +592,7 @@ class Trainer:
             self._end_step(ids_P, bin_P, n_P, surrogate_P, signals[cfg.prompt_signal], correct_P, tokens_B,
                            update["grad_norm"])
 
-        n_B, share_B = bin_means(bin_P, n_P, self.bins.num_bins)
+        n_B, _ = bin_means(bin_P, n_P, self.bins.num_bins)
         reward_B, _ = bin_means(bin_P, reward_P, self.bins.num_bins)
         line = {
             "step": step, "mode": cfg.mode, "seed": cfg.seed, "seconds": clock.total(),
@@ -602,7 +611,7 @@ class Trainer:
             "eval": None}
         samples = [{"step": step, "id": ids_P[p], "bin": bin_P[p], "n": n_P[p], "weight": weight_P[p],
                     "answer": problems[p].answer, "reward": reward_R[r], "truncated": batch.truncated[r],
-                    "prompt": problems[p].prompt, "response": texts[r]} for p, r in enumerate(offsets_P[:4])]
+                    "prompt": problems[p].prompt, "response": texts[r]} for p, r in enumerate(offsets_P[:-1][:4])]
         return jsonable(line), jsonable(samples)
 
     def _end_step(self, ids_P, bin_P, n_P, surrogate_P, signal_P, correct_P, tokens_B, grad_norm) -> None:
@@ -658,8 +667,13 @@ class Trainer:
 
     def check_mismatch(self, batch: Batch, old_N: np.ndarray, step: int) -> np.ndarray:
         """|log-prob of the sampler - log-prob of the trainer|, (N,); raises when it is no longer rounding."""
+        for whose, logp_N in (("sampler", batch.sampler_logp), ("trainer", old_N)):
+            if bad := int((~np.isfinite(logp_N)).sum()):
+                raise RunError(f"step {step}: {bad} of {len(logp_N)} log-probs of the {whose} are not finite numbers: its "
+                               "forward pass breaks down. Nothing was updated; --dtype float32, or the other --engine, "
+                               "tells whether the weights or the arithmetic are at fault")
         mismatch_N = np.abs(batch.sampler_logp - old_N)
-        if not mismatch_N.mean() <= self.cfg.max_mismatch:
+        if mismatch_N.mean() > self.cfg.max_mismatch:
             raise RunError(
                 f"step {step}: sampler and trainer log-probs differ by {mismatch_N.mean():.4f} on average (at most "
                 f"{mismatch_N.max():.2f}), more than --max_mismatch {self.cfg.max_mismatch}: the sampler's weights are "
@@ -766,13 +780,13 @@ class RunFolder:
         self.path = Path(cfg.out_dir)
         self.config = {k: portable(v) for k, v in dataclasses.asdict(cfg).items() if k != "out_dir"}
 
-    def open(self, resume: bool) -> tuple[Path | None, dict | None]:
-        """The checkpoint to go on from, None to begin, and what the run had loaded, None if there was none.
+    def open(self, resume: bool) -> tuple[list[Path], dict | None]:
+        """The checkpoints to go on from, the newest first, and what the run had loaded, None if there was none.
 
         Raises FileExistsError for a folder in use, ValueError for changed settings.
         """
         if not (self.path / "config.json").exists():
-            return None, None
+            return [], None
         if not resume:
             raise FileExistsError(f"{self.path} holds a run already: add --resume to go on with it, or choose another "
                                   "--out_dir")
@@ -782,8 +796,12 @@ class RunFolder:
             was = ", ".join(f"--{k} {saved.get(k)}" for k in differing)
             raise ValueError(f"--resume with other settings: this run has {was}. "
                              f"Only these may change: {', '.join(MAY_CHANGE)}")
+        return self.checkpoints(), saved["loaded"]
+
+    def checkpoints(self) -> list[Path]:
+        """checkpoint/step_N/, the newest first."""
         found = [p for p in (self.path / "checkpoint").glob("step_*") if p.suffix != ".partial"]
-        return max(found, key=lambda p: int(p.name.removeprefix("step_")), default=None), saved["loaded"]
+        return sorted(found, key=lambda p: int(p.name.removeprefix("step_")), reverse=True)
 
     def go_on(self, step: int, record: dict) -> None:
         """Refuses to resume on other data, model or engine; records what settings changed, and from which step on."""
@@ -837,14 +855,31 @@ def save_checkpoint(trainer: Trainer, folder: RunFolder, evaluations: list[Evalu
     (aside / "state.json").write_text(json.dumps(state))
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)
-    for old in final.parent.iterdir():
-        if old != final:
+    if trainer.cfg.keep:
+        for old in folder.checkpoints()[trainer.cfg.keep :]:
             shutil.rmtree(old)
 
 
+def restore(trainer: Trainer, folder: RunFolder, checkpoints: list[Path]) -> list[Evaluation]:
+    """Goes back to the newest checkpoint that is whole, on every rank; says which were not.
+
+    Raises ValueError when none is.
+    """
+    for path in checkpoints:
+        try:
+            evaluations = load_checkpoint(trainer, path)
+        except ValueError as error:
+            say(f"WARNING: {error}")
+            continue
+        say(f"resuming from {path.name}")
+        return evaluations
+    raise ValueError(f"{folder.path / 'checkpoint'} holds no checkpoint that is whole; delete it to begin anew")
+
+
 def load_checkpoint(trainer: Trainer, path: Path) -> list[Evaluation]:
-    """Restores what save_checkpoint wrote, on every rank. Raises ValueError naming a damaged file."""
+    """Restores what save_checkpoint wrote. Raises ValueError, with the trainer as it was, for a damaged one."""
     from zipfile import BadZipFile
+    from zlib import error as ZlibError
 
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -854,13 +889,33 @@ def load_checkpoint(trainer: Trainer, path: Path) -> list[Evaluation]:
         tensors = load_file(path / "optimizer.safetensors")
         with np.load(path / "adversaries.npz", allow_pickle=False) as arrays:
             saved = {k: arrays[k] for k in arrays.files}
-    except (SafetensorError, BadZipFile, json.JSONDecodeError, FileNotFoundError, EOFError) as error:
-        raise ValueError(f"the checkpoint {path} is damaged ({error}); delete it to begin anew") from error
+    except (SafetensorError, BadZipFile, ZlibError, ValueError, FileNotFoundError, EOFError) as error:
+        raise ValueError(f"the checkpoint {path.name} is damaged ({error})") from error
     trainer.optimizer.load(tensors, state["optimizer_steps"])
     for name, part in (("bins", trainer.bins), ("prompt", trainer.prompt_gdro), ("rollout", trainer.rollout_gdro)):
         part.load_state_dict({k.split("/")[1]: v for k, v in saved.items() if k.startswith(name + "/")})
     trainer.expected_tokens_B, trainer.next_step = saved["expected_tokens"], state["next_step"]
     return [Evaluation.from_json(e) for e in state["evaluations"]]
+
+
+@contextmanager
+def full_disk_explained(trainer: Trainer, folder: RunFolder):
+    """Turns "no space left" into a RunError that says what is kept, what is needed and how to go on."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors has an exception of its own, with the number in its text
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) if isinstance(error, OSError) else "os error 28" in str(error)
+        if not full:
+            raise
+        for unfinished in (folder.path / "checkpoint").glob("*.partial"):
+            shutil.rmtree(unfinished)
+        kept = folder.checkpoints()
+        needed = 3 * trainer.optimizer.master.nbytes / 2**20  # master and two moments
+        raise RunError(f"no space left in {folder.path} after step {trainer.next_step}; "
+                       f"{f'{kept[0].name} is kept' if kept else 'no checkpoint was written yet'}. Free the {needed:.0f} "
+                       "MiB that a checkpoint takes (and a third of that for model/), then go on with --resume") from error
 
 
 def save_model(trainer: Trainer, path: Path) -> None:
@@ -892,20 +947,21 @@ class StopSignal:
 def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, list[Evaluation]]:
     """Everything loaded and checked, the run folder begun or reopened, the weights in the engine."""
     ranks, folder = Ranks(), RunFolder(cfg)
-    checkpoint, loaded = folder.open(resume)
+    checkpoints, loaded = folder.open(resume)
     trainer = Trainer(cfg, ranks, loaded)
     evaluations: list[Evaluation] = []
-    if checkpoint is not None:
-        evaluations = load_checkpoint(trainer, checkpoint)
-        say(f"resuming from {checkpoint.name}")
+    if checkpoints:
+        evaluations = restore(trainer, folder, checkpoints)
     elif resume:
         say(f"--resume: {folder.path} has no checkpoint yet, starting from the beginning")
     # Also a barrier: nobody writes before everybody has looked.
     ranks.assert_equal(trainer.next_step, "the step to begin with; is out_dir a folder that all nodes share?")
     if ranks.rank == 0:
-        if checkpoint is None:
+        if not checkpoints:
             folder.start(preset, jsonable(trainer.record))
         else:
+            for damaged in checkpoints[: [p.name for p in checkpoints].index(f"step_{trainer.next_step}")]:
+                shutil.rmtree(damaged)  # its steps are done again
             folder.go_on(trainer.next_step, jsonable(trainer.record))
             folder.write_evaluations(evaluations)
         folder.truncate(trainer.next_step)
@@ -928,7 +984,7 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
         evaluate()
     bar = tqdm(total=cfg.steps, initial=trainer.next_step, desc=f"{cfg.mode} seed {cfg.seed}", unit="step",
                disable=not first)
-    asked = False
+    asked, begun = False, []
     while trainer.next_step < cfg.steps and not asked:
         line, samples = trainer.step(trainer.next_step)
         trainer.next_step += 1
@@ -940,6 +996,10 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
         if first:
             folder.append("metrics.jsonl", [line])
             folder.append("samples.jsonl", samples)
+        if len(begun) < 3:
+            begun.append(line)
+            if len(begun) == 3 and (hint := nothing_to_learn(begun, cfg)):
+                say(hint)
         bar.update()
         bar.set_postfix(reward=f"{line['reward_mean']:+.3f}", solved=f"{line['solved_frac']:.2f}",
                         tokens=f"{line['response_tokens_mean']:.0f}", mismatch=f"{line['mismatch']['mean']:.0e}")
@@ -949,20 +1009,36 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
     return trainer.next_step >= cfg.steps
 
 
+def nothing_to_learn(lines: list[dict], cfg: Config) -> str | None:
+    """What to look at when none of these steps could teach anything, or None."""
+    if all(line["truncated_frac"] == 1 for line in lines):
+        return (f"WARNING: every response of the first {len(lines)} steps was cut at {cfg.max_response_tokens} tokens and "
+                "counts as wrong. Does the model end its responses? Look at samples.jsonl, --stop_tokens, "
+                "--chat_template, --max_response_tokens")
+    if all(line["zero_std_frac"] == 1 for line in lines):
+        same = {line["solved_frac"] for line in lines}
+        what = {0.0: "no response was right", 1.0: "every response was right"}.get(
+            same.pop() if len(same) == 1 else None, "all rollouts of a prompt scored alike")
+        return (f"WARNING: in the first {len(lines)} steps {what}: all advantages are 0 and nothing is learned. Look at "
+                "samples.jsonl: does a response say its answer where --answer_style looks, does --prompt_suffix or "
+                "--chat_template ask for it, are the problems of the right difficulty?")
+    return None
+
+
 def main() -> None:
     try:
         cfg, preset, resume = parse_args()
         trainer, folder, evaluations = set_up(cfg, preset, resume)
     except (ValueError, OSError, RunError) as error:  # what was given; a later ValueError is a bug and keeps its trace
         sys.exit(f"train.py: {error}")
-    with trainer.grader:
-        try:
+    try:
+        with trainer.grader, full_disk_explained(trainer, folder):
             complete = train(trainer, folder, evaluations)
-        except RunError as error:
-            sys.exit(f"train.py: {error}")
+            if complete and trainer.ranks.rank == 0:
+                save_model(trainer, folder.path / "model")
+    except RunError as error:
+        sys.exit(f"train.py: {error}")
     if complete:
-        if trainer.ranks.rank == 0:
-            save_model(trainer, folder.path / "model")
         say(table(evaluations[:1] + evaluations[1:][-1:]))
         say(f"\nmodel: {folder.path / 'model'}   log: {folder.path / 'metrics.jsonl'}")
     else:

@@ -65,6 +65,8 @@ def test_line_separators_inside_strings_do_not_cut_a_row(tmp_path):
     ([{"problem": "a", "answer": None}], r"line 1: the answer is empty"),
     ([{"problem": "a", "answer": float("nan")}], r"line 1: the answer is empty"),
     ([{"problem": "a", "answer": []}], r"line 1: the answer is empty"),
+    ([{"problem": "a", "answer": "1"}, {"problem": "b", "answer": "1", "style": "maths"}],
+     r"line 2: unknown answer style 'maths'; there are math"),
     ([{"problem": "", "answer": "2"}], r"line 1: the prompt is empty"),
     ([{"problem": "\ud800", "answer": "2"}], r"line 1: the prompt is empty or not text"),
     ([{"prompt": [{"role": "system", "content": "x"}], "answer": "2"}], r"line 1: the prompt is empty"),
@@ -196,9 +198,51 @@ def test_the_chat_template_is_applied_when_asked(chat):
         assert ids == [expected]
 
 
-def test_bad_encodings_are_named(tokenizer):
-    with pytest.raises(ValueError, match=r"problem 1: the tokenizer does not know \['é', 'ß'\]"):
+def with_special_tokens(template: str):
+    """A tokenizer whose post-processor writes this around every text, as Llama's and T5's do."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", *"ab="])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("template, suffix, expected", [
+    ("<s> $A", "=", [1, 3, 5]), ("$A", "=", [3, 5]),  # with and without a start token of its own
+    ("<s> $A </s>", "=", [1, 3, 5]), ("$A </s>", "=", [3, 5]),  # behind an end token nothing follows
+])
+def test_a_base_model_s_prompt_has_the_tokenizer_s_start_token_and_no_end_token(template, suffix, expected):
+    tokenizer = with_special_tokens(template)
+    _, ids, record = encode_prompts(problems_of("a"), tokenizer, suffix=suffix, chat_template="auto", max_tokens=9)
+    assert ids == [expected] and record["chat_template"] is False
+
+
+@pytest.mark.parametrize("chat_template, expected", [("always", [1, 4, 3, 4]), ("never", [1, 3])])
+def test_a_chat_template_writes_the_special_tokens_alone(chat_template, expected):
+    tokenizer = with_special_tokens("<s> $A")
+    tokenizer.chat_template = "<s>b{{ messages[0]['content'] }}b"
+    _, ids, _ = encode_prompts(problems_of("a"), tokenizer, suffix="", chat_template=chat_template, max_tokens=9)
+    assert ids == [expected]
+
+
+def test_there_are_never_two_start_tokens():
+    _, ids, _ = encode_prompts(problems_of("<s>ab"), with_special_tokens("<s> $A"), suffix="", chat_template="auto",
+                               max_tokens=9)
+    assert ids == [[1, 3, 4]]
+
+
+def test_bad_encodings_are_named(tokenizer, chat, monkeypatch):
+    with pytest.raises(ValueError, match=r"problem 1: the tokenizer does not know \['é', 'ß'\] of its prompt; remove"):
         encode_prompts(problems_of("a", "éaßé"), tokenizer, suffix="", chat_template="never", max_tokens=9)
+    with pytest.raises(ValueError, match=r"does not know \['x'\] of the suffix '=x'; give another --prompt_suffix"):
+        encode_prompts(problems_of("a"), tokenizer, suffix="=x", chat_template="never", max_tokens=9)
+    monkeypatch.setattr(chat, "chat_template", "user {{ messages[0]['content'] }}")
+    with pytest.raises(ValueError, match="does not know what the chat template adds"):
+        encode_prompts(problems_of("a"), chat, suffix="", chat_template="always", max_tokens=9)
+    monkeypatch.setattr(chat, "chat_template", None)
     with pytest.raises(ValueError, match="problem 0: the prompt encodes to no tokens"):
         encode_prompts(problems_of(""), tokenizer, suffix="", chat_template="never", max_tokens=9)
     with pytest.raises(ValueError, match="the tokenizer has none"):

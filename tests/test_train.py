@@ -28,7 +28,9 @@ from train import (
     check,
     check_memory,
     micro_batches,
+    nothing_to_learn,
     parse_args,
+    set_up,
     share_out,
 )
 
@@ -273,7 +275,7 @@ def test_killed_and_resumed_run_writes_what_the_unbroken_run_wrote(base, tmp_pat
     assert all(line["grad_norm"] > 0 for line in log(tmp_path / "unbroken"))
     for name in ("samples.jsonl", "eval.json", "model/model.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
-    assert sorted(p.name for p in (tmp_path / "killed" / "checkpoint").iterdir()) == ["step_7"]
+    assert sorted(p.name for p in (tmp_path / "killed" / "checkpoint").iterdir()) == ["step_6", "step_7"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -359,6 +361,64 @@ def test_a_diverged_run_stops_with_the_step_and_a_remedy(base, tmp_path):
     assert re.search(r"train.py: step [01]: ", output) and "Traceback" not in output
 
 
+@pytest.mark.parametrize("whose", ["sampler", "trainer"])
+def test_log_probs_that_are_no_numbers_are_not_blamed_on_stale_weights(base, tmp_path, whose):
+    trainer = trainer_of(base, tmp_path)
+    sample, behaviour = trainer.sample, trainer.behaviour
+
+    def broken_sample(*args):
+        batch = sample(*args)
+        batch.sampler_logp[3] = np.nan
+        return batch
+
+    def broken_behaviour(*args):
+        old_N, *rest = behaviour(*args)
+        old_N[:] = np.nan
+        return old_N, *rest
+
+    if whose == "sampler":
+        trainer.sample = broken_sample
+    else:
+        trainer.behaviour = broken_behaviour
+    with pytest.raises(RunError, match=f"log-probs of the {whose} are not finite numbers") as error:
+        trainer.step(0)
+    assert "stale" not in str(error.value)
+
+
+def test_a_run_that_cannot_learn_says_where_to_look(base, tmp_path):
+    hopeless = tmp_path / "hopeless.jsonl"
+    hopeless.write_text("".join(json.dumps({"question": f"{a}+1=", "answer": "none"}) + "\n" for a in range(30)))
+    output = finish(launch(base, tmp_path / "a", steps=4, train_data=hopeless, train_problems=0))
+    assert output.count("WARNING: in the first 3 steps no response was right") == 1 and "--answer_style" in output
+    output = finish(launch(base, tmp_path / "b", steps=4, max_response_tokens=1, stop_tokens="r"))
+    assert output.count("WARNING: every response of the first 3 steps was cut at 1 tokens") == 1
+    assert nothing_to_learn(log(tmp_path / "b")[:3], Config()) and "--stop_tokens" in output
+    lines = [{"truncated_frac": 1.0, "zero_std_frac": 1.0, "solved_frac": 0.0}] * 2
+    assert nothing_to_learn([*lines, {**lines[0], "truncated_frac": 0.9, "zero_std_frac": 0.9}], Config()) is None
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 3])
+def test_a_batch_of_very_few_prompts_trains(base, tmp_path, prompts):
+    line, samples = trainer_of(base, tmp_path, prompts_per_step=prompts, minibatch_prompts=1).step(0)
+    assert len(samples) == prompts and line["rollouts"] == 4 * prompts
+
+
+def test_counts_as_weights_are_logged_as_they_act(base, tmp_path):
+    trainer = trainer_of(base, tmp_path, mode="rollout", allocation="weights", rollout_utility="variance",
+                         rollout_budget="spread")
+    trainer.bins.update([p.id for p in trainer.problems[:40]], np.zeros(40, int), np.full(40, 4))
+    for b, arm in ((0, 2), (5, 10)):  # bin 0 wants few rollouts, the bin of the unseen many
+        trainer.rollout_gdro._score_BK[b] = -np.abs(trainer.rollout_gdro.arms_K - arm)
+    line, samples = trainer.step(0)
+    bins = {k: np.array(v, float) for k, v in line["bins"].items()}
+    here = bins["share"] > 0
+    assert (bins["rollouts"][here] == 4).all() and line["rollouts"] == 96
+    assert (bins["weight"][here] == bins["allocated"][here] / 4).all() and len(set(bins["allocated"][here])) > 1
+    assert bins["share"] @ np.where(here, bins["allocated"], 0) == pytest.approx(4)
+    assert (bins["weight"][~here] == 1).all() and np.isnan(bins["allocated"][~here]).all()
+    assert all(s["n"] == 4 and 4 * s["weight"] in range(2, 13) for s in samples)
+
+
 def test_stale_sampler_weights_are_caught_on_the_step_where_they_happen(base, tmp_path):
     trainer = trainer_of(base, tmp_path)
     trainer.step(0)
@@ -379,6 +439,7 @@ def test_stale_sampler_weights_are_caught_on_the_step_where_they_happen(base, tm
     (dict(bin_edges="a,b"), "--bin_edges must be numbers"),
     (dict(eval_top_p=0), "--eval_top_p must be from"),
     (dict(eval_temperature=0), "use it with --eval_rollouts 1"),
+    (dict(mode="rollout", allocation="weights", rollout_utility="surrogate"), "--rollout_utility surrogate would only"),
     (dict(max_response_tokens=1000), "and the model's context is 256"),
     (dict(train_data="nowhere.jsonl"), "nowhere.jsonl"),
     (dict(train_data="nonsense"), "unknown problem set"),
@@ -407,9 +468,56 @@ def test_a_used_folder_other_settings_and_a_damaged_checkpoint_are_refused(base,
     easier = tmp_path / "sums.jsonl"  # the same name, other problems
     easier.write_text("".join((base.parent / "sums.jsonl").read_text().splitlines(keepends=True)[:72]))
     assert "--resume with another train_data" in finish(launch(base, out, "--resume", steps=3, train_data=easier), 1)
-    file = out / "checkpoint" / "step_2" / "optimizer.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    assert "is damaged" in finish(launch(base, out, "--resume", steps=3), 1)
+
+
+DAMAGE = {"optimizer.safetensors": lambda whole: whole[:1000], "adversaries.npz": lambda whole: whole[:-50],
+          "state.json": lambda whole: b"\xff\xfe"}
+
+
+def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_taken(base, tmp_path, capsys):
+    cfg, preset, _ = parse_args(flags(base, tmp_path / "run", steps=3, save_every=1, keep=0))
+    trainer, folder, evaluations = set_up(cfg, preset, False)
+    with trainer.grader:
+        assert train_module.train(trainer, folder, evaluations)
+    whole = log(tmp_path / "run")
+    for step, (name, damage) in zip((3, 2, 1), DAMAGE.items(), strict=True):
+        path = tmp_path / "run" / "checkpoint" / f"step_{step}"
+        (path / name).write_bytes(damage((path / name).read_bytes()))
+        if step > 1:
+            resumed, _, _ = set_up(cfg, preset, True)
+            assert resumed.next_step == step - 1 and not path.exists()
+            assert f"step_{step} is damaged" in capsys.readouterr().out
+            assert log(tmp_path / "run") == whole[: step - 1]
+    with pytest.raises(ValueError, match="holds no checkpoint that is whole"):
+        set_up(cfg, preset, True)
+
+
+@pytest.mark.parametrize("keep, kept", [(1, [4]), (2, [3, 4]), (0, [1, 2, 3, 4])])
+def test_as_many_checkpoints_are_kept_as_asked(base, tmp_path, keep, kept):
+    cfg, preset, _ = parse_args(flags(base, tmp_path / "run", save_every=1, keep=keep))
+    trainer, folder, evaluations = set_up(cfg, preset, False)
+    with trainer.grader:
+        train_module.train(trainer, folder, evaluations)
+    assert [p.name for p in folder.checkpoints()] == [f"step_{n}" for n in reversed(kept)]
+
+
+def test_a_full_disk_says_what_is_kept_and_how_to_go_on(base, tmp_path):
+    """/dev/full refuses every byte, as a full disk does."""
+    out = tmp_path / "run"
+    finish(launch(base, out, steps=2))
+    process = launch(base, out, "--resume", steps=500, save_every=0)
+    while (whole := (out / "metrics.jsonl").read_text()).count("\n") < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    (out / "full").symlink_to("/dev/full")
+    (out / "full").replace(out / "metrics.jsonl")
+    output = finish(process, 1)
+    assert re.search(r"train.py: no space left in .* after step \d+; step_2 is kept. Free the \d+ MiB", output)
+    assert "--resume" in output and "Traceback" not in output
+    (out / "metrics.jsonl").unlink()
+    (out / "metrics.jsonl").write_text(whole)
+    finish(launch(base, out, "--resume", steps=3))
+    assert [line["step"] for line in log(out)] == [0, 1, 2]
 
 
 def test_resume_without_a_checkpoint_says_so_and_begins(base, tmp_path):
