@@ -260,6 +260,8 @@ def check(cfg: Config) -> None:
                          f"{cfg.prompts_per_step}")
 
 
+MEASURE_EVERY = 4  # entropy and mismatch are measured on the first rollout of every fourth prompt of a batch
+
 # ------------------------------------------------------------------------------------------------ packing
 
 
@@ -573,10 +575,15 @@ class Trainer:
             advantage_R, constant_P = (x.cpu().numpy() for x in group_advantage(
                 rewards, offsets, weights, clip=cfg.advantage_clip, std_normalize=cfg.std_normalize))
         with clock("logprob"):
-            old_N, ref_N, entropy_N = self.behaviour(batch)
-            mismatch_N = self.check_mismatch(batch, old_N, step)
+            # Without a KL term a rollout of advantage 0 adds exactly 0 to loss, statistics and gradient: it is left out.
+            acts_R = (advantage_R != 0) | bool(cfg.kl_beta)
+            # A fixed sample, whatever the rewards: entropy and mismatch must not depend on who has an advantage.
+            measured_R = np.isin(np.arange(len(batch.owner)), offsets_P[:-1:MEASURE_EVERY])
+            old_N, ref_N, entropy_N = self.behaviour(batch, acts_R, measured_R)
+            measured_N = np.repeat(measured_R, batch.lengths)
+            mismatch_N = self.check_mismatch(batch.sampler_logp, old_N, measured_N, step)
         with clock("update"):
-            update = self.update(batch, n_P, advantage_R, old_N, ref_N, step)
+            update = self.update(batch, n_P, advantage_R, acts_R, old_N, ref_N, step)
         with clock("sync"):
             self.engine.load_weights(self.model.named_parameters())
 
@@ -598,9 +605,10 @@ class Trainer:
             "step": step, "mode": cfg.mode, "seed": cfg.seed, "seconds": clock.total(),
             "reward_mean": reward_P.mean(), "solved_frac": (correct_P > 0).mean(),
             "zero_std_frac": constant_P.mean(), "zero_std_rollouts_frac": constant_P[batch.owner].mean(),
-            **batch.stats(), "entropy": entropy_N.mean(),
+            **batch.stats(), "entropy": entropy_N[measured_N].mean(),
             **{k: update[k] for k in ("loss", "kl", "clip_frac", "idle_frac", "grad_norm", "lr")},
-            "mismatch": {"mean": mismatch_N.mean(), "max": mismatch_N.max()}, "reward_timeouts": timeouts,
+            "mismatch": {"mean": mismatch_N.mean(), "max": mismatch_N.max()},
+            "measured": {"rollouts": measured_R.sum(), "tokens": measured_N.sum()}, "reward_timeouts": timeouts,
             "shadow_price": mu, "shadow_price_dp": self.rollout_gdro.shadow_price_dp,
             "bins": {"share": share_B, "reward": reward_B, **acted_on, "rollouts": n_B, "tokens": tokens_B},
             "signals": {name: {"mean": bin_means(bin_P, value_P, self.bins.num_bins)[0],
@@ -645,34 +653,42 @@ class Trainer:
         return self.ranks.share(reward_R), int(self.ranks.share(timeouts)[0]), texts
 
     @torch.no_grad()
-    def behaviour(self, batch: Batch) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-        """Log-probs (N,) of the response tokens under the policy that drew them and the base, and its entropy."""
-        kinds = [self.model] + [self.reference] * (self.reference is not None)
-        out = np.zeros((3, len(batch.tokens)), np.float32)
-        mine = np.flatnonzero(share_out(batch.cost(), self.ranks.world) == self.ranks.rank)
-        for micro in micro_batches(batch, mine, self.cfg.microbatch_tokens, self.device):
-            for row, model in enumerate(kinds):
-                if model is self.model:
-                    logp, entropy = self.logprobs(model, micro, entropy=True)
-                    out[2, micro.places] = entropy.cpu().numpy()
+    def behaviour(self, batch: Batch, acts_R: np.ndarray, measured_R: np.ndarray):
+        """Log-probs (N,) of the response tokens under the policy that drew them and under the base (None without a KL
+        term), and the policy's entropy, (N,). Taken where they are needed, 0 elsewhere: the policy's log-probs for
+        rollouts that act or are measured, the base's for those that act, the entropy for those that are measured."""
+        old_N, ref_N, entropy_N = out = np.zeros((3, len(batch.tokens)), np.float32)
+        for wanted_R, measure in ((measured_R, True), (acts_R & ~measured_R, False)):
+            for micro in micro_batches(batch, self.mine(batch, wanted_R), self.cfg.microbatch_tokens, self.device):
+                if measure:
+                    logp, entropy = self.logprobs(self.model, micro, entropy=True)
+                    entropy_N[micro.places] = entropy.cpu().numpy()
                 else:
-                    logp = self.logprobs(model, micro)
-                out[row, micro.places] = logp.cpu().numpy()
-        out = self.ranks.share(out)
-        return out[0], out[1] if self.reference is not None else None, out[2]
+                    logp = self.logprobs(self.model, micro)
+                old_N[micro.places] = logp.cpu().numpy()
+                if self.reference is not None:
+                    ref_N[micro.places] = self.logprobs(self.reference, micro).cpu().numpy()
+        old_N, ref_N, entropy_N = self.ranks.share(out)
+        return old_N, ref_N if self.reference is not None else None, entropy_N
+
+    def mine(self, batch: Batch, wanted_R: np.ndarray) -> np.ndarray:
+        """This rank's part of the wanted rollouts, dealt out by tokens."""
+        rollouts = np.flatnonzero(wanted_R)
+        return rollouts[share_out(batch.cost()[rollouts], self.ranks.world) == self.ranks.rank]
 
     def logprobs(self, model: Transformer, micro: Micro, *, entropy: bool = False):
         return model.logprobs(micro.tokens, micro.cu_seqlens, micro.max_seqlen, micro.targets,
                               temperature=self.cfg.temperature, entropy=entropy)
 
-    def check_mismatch(self, batch: Batch, old_N: np.ndarray, step: int) -> np.ndarray:
-        """|log-prob of the sampler - log-prob of the trainer|, (N,); raises when it is no longer rounding."""
-        for whose, logp_N in (("sampler", batch.sampler_logp), ("trainer", old_N)):
+    def check_mismatch(self, sampler_N: np.ndarray, old_N: np.ndarray, measured_N: np.ndarray, step: int) -> np.ndarray:
+        """|log-prob of the sampler - log-prob of the trainer| of the measured tokens; raises when it is no longer
+        rounding."""
+        for whose, logp_N in (("sampler", sampler_N), ("trainer", old_N)):
             if bad := int((~np.isfinite(logp_N)).sum()):
                 raise RunError(f"step {step}: {bad} of {len(logp_N)} log-probs of the {whose} are not finite numbers: its "
                                "forward pass breaks down. Nothing was updated; --dtype float32, or the other --engine, "
                                "tells whether the weights or the arithmetic are at fault")
-        mismatch_N = np.abs(batch.sampler_logp - old_N)
+        mismatch_N = np.abs(sampler_N - old_N)[measured_N]
         if mismatch_N.mean() > self.cfg.max_mismatch:
             raise RunError(
                 f"step {step}: sampler and trainer log-probs differ by {mismatch_N.mean():.4f} on average (at most "
@@ -691,22 +707,16 @@ class Trainer:
         }[self.cfg.averaging]
         return np.where(inside, weight_R, 0.0)
 
-    def update(self, batch: Batch, n_P, advantage_R: np.ndarray, old_N, ref_N, step: int) -> dict:
-        """The optimiser steps of one batch, one a mini-batch of prompts; every weight is fixed before any split.
-
-        Without a KL term a rollout of advantage 0 adds exactly 0 to loss, statistics and gradient, and is left out.
-        """
+    def update(self, batch: Batch, n_P, advantage_R: np.ndarray, acts_R: np.ndarray, old_N, ref_N, step: int) -> dict:
+        """The optimiser steps of one batch, one a mini-batch of prompts; every weight is fixed before any split."""
         cfg, P, R = self.cfg, len(n_P), len(batch.owner)
         stats = np.zeros((4, R))  # surrogate J, KL, clipped and busy tokens: each rank fills its rollouts
-        acts_R = (advantage_R != 0) | bool(cfg.kl_beta)
         losses, norms = [], []
         self.model.train()
         for start in range(0, P, cfg.minibatch_prompts):
             prompts = np.arange(start, min(start + cfg.minibatch_prompts, P))
             weight_R = self.token_weights(batch, n_P, prompts)
-            rollouts = np.flatnonzero(acts_R & (weight_R > 0))
-            mine = rollouts[share_out(batch.cost()[rollouts], self.ranks.world) == self.ranks.rank]
-            loss_sum = np.zeros(1)
+            loss_sum, mine = np.zeros(1), self.mine(batch, acts_R & (weight_R > 0))
             for micro in micro_batches(batch, mine, cfg.microbatch_tokens, self.device):
                 out = self.token_loss(batch, micro, advantage_R, weight_R, old_N, ref_N)
                 out.loss.backward()

@@ -181,6 +181,31 @@ def test_leaving_out_rollouts_of_advantage_0_changes_nothing_but_the_work(base, 
         assert lines[0][key] == pytest.approx(lines[1][key], rel=1e-3, abs=1e-6)
 
 
+def test_entropy_and_mismatch_are_of_a_fixed_sample_and_old_log_probs_taken_where_needed(base, tmp_path):
+    asked = {}
+    for kl_beta in (0.0, 1e-30):
+        trainer = trainer_of(base, tmp_path, kl_beta=kl_beta)
+        behaviour, seen = trainer.behaviour, []
+
+        def record(batch, acts_R, measured_R, behaviour=behaviour, seen=seen):
+            everything = np.ones(96, bool)
+            seen.append((batch, acts_R, measured_R, behaviour(batch, acts_R, measured_R),
+                         behaviour(batch, everything, everything)))
+            return seen[-1][3]
+
+        trainer.behaviour = record
+        line, _ = trainer.step(0)
+        (batch, acts_R, measured_R, (old_N, _, _), (everywhere_N, _, entropy_N)), = seen
+        asked[kl_beta] = acts_R.sum()
+        assert np.flatnonzero(measured_R).tolist() == [0, 16, 32, 48, 64, 80]  # first of 4 of every 4th of 24 prompts
+        assert line["measured"] == {"rollouts": 6, "tokens": int(batch.lengths[measured_R].sum())}
+        known_N = np.repeat(acts_R | measured_R, batch.lengths)
+        assert np.allclose(old_N[known_N], everywhere_N[known_N], atol=1e-5) and not old_N[~known_N].any()
+        measured_N = np.repeat(measured_R, batch.lengths)
+        assert line["entropy"] == pytest.approx(entropy_N[measured_N].mean(), rel=1e-5)
+    assert 0 < asked[0.0] < asked[1e-30] == 96
+
+
 def test_token_weights_are_the_three_ways_of_averaging(base, tmp_path):
     trainer = trainer_of(base, tmp_path, mode="rollout")
     n_P = np.array([2, 3, 4, 3])
@@ -368,7 +393,7 @@ def test_log_probs_that_are_no_numbers_are_not_blamed_on_stale_weights(base, tmp
 
     def broken_sample(*args):
         batch = sample(*args)
-        batch.sampler_logp[3] = np.nan
+        batch.sampler_logp[-1] = np.nan
         return batch
 
     def broken_behaviour(*args):
