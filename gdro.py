@@ -21,8 +21,6 @@ from math import comb
 
 import numpy as np
 
-UNITS = 240  # a success rate c/n is kept as round(240 c/n), one byte: exact for n in 1-6, 8, 10, 12, 15, 16
-
 
 class DifficultyBins:
     """Sorts prompts online by their recent success, (10)-(11), with hysteresis.
@@ -35,19 +33,19 @@ class DifficultyBins:
                  n, so that allocation does not move the bins. "any" = (c > 0), the paper's pass@k, which does.
     unseen_rate: the estimate that a prompt has before its first visit (official code: 0, i.e. the hardest bin).
 
-    Only prompts that were seen take memory: `history` bytes each ("rate") or one 64-bit word ("any"), and a dict entry.
+    Only prompts that were seen take memory: 8 `history` bytes each, and a dict entry.
     """
 
     def __init__(self, edges: Sequence[float], *, history: int = 50, hysteresis: float = 0.03, success: str = "rate",
                  unseen_rate: float = 0.5):
-        # Edges, margins and estimates are compared at 12 decimals, where 0.3 - 0.03 is 27/100 and 2/3 is 160/240.
+        # Edges, margins and estimates are compared at 12 decimals, where 0.3 - 0.03 is 27/100.
         self.edges = np.round(np.asarray(edges, dtype=np.float64), 12)
         if self.edges.size and not (np.all(np.diff(self.edges) > 0) and 0 < self.edges[0] and self.edges[-1] < 1):
             raise ValueError(f"bin edges must ascend strictly inside (0, 1), got {list(edges)}")
         if success not in ("rate", "any"):
             raise ValueError(f"success must be 'rate' or 'any', got {success!r}")
-        if history < 1 or (success == "any" and history > 64):
-            raise ValueError(f"history must be from 1, and to 64 with success='any' (one bit a visit), got {history}")
+        if history < 1:
+            raise ValueError(f"history must be at least 1, got {history}")
         if hysteresis < 0:
             raise ValueError(f"hysteresis must not be negative, got {hysteresis}")
         self.num_bins = len(self.edges) + 1
@@ -56,17 +54,15 @@ class DifficultyBins:
         self._leave_up = np.round(np.append(self.edges, np.inf) + hysteresis, 12)
         self._leave_down = np.round(np.append(-np.inf, self.edges) - hysteresis, 12)
         self._row_of: dict[str, int] = {}
-        self._grow(0)
+        self._visits = np.zeros(0, np.int64)
+        self._bin = np.zeros(0, np.int64)
+        self._record = np.zeros((0, history))  # successes of the last visits, in a ring; NaN where there was none
 
     def _grow(self, rows: int) -> None:
-        """Makes room for `rows` prompts, at least doubling, so that growth costs O(1) a prompt."""
-        wide = (self.history,) if self.success == "rate" else ()
-        fresh = {"visits": np.zeros(rows, np.int64), "bin": np.zeros(rows, np.int16),
-                 "record": np.zeros((rows, *wide), np.uint8 if wide else np.uint64)}
-        for name, array in fresh.items():
-            if rows:
-                array[: len(getattr(self, "_" + name))] = getattr(self, "_" + name)
-            setattr(self, "_" + name, array)
+        """Makes room for `rows` prompts."""
+        more = rows - len(self._visits)
+        self._visits, self._bin = np.pad(self._visits, (0, more)), np.pad(self._bin, (0, more))
+        self._record = np.pad(self._record, ((0, more), (0, 0)), constant_values=np.nan)
 
     def lookup(self, ids: Sequence[str]) -> np.ndarray:
         """Bins of the prompts, (P,) int64, from what earlier steps saw. Changes nothing."""
@@ -87,16 +83,14 @@ class DifficultyBins:
             raise ValueError("every prompt needs 0 <= correct <= n and n >= 1")
         row_P = np.fromiter((self._row_of.setdefault(i, len(self._row_of)) for i in ids), np.int64, len(ids))
         if len(self._row_of) > len(self._visits):
-            self._grow(max(len(self._row_of), 2 * len(self._visits)))
-        if self.success == "rate":
-            self._record[row_P, self._visits[row_P] % self.history] = np.rint(UNITS * correct_P / n_P)
-        else:
-            mask = np.uint64(2**self.history - 1)
-            self._record[row_P] = (self._record[row_P] << np.uint64(1) | (correct_P > 0).astype(np.uint64)) & mask
+            self._grow(2 * len(self._row_of))
+        success_P = correct_P / n_P if self.success == "rate" else correct_P > 0
+        self._record[row_P, self._visits[row_P] % self.history] = success_P
         self._visits[row_P] += 1
-        self._bin[row_P] = self._move(row_P)
+        self._bin[row_P] = self._moved(row_P)
 
-    def _move(self, row_P: np.ndarray) -> np.ndarray:
+    def _moved(self, row_P: np.ndarray) -> np.ndarray:
+        """(11) with hysteresis: the bins that the prompts of these rows stand in after their visit."""
         estimate_P, bin_P = self._estimate(row_P), self._bin[row_P]
         leaves = (estimate_P >= self._leave_up[bin_P]) | (estimate_P < self._leave_down[bin_P])
         first = self._visits[row_P] == 1
@@ -104,19 +98,16 @@ class DifficultyBins:
 
     def _estimate(self, row_P: np.ndarray) -> np.ndarray:
         """(10): mean success of the last H visits."""
-        count_P = np.minimum(self._visits[row_P], self.history)
-        if self.success == "rate":
-            return np.round(self._record[row_P].sum(axis=1, dtype=np.int64) / (UNITS * count_P), 12)
-        return np.round(np.bitwise_count(self._record[row_P]) / count_P, 12)
+        return np.round(np.nanmean(self._record[row_P], axis=1), 12)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         used = len(self._row_of)
         return {"ids": np.array(list(self._row_of), dtype=np.str_), "visits": self._visits[:used].copy(),
                 "bin": self._bin[:used].copy(), "record": self._record[:used].copy(),
-                "edges": self.edges.copy(), "history": np.array(self.history)}
+                "edges": self.edges.copy(), "success": np.array(self.success)}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        if state["record"].dtype != self._record.dtype or int(state["history"]) != self.history:
+        if state["record"].shape[1:] != (self.history,) or str(state["success"]) != self.success:
             raise ValueError("the saved bins were made with another `success` or `history`")
         if not np.array_equal(state["edges"], self.edges):
             raise ValueError(f"the saved bins have the edges {state['edges'].tolist()}, not {self.edges.tolist()}")
@@ -124,28 +115,32 @@ class DifficultyBins:
         self._visits, self._bin, self._record = (state[k].copy() for k in ("visits", "bin", "record"))
 
 
-# What l(x) is in (8), the loss whose bin means the adversaries see: signal(surrogate_P, reward_P, n_P) -> (P,), with
-# surrogate_P from unweighted advantages, reward_P the mean +-1 reward of a prompt's n_P rollouts.
+# What l(x) is in (8), the loss whose bin means the adversaries see: signal(loss_P, reward_P, n_P) -> (P,), with loss_P
+# (7), minus the surrogate of unweighted advantages, and reward_P the mean +-1 reward of a prompt's n_P rollouts.
 SIGNALS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
-    "surrogate": lambda surrogate_P, reward_P, n_P: surrogate_P,  # (5)-(7): zero at ratio 1, advantages being centred
-    "reward": lambda surrogate_P, reward_P, n_P: -reward_P,  # appendix B, footnote: L_b = -E[reward]
-    "variance": lambda surrogate_P, reward_P, n_P: (1 - reward_P**2) * n_P / np.maximum(n_P - 1, 1),  # v of (28)
+    "surrogate": lambda loss_P, reward_P, n_P: loss_P,  # (5)-(7): zero at ratio 1, advantages being centred
+    "reward": lambda loss_P, reward_P, n_P: -reward_P,  # appendix B, footnote: L_b = -E[reward]
+    "variance": lambda loss_P, reward_P, n_P: (1 - reward_P**2) * n_P / np.maximum(n_P - 1, 1),  # v of (28)
 }
 
 
-def bin_means(bin_P: np.ndarray, value_P: np.ndarray, num_bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means of `value_P` by bin, (B,) with NaN where the bin is absent, and the shares q_hat of the batch, (B,)."""
-    count_B = np.bincount(bin_P, minlength=num_bins)
-    sum_B = np.bincount(bin_P, weights=value_P, minlength=num_bins)
-    return np.divide(sum_B, count_B, out=np.full(num_bins, np.nan), where=count_B > 0), count_B / max(len(bin_P), 1)
+def means_by(index: np.ndarray, value: np.ndarray, groups: int) -> np.ndarray:
+    """Mean of `value` over the entries of each index, (groups,); NaN for an index that does not occur."""
+    count = np.bincount(index, minlength=groups)
+    total = np.bincount(index, weights=value, minlength=groups)
+    return np.divide(total, count, out=np.full(groups, np.nan), where=count > 0)
 
 
-def bin_errors(bin_P: np.ndarray, value_P: np.ndarray, num_bins: int) -> np.ndarray:
-    """Standard errors of the means of `bin_means`, (B,); NaN where fewer than two prompts tell."""
-    mean_B, _ = bin_means(bin_P, value_P, num_bins)
-    square_B, _ = bin_means(bin_P, (value_P - mean_B[bin_P]) ** 2, num_bins)
-    count_B = np.bincount(bin_P, minlength=num_bins)
-    return np.sqrt(np.divide(square_B, count_B - 1, out=np.full(num_bins, np.nan), where=count_B > 1))
+def errors_by(index: np.ndarray, value: np.ndarray, groups: int) -> np.ndarray:
+    """Standard errors of `means_by`, (groups,); NaN where fewer than two entries tell."""
+    variance = means_by(index, (value - means_by(index, value, groups)[index]) ** 2, groups)
+    count = np.bincount(index, minlength=groups)
+    return np.sqrt(np.divide(variance, count - 1, out=np.full(groups, np.nan), where=count > 1))
+
+
+def bin_shares(bin_P: np.ndarray, num_bins: int) -> np.ndarray:
+    """q_hat of (13), the prompts of each bin over those of the batch, (B,)."""
+    return np.bincount(bin_P, minlength=num_bins) / max(len(bin_P), 1)
 
 
 def ema(old: np.ndarray, new: np.ndarray, beta: float) -> np.ndarray:
@@ -209,9 +204,9 @@ class PromptGDRO:
         """(13) and (12), with the losses (7) of the step's prompts, (P,), computed from unweighted advantages."""
         if not np.all(np.isfinite(loss_P)):
             raise ValueError("a prompt loss is not finite")
-        loss_B, share_B = bin_means(bin_P, loss_P, self.num_bins)
+        loss_B = means_by(bin_P, loss_P, self.num_bins)
         if self.share_normalize:
-            loss_B = loss_B / np.maximum(share_B, self.share_floor)
+            loss_B = loss_B / np.maximum(bin_shares(bin_P, self.num_bins), self.share_floor)
         self._score_B = ema(self._score_B, loss_B, self.beta)
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -335,7 +330,8 @@ class RolloutGDRO:
         return np.log(np.maximum((1 - self.gamma) * p_BK + self.gamma / len(self.arms_K), 1e-300))
 
     def allocate(self, bin_P: np.ndarray) -> np.ndarray:
-        """Rollout counts of the batch's prompts, (P,) int64. Changes no state; raises if the budget cannot be met."""
+        """(19): rollout counts of the batch's prompts, (P,) int64. Changes no state; raises ValueError if the budget
+        cannot be met."""
         present, slot_P, count = np.unique(bin_P, return_inverse=True, return_counts=True)
         self.shadow_price_dp = None
         if self.budget == "dual":
@@ -352,7 +348,7 @@ class RolloutGDRO:
             value = self.log_prob_BK()[present]  # (bins present, K)
         # Equal choices go to the one nearest the uniform one; too small to outweigh a real difference.
         value = value - 1e-9 * count[:, None] * (self.arms_K - self.n_bar) ** 2
-        choice = JointChoice(value, count, mixed=self.budget == "spread")
+        choice = JointChoice(value, count, spread=self.budget == "spread")
         extra = total - int(self.arms_K[0]) * len(bin_P)
         if not np.isfinite(choice.best(extra)):
             raise ValueError(f"no arms meet a mean of exactly {self.n_bar} rollouts with {count.tolist()} prompts in "
@@ -378,13 +374,13 @@ class RolloutGDRO:
     def _stats(self, bin_P: np.ndarray, n_P: np.ndarray, loss_P: np.ndarray, correct_P: np.ndarray) -> BinStats:
         B, K = self._score_BK.shape
         arm_P = n_P - self.arms_K[0]
-        loss_BK, _ = bin_means(bin_P * K + arm_P, loss_P, B * K)
+        loss_BK = means_by(bin_P * K + arm_P, loss_P, B * K)
         drawn_B = np.bincount(bin_P, weights=n_P, minlength=B)
         correct_B = np.bincount(bin_P, weights=correct_P, minlength=B)
         rate_B = np.where(drawn_B > 0, (correct_B + 0.5) / (drawn_B + 1), np.nan)
         many = n_P > 1  # one rollout has no variance
         n, c = n_P[many], correct_P[many]
-        variance_B, _ = bin_means(bin_P[many], 4 * c * (n - c) / (n * (n - 1)), B)
+        variance_B = means_by(bin_P[many], 4 * c * (n - c) / (n * (n - 1)), B)
         return BinStats(self.arms_K, self.n_bar, loss_BK.reshape(B, K), rate_B, variance_B)
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -398,85 +394,50 @@ class RolloutGDRO:
 
 
 class JointChoice:
-    """max sum_b value[b, k_b] over one arm k_b a bin, for every total of extra rollouts sum_b count[b] k_b at once.
+    """(19): max sum_b value[b, k_b] over one arm k_b a bin, for every total of extra rollouts sum_b count[b] k_b at once.
 
-    With `mixed`, a bin may also stand between two arms: r of its m prompts at arm k + 1, the others at k, valued at
-    value_k + (r/m) (value_{k+1} - value_k). Values are then piecewise linear in a bin's total with kinks at whole arms,
-    and moving one rollout between two mixed bins changes the sum linearly until one of them is whole: some optimum
-    mixes at most one bin. So the DP carries two tables, F0 with no mixed bin yet and F1 with exactly one.
+    With `spread`, a bin may also stand between two arms: r of its m prompts at arm k + 1, the others at k, worth
+    value_k + (r/m) (value_{k+1} - value_k). Plain dynamic programming over the bins: an optimum for t extra rollouts is
+    the best way to give some of them to the last bin and the rest to those before it. Between whole arms a bin's worth
+    is linear, so some optimum has at most one bin there; a hair's breadth makes it the one that is chosen.
     """
 
-    def __init__(self, value: np.ndarray, count: np.ndarray, *, mixed: bool):
-        self.value, self.count, self.mixed = value, count.astype(int), mixed
-        self.F0, self.F1 = [np.zeros(1)], [np.full(1, -np.inf)]  # after 0, 1, 2, ... bins; index = extra rollouts
+    HAIR = 1e-10  # what standing between two arms costs: less than any real difference, more than rounding
+
+    def __init__(self, value: np.ndarray, count: np.ndarray, *, spread: bool):
+        self.count = count.astype(int)
+        arm = np.arange(value.shape[1])
+        self.worth = []  # of each bin: what t extra rollouts are worth to it, (m (K - 1) + 1,); -inf where it can't be
         for v, m in zip(value, self.count, strict=True):
-            self.F1.append(self._add_whole(self.F1[-1], v, m))
-            if mixed and m > 1 and len(v) > 1:
-                np.maximum(self.F1[-1], self._add_mixed(self.F0[-1], v, m), out=self.F1[-1])
-            self.F0.append(self._add_whole(self.F0[-1], v, m))
-
-    @staticmethod
-    def _add_whole(F: np.ndarray, v: np.ndarray, m: int) -> np.ndarray:
-        """max_k F[t - m k] + v[k], for every t."""
-        out = np.full(len(F) + m * (len(v) - 1), -np.inf)
-        for k, v_k in enumerate(v):
-            window = out[m * k : m * k + len(F)]
-            np.maximum(window, F + v_k, out=window)
-        return out
-
-    @staticmethod
-    def _add_mixed(F: np.ndarray, v: np.ndarray, m: int) -> np.ndarray:
-        """max over k and 0 < r < m of F[t - m k - r] + v[k] + r s_k with s_k = (v[k+1] - v[k]) / m, for every t.
-
-        With u = t - m k - r the bracket is (F[u] - s_k u) + v[k] + s_k (t - m k): a sliding maximum over m - 1
-        neighbouring u. It is had in O(len F) as the greater of a running maximum from the left and one from the right
-        inside blocks of m - 1 (any window lies in two neighbouring blocks).
-        """
-        K, L, w = len(v), len(F), m - 1
-        slope = np.diff(v)[:, None] / m  # (K - 1, 1)
-        blocks = -(-(L + 2 * w) // w)
-        h = np.full((K - 1, blocks * w), -np.inf)
-        h[:, w : w + L] = F - slope * np.arange(L)  # index u + w, so that windows may hang over both ends
-        h = h.reshape(K - 1, blocks, w)
-        left = np.maximum.accumulate(h, axis=2).reshape(K - 1, -1)
-        right = np.maximum.accumulate(h[:, :, ::-1], axis=2)[:, :, ::-1].reshape(K - 1, -1)
-        x = np.arange(1, L + w)  # x = t - m k, from r = 1 at u = 0 to r = m - 1 at u = L - 1; u in [x - w, x - 1]
-        best = np.maximum(right[:, x], left[:, x + w - 1]) + slope * x + v[:-1, None]
-        out = np.full(L + m * (K - 1), -np.inf)
-        for k in range(K - 1):
-            window = out[m * k + 1 : m * k + L + w]
-            np.maximum(window, best[k], out=window)
-        return out
+            t = np.arange(m * arm[-1] + 1)
+            between = t % m > 0
+            self.worth.append(np.interp(t / m, arm, v) - np.where(between, self.HAIR if spread else np.inf, 0.0))
+        self.best_of = [np.zeros(1)]  # after 0, 1, 2, ... bins: the optimum for each total
+        for worth in self.worth:
+            before = self.best_of[-1]
+            best = np.full(len(before) + len(worth) - 1, -np.inf)
+            for t in np.flatnonzero(np.isfinite(worth)):
+                window = best[t : t + len(before)]
+                np.maximum(window, before + worth[t], out=window)
+            self.best_of.append(best)
 
     def best(self, extra: int) -> float:
         """The optimum for this total; -inf where no choice has it."""
-        return max(self.F0[-1][extra], self.F1[-1][extra]) if 0 <= extra < len(self.F0[-1]) else -np.inf
+        return float(self.best_of[-1][extra]) if 0 <= extra < len(self.best_of[-1]) else -np.inf
 
     def marginal_value(self, extra: int) -> float | None:
         """Difference quotient of the optimum between the nearest feasible totals on either side of `extra`."""
-        feasible = np.flatnonzero(np.isfinite(np.maximum(self.F0[-1], self.F1[-1])))
+        feasible = np.flatnonzero(np.isfinite(self.best_of[-1]))
         below, above = feasible[feasible < extra], feasible[feasible > extra]
         low = below[-1] if len(below) else extra
         high = above[0] if len(above) else extra
-        return float((self.best(high) - self.best(low)) / (high - low)) if high > low else None
+        return (self.best(high) - self.best(low)) / int(high - low) if high > low else None
 
     def arms(self, extra: int) -> tuple[np.ndarray, np.ndarray]:
-        """Arm index of each bin and how many of its prompts get one rollout more; the lowest arm among equals."""
-        arm, remainder = np.zeros(len(self.count), int), np.zeros(len(self.count), int)
-        t, mixing = extra, self.F1[-1][extra] > self.F0[-1][extra]
+        """Arm index of each bin and how many of its prompts get one rollout more; the fewest rollouts among equals."""
+        taken = np.zeros(len(self.count), int)
         for b in range(len(self.count) - 1, -1, -1):
-            v, m = self.value[b], self.count[b]
-            total = np.arange(m * (len(v) - 1) + 1)  # extra rollouts that bin b may take
-            whole = total % m == 0
-            k, r = total // m, total % m
-            gain = v[k] + np.where(whole, 0.0, r / m * (v[np.minimum(k + 1, len(v) - 1)] - v[k]))
-            rest = t - total
-            valid = (rest >= 0) & (rest < len(self.F0[b]))
-            rest = np.where(valid, rest, 0)
-            before = np.where(whole, self.F1[b][rest] if mixing else self.F0[b][rest],
-                              self.F0[b][rest] if mixing else -np.inf)
-            pick = int(np.argmax(np.where(valid, before + gain, -np.inf)))
-            arm[b], remainder[b] = k[pick], r[pick]
-            mixing = mixing and bool(whole[pick])
-            t -= int(total[pick])
-        return arm, remainder
+            before, left = self.best_of[b], extra - taken[b + 1 :].sum()
+            t = np.arange(max(0, left - len(before) + 1), min(left, len(self.worth[b]) - 1) + 1)
+            taken[b] = t[np.argmax(before[left - t] + self.worth[b][t])]
+        return taken // self.count, taken % self.count

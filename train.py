@@ -28,7 +28,17 @@ from tqdm import tqdm
 import tasks
 from data import Problem, batch_order, encode_prompts, load_problems, stop_token_ids
 from eval import Evaluation, table
-from gdro import BUDGETS, SIGNALS, UTILITIES, DifficultyBins, PromptGDRO, RolloutGDRO, bin_errors, bin_means
+from gdro import (
+    BUDGETS,
+    SIGNALS,
+    UTILITIES,
+    DifficultyBins,
+    PromptGDRO,
+    RolloutGDRO,
+    bin_shares,
+    errors_by,
+    means_by,
+)
 from kernels import group_advantage, grpo_token_loss
 from model import ModelConfig, Transformer, fetch
 from ranks import (
@@ -547,13 +557,13 @@ class Trainer:
         cfg, clock = self.cfg, Clock(self.device)
         index_P = batch_order(len(self.problems), cfg.prompts_per_step, cfg.seed, step)
         problems, prompts = [self.problems[i] for i in index_P], [self.prompts[i] for i in index_P]
-        ids_P = [p.id for p in problems]
+        ids_P, P, B = [p.id for p in problems], len(problems), self.bins.num_bins
 
         with clock("adversary"):
             bin_P = self.bins.lookup(ids_P)  # (P,) from what earlier steps saw
             n_P = self.rollout_gdro.allocate(bin_P)  # (P,)
             weight_P = self.prompt_gdro.weights(bin_P)  # (P,)
-            allocated_B, share_B = bin_means(bin_P, n_P, self.bins.num_bins)
+            share_B, allocated_B = bin_shares(bin_P, B), means_by(bin_P, n_P, B)
             acted_on = {"score": self.prompt_gdro.score_B, "weight": self.prompt_gdro.weights_by_bin(bin_P),
                         "allocated": allocated_B}
             mu = self.rollout_gdro.mu
@@ -590,17 +600,13 @@ class Trainer:
         with clock("adversary"):
             # (7) in unweighted advantages: the clipped surrogate (5) is linear in a positive weight.
             loss_R = -update["surrogate_R"] / weight_P[batch.owner] + cfg.kl_beta * update["kl_R"]
-            P = len(ids_P)
-            surrogate_P, _ = bin_means(batch.owner, loss_R, P)
-            reward_P, _ = bin_means(batch.owner, reward_R, P)
+            loss_P, reward_P = means_by(batch.owner, loss_R, P), means_by(batch.owner, reward_R, P)
             correct_P = np.bincount(batch.owner, weights=reward_R > 0, minlength=P).astype(int)
-            tokens_B, _ = bin_means(bin_P[batch.owner], batch.lengths, self.bins.num_bins)
-            signals = {name: signal(surrogate_P, reward_P, n_P) for name, signal in SIGNALS.items()}
-            self._end_step(ids_P, bin_P, n_P, surrogate_P, signals[cfg.prompt_signal], correct_P, tokens_B,
+            tokens_B = means_by(bin_P[batch.owner], batch.lengths, B)
+            signals = {name: signal(loss_P, reward_P, n_P) for name, signal in SIGNALS.items()}
+            self._end_step(ids_P, bin_P, n_P, loss_P, signals[cfg.prompt_signal], correct_P, tokens_B,
                            update["grad_norm"])
 
-        n_B, _ = bin_means(bin_P, n_P, self.bins.num_bins)
-        reward_B, _ = bin_means(bin_P, reward_P, self.bins.num_bins)
         line = {
             "step": step, "mode": cfg.mode, "seed": cfg.seed, "seconds": clock.total(),
             "reward_mean": reward_P.mean(), "solved_frac": (correct_P > 0).mean(),
@@ -610,11 +616,11 @@ class Trainer:
             "mismatch": {"mean": mismatch_N.mean(), "max": mismatch_N.max()},
             "measured": {"rollouts": measured_R.sum(), "tokens": measured_N.sum()}, "reward_timeouts": timeouts,
             "shadow_price": mu, "shadow_price_dp": self.rollout_gdro.shadow_price_dp,
-            "bins": {"share": share_B, "reward": reward_B, **acted_on, "rollouts": n_B, "tokens": tokens_B},
-            "signals": {name: {"mean": bin_means(bin_P, value_P, self.bins.num_bins)[0],
-                               "error": bin_errors(bin_P, value_P, self.bins.num_bins)}
+            "bins": {"share": share_B, "reward": means_by(bin_P, reward_P, B), **acted_on,
+                     "rollouts": means_by(bin_P, n_P, B), "tokens": tokens_B},
+            "signals": {name: {"mean": means_by(bin_P, value_P, B), "error": errors_by(bin_P, value_P, B)}
                         for name, value_P in signals.items()},
-            "surrogate_abs": [np.abs(surrogate_P[start : start + cfg.minibatch_prompts]).mean()
+            "surrogate_abs": [np.abs(loss_P[start : start + cfg.minibatch_prompts]).mean()
                               for start in range(0, P, cfg.minibatch_prompts)],
             "eval": None}
         samples = [{"step": step, "id": ids_P[p], "bin": bin_P[p], "n": n_P[p], "weight": weight_P[p],
@@ -622,10 +628,10 @@ class Trainer:
                     "prompt": problems[p].prompt, "response": texts[r]} for p, r in enumerate(offsets_P[:-1][:4])]
         return jsonable(line), jsonable(samples)
 
-    def _end_step(self, ids_P, bin_P, n_P, surrogate_P, signal_P, correct_P, tokens_B, grad_norm) -> None:
+    def _end_step(self, ids_P, bin_P, n_P, loss_P, signal_P, correct_P, tokens_B, grad_norm) -> None:
         """The one place where adversaries and bins change; the same on every rank, which is checked."""
         self.prompt_gdro.update(bin_P, signal_P)
-        self.rollout_gdro.update(bin_P, n_P, surrogate_P, correct_P)
+        self.rollout_gdro.update(bin_P, n_P, loss_P, correct_P)
         self.bins.update(ids_P, correct_P, n_P)
         self.expected_tokens_B = np.where(np.isnan(tokens_B), self.expected_tokens_B, tokens_B)
         touched = (self.prompt_gdro.score_B, self.rollout_gdro.log_prob_BK(), self.bins.lookup(ids_P),
