@@ -1,6 +1,13 @@
-"""The torch references against their definitions: float64, brute-force loops, and torch.distributions."""
+"""The kernels against their definitions in float64: every claim of the torch reference and of the Triton kernel, which
+is compiled where there is a CUDA device and interpreted elsewhere.
+
+Shapes are small because the interpreter is slow, and odd because tiles are not: rows, words and depths that no tile
+divides, targets on the borders of tiles and of splits.
+"""
 
 import importlib
+import json
+import math
 import os
 import subprocess
 import sys
@@ -9,594 +16,906 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_train import trainer_of
+from torch import Tensor
 
-from kernels import group_advantage, grpo_token_loss, linear_logprob
+import tasks
+from kernels import backend, group_advantage, grpo_token_loss, linear_logprob
 
 ROOT = Path(__file__).parents[1]
-LINEAR = importlib.import_module("kernels.linear_logprob")  # the package has a function of this name
+ADVANTAGE, LOSS, LINEAR = (importlib.import_module(f"kernels.{name}") for name in (
+    "group_advantage", "grpo_token_loss", "linear_logprob"))  # the package has functions so named
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+FORWARD = {F64: 1e-12, F32: 1e-5, BF16: 2e-5}  # absolute
+# relative to the norm; compiled, dlogits are rounded to bf16, too
+GRADIENT = {F64: 1e-12, F32: 1e-5, BF16: 2**-8} if DEVICE == "cpu" else {F64: 1e-12, F32: 1e-4, BF16: 2**-7}
+on_triton = pytest.mark.parametrize("how", ["triton"], indirect=True)
+on_torch = pytest.mark.parametrize("how", ["torch"], indirect=True)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def how(request, monkeypatch):
+    """The backend. Parts of Triton that it imports late, at the first launch, ask the environment again."""
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="the kernels need Triton, which is not installed")
+        if DEVICE == "cpu":
+            monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return request.param
+
+
+class Counted:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid):
+        self.launches += 1
+        return self.kernel[grid]
+
+
+def count(monkeypatch, module, name: str) -> Counted:
+    counted = Counted(getattr(module, name))
+    monkeypatch.setattr(module, name, counted)
+    return counted
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    return ((got.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
 # ------------------------------------------------------------------------------------------------- linear_logprob
 
 
-def linear_case(n=23, d=16, v=41, dtype=torch.float32, seed=0):
+def linear_case(T=37, V=251, D=24, dtype=F32, seed=0):
+    """hidden, weight, targets, incoming gradients; logits are N(0, 4), the first targets lie on borders of tiles."""
     g = generator(seed)
-    hidden, weight = (torch.randn(rows, d, generator=g) for rows in (n, v))
-    return (2 * d**-0.5 * hidden).to(dtype), weight.to(dtype), torch.randint(v, (n,), generator=g)  # logits: N(0, 4)
+    hidden, weight = (torch.randn(rows, D, generator=g) for rows in (T, V))
+    targets = torch.randint(V, (T,), generator=g)
+    border = torch.tensor([y for y in (V - 1, 0, 127, 128, 255, 256, 511, 512) if y < V][:T], dtype=torch.long)
+    targets[: len(border)] = border
+    return ((2 * D**-0.5 * hidden).to(DEVICE, dtype), weight.to(DEVICE, dtype), targets.to(DEVICE),
+            torch.randn(T, generator=g).to(DEVICE))
 
 
-def truth(hidden, weight, targets, temperature=1.0):
-    """(logp, entropy) in float64 from the operands as they are."""
-    logits = hidden.double() @ weight.double().T / temperature
-    logp = logits.log_softmax(1).gather(1, targets[:, None]).squeeze(1)
-    return logp, torch.distributions.Categorical(logits=logits).entropy()
+def log_softmax(logits, targets):
+    """logp, entropy of whole logits; 0 at targets of -100."""
+    log_p = logits.log_softmax(1)
+    logp, entropy = log_p.gather(1, targets.clamp(min=0)[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(1)
+    return logp.masked_fill(targets == -100, 0.0), entropy.masked_fill(targets == -100, 0.0)
 
 
-@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
-@pytest.mark.parametrize("max_logits", [1 << 24, 41 * 4, 1], ids=["one chunk", "chunks of 4 rows", "row by row"])
-def test_logprob_and_entropy_equal_float64(monkeypatch, max_logits, temperature):
-    monkeypatch.setattr(LINEAR, "MAX_LOGITS", max_logits)
-    case = linear_case()
-    logp, entropy = linear_logprob(*case, temperature=temperature, entropy=True)
-    assert logp.dtype == entropy.dtype == torch.float32
-    for got, expected in zip((logp, entropy), truth(*case, temperature), strict=True):
-        torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)
-    assert torch.equal(linear_logprob(*case, temperature=temperature), logp)
+def plain(hidden, weight, targets, grad, temperature=1.0, dtype=F64):
+    """logp, entropy, gradient in hidden, in weight by whole logits in `dtype`, from the operands as they are."""
+    h, w = (x.detach().to(dtype, copy=True).requires_grad_() for x in (hidden, weight))
+    logp, entropy = log_softmax(h @ w.T / temperature, targets)
+    return logp.detach(), entropy.detach(), *torch.autograd.grad((grad * logp).sum(), (h, w))
 
 
-@pytest.mark.parametrize("max_logits", [1 << 24, 1])
-def test_no_rows_give_no_logprobs(monkeypatch, max_logits):
-    monkeypatch.setattr(LINEAR, "MAX_LOGITS", max_logits)
-    logp, entropy = linear_logprob(*linear_case(n=0), entropy=True)
-    assert logp.shape == entropy.shape == (0,)
+def linear(hidden, weight, targets, grad, how, **options):
+    """The same of the kernel."""
+    h, w = (x.detach().requires_grad_() for x in (hidden, weight))
+    logp, entropy = linear_logprob(h, w, targets, entropy=True, backend=how, **options)
+    assert logp.dtype == entropy.dtype == torch.promote_types(hidden.dtype, F32)
+    (grad * logp).sum().backward()
+    return logp.detach(), entropy.detach(), h.grad, w.grad
 
 
-def test_bf16_operands_do_not_round_the_logits():
-    case = linear_case(n=64, d=64, v=500, dtype=torch.bfloat16)
-    logp, entropy = linear_logprob(*case, entropy=True)
-    assert logp.dtype == entropy.dtype == torch.float32
-    expected_logp, expected_entropy = truth(*case)
-    assert (logp - expected_logp).abs().max() < 1e-5 and (entropy - expected_entropy).abs().max() < 1e-5
-    rounded = (case[0] @ case[1].T).double().log_softmax(1).gather(1, case[2][:, None]).squeeze(1)
-    assert (rounded - expected_logp).abs().max() > 3e-3  # what the bound above excludes
+def assert_true(got, expected, dtype, forward=None):
+    """logp, entropy to an absolute bound, gradients relative to their norm."""
+    for x, y in zip(got[:2], expected[:2], strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=0, atol=forward or FORWARD[dtype])
+    for x, y in zip(got[2:], expected[2:], strict=True):
+        assert x.dtype == dtype and relative_error(x, y) < GRADIENT[dtype]
 
 
-def test_logits_far_beyond_exp_stay_exact():
-    hidden, weight, targets = linear_case()
-    logp = linear_logprob(hidden * 1e3, weight, targets)
-    expected, _ = truth(hidden * 1e3, weight, targets)
-    assert expected.min() < -1000
-    torch.testing.assert_close(logp.double(), expected, rtol=1e-5, atol=2e-3)
+@pytest.mark.parametrize("shape, dtype, temperature", [
+    ((0, 17, 8), F32, 1.0), ((1, 17, 8), BF16, 0.5), ((5, 37, 16), F64, 1.7), ((37, 251, 24), F32, 0.6),
+    ((33, 257, 128), F64, 1.0), ((6, 300, 13), BF16, 1.7), ((6, 600, 13), F32, 1.7), ((150, 40, 16), BF16, 0.5),
+], ids=str)
+def test_linear_logprob_equals_float64(monkeypatch, how, shape, dtype, temperature):
+    monkeypatch.setattr(LINEAR, "SPLIT", 256)
+    monkeypatch.setattr(LINEAR, "MAX_LOGITS", 1)  # the reference in chunks of 128 rows
+    case = linear_case(*shape, dtype=dtype)
+    got = linear(*case, how, temperature=temperature)
+    assert_true(got, plain(*case, temperature), dtype)
+    assert torch.equal(linear_logprob(*case[:3], temperature=temperature, backend=how), got[0])
 
 
-def test_entropy_does_not_feel_a_constant_added_to_all_logits():
-    hidden, weight, targets = linear_case()
-    weight[:, 0], hidden[:, 0] = 1.0, torch.linspace(-1000, 1000, len(hidden)).round()
-    _, entropy = linear_logprob(hidden, weight, targets, entropy=True)
-    torch.testing.assert_close(entropy.double(), truth(hidden, weight, targets)[1], rtol=0, atol=2e-4)
+def moved(name):
+    """A case whose logits lie far from 0, and the bound on its log-probs and entropies."""
+    hidden, weight, targets, grad = linear_case()
+    if name == "a word far above all others":
+        hidden[:, 1], weight[:, 1] = 1.0, 0.0
+        weight[200, 1] = 40.0
+        targets[::2] = 200
+        return (hidden, weight, targets, grad), 4e-5
+    if name == "far beyond exp":
+        return (1e3 * hidden, weight, targets, grad), 4e-3
+    weight[:, 0] = 1.0
+    levels = {"-30": -30.0, "30": 30.0, "from -1000 to 1000": torch.linspace(-1000, 1000, 37).round().to(DEVICE)}
+    hidden[:, 0] = levels[name]
+    return (hidden, weight, targets, grad), 1e-5 if name[-2:] == "30" else 2e-4
 
 
-def linear_gradients(hidden, weight, targets, dtype=None):
-    """Gradients of a random combination of log-probs and entropies in hidden and weight, in float64."""
-    hidden, weight = (x.to(dtype or x.dtype).clone().requires_grad_() for x in (hidden, weight))
-    logp, entropy = linear_logprob(hidden, weight, targets, temperature=0.8, entropy=True)
-    a, b = torch.randn(2, len(targets), generator=generator(1), dtype=torch.float64)
-    (a * logp + b * entropy).sum().backward()
-    return hidden.grad.double(), weight.grad.double()
+@pytest.mark.parametrize("name", ["-30", "30", "from -1000 to 1000", "far beyond exp", "a word far above all others"])
+def test_logits_may_lie_anywhere(how, name):
+    """A constant added to a row costs no more than the rounding of its logits."""
+    case, bound = moved(name)
+    got, expected = linear(*case, how), plain(*case)
+    for x, y in zip(got[:2], expected[:2], strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=0, atol=bound)
+    for x, y in zip(got[2:], expected[2:], strict=True):
+        assert relative_error(x, y) < max(1e-5, 2 * bound)
+    assert name != "far beyond exp" or expected[0].min() < -1000
 
 
-def relative_error(got, expected):
-    return ((got - expected).norm() / expected.norm()).item()
+@pytest.mark.parametrize("V, level", [(1, -1e3), (2, 30.0), (127, -30.0), (128, -1e3), (129, -30.0), (257, -30.0)])
+def test_words_that_do_not_exist_stay_out_of_the_sum(monkeypatch, how, V, level):
+    """Tiles reach past V, where logits are 0: beside real ones at -30 they, or a maximum begun at 0, would be all."""
+    monkeypatch.setattr(LINEAR, "SPLIT", 256)
+    hidden, weight, *rest = linear_case(3, V, 8, dtype=F64)
+    hidden[:, 0], weight[:, 0] = 1.0, level
+    for x, y in zip(linear(hidden, weight, *rest, how), plain(hidden, weight, *rest), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("rows", [1, 4, 22, 23])
-def test_chunks_do_not_change_the_gradient(monkeypatch, rows):
-    case = linear_case()
-    exact = linear_gradients(*case, dtype=torch.float64)
-    monkeypatch.setattr(LINEAR, "MAX_LOGITS", rows * 41)
-    for got, expected in zip(linear_gradients(*case), exact, strict=True):
-        assert relative_error(got, expected) < 1e-5
+@on_triton
+def test_the_number_of_splits_does_not_matter(monkeypatch, how):
+    hidden, weight, targets, _ = linear_case(5, 1025, 16)
+    results = []
+    for split in (256, 512, 4096):
+        monkeypatch.setattr(LINEAR, "SPLIT", split)
+        results.append(torch.stack(linear_logprob(hidden, weight, targets, entropy=True, backend=how)))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=1e-6)
 
 
-def test_chunks_do_not_change_the_gradient_in_bf16(monkeypatch):
-    case = linear_case(n=2048, dtype=torch.bfloat16)
-    exact = linear_gradients(*case, dtype=torch.float64)
-    whole = linear_gradients(*case)
-    monkeypatch.setattr(LINEAR, "MAX_LOGITS", 16 * 41)
-    for chunked, unchunked, expected in zip(linear_gradients(*case), whole, exact, strict=True):
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+def test_no_less_exact_than_whole_logits_in_float32(how, dtype):
+    """bf16 operands do not round the logits."""
+    case = linear_case(48, 500, 64, dtype=dtype)
+    got, whole, exact = linear(*case, how), plain(*case, dtype=F32), plain(*case)
+    for mine, theirs, expected in zip(got[:2], whole[:2], exact[:2], strict=True):
+        assert (mine - expected).abs().max() < 1.5 * (theirs - expected).abs().max() + 1e-6
+    slack = 1e-7 if dtype == F32 else 2**-8 if DEVICE == "cpu" else 1e-2  # compiled, dlogits are rounded to bf16, too
+    for mine, theirs, expected in zip(got[2:], whole[2:], exact[2:], strict=True):
+        assert relative_error(mine, expected) < 1.5 * relative_error(theirs, expected) + slack
+    rounded, _ = log_softmax((case[0] @ case[1].T).double(), case[2])
+    assert dtype == F32 or (rounded - exact[0]).abs().max() > 1e-3  # what the first bound excludes
+
+
+@on_torch
+def test_chunks_cost_bf16_no_precision(monkeypatch, how):
+    """What is summed over chunks of rows, the gradient in the weight, is rounded once."""
+    case = linear_case(2048, 41, 16, dtype=BF16)
+    exact, whole = plain(*case), linear(*case, how)
+    monkeypatch.setattr(LINEAR, "MAX_LOGITS", 1)
+    for chunked, unchunked, expected in zip(linear(*case, how)[2:], whole[2:], exact[2:], strict=True):
         assert relative_error(chunked, expected) < 1.5 * relative_error(unchunked, expected)
 
 
-def test_temperature_divides_the_gradient_in_the_weight(monkeypatch):
-    """A head scaled by 1/temperature is the same distribution, chunked or not."""
-    hidden, weight, targets = linear_case()
-    monkeypatch.setattr(LINEAR, "MAX_LOGITS", 5 * 41)
-    grads = []
-    for scale, temperature in ((1.0, 0.7), (1 / 0.7, 1.0)):
-        w = weight.clone().requires_grad_()
-        linear_logprob(hidden, w * scale, targets, temperature=temperature).square().sum().backward()
-        grads.append(w.grad)
-    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+@on_triton
+def test_backward_in_several_slices_of_the_vocabulary(monkeypatch, how):
+    monkeypatch.setattr(LINEAR, "MAX_EXTRA_BYTES", 0)
+    kernel = count(monkeypatch, LINEAR, "_dlogits_kernel")
+    case = linear_case(6, 1100, 8)
+    case[2][-2:] = torch.tensor([1023, 1024])
+    assert_true(linear(*case, how), plain(*case), F32)
+    assert kernel.launches == 2  # of at least 1024 columns
 
 
-@pytest.mark.parametrize("max_logits", [1 << 24, 7 * 2], ids=["whole", "chunked"])
-def test_linear_logprob_passes_gradcheck(monkeypatch, max_logits):
-    monkeypatch.setattr(LINEAR, "MAX_LOGITS", max_logits)
-    hidden, weight, targets = linear_case(n=5, d=3, v=7, dtype=torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda h, w: linear_logprob(h, w, targets, temperature=0.7, entropy=True),
-        (hidden.requires_grad_(), weight.requires_grad_()))
+def test_linear_logprob_passes_gradcheck(how):
+    hidden, weight, targets, _ = linear_case(2, 4, 2, dtype=F64)
+    assert torch.autograd.gradcheck(lambda h, w: linear_logprob(h, w, targets, temperature=0.7, backend=how),
+                                    (hidden.requires_grad_(), weight.requires_grad_()))
 
 
-# MiB that a process of its own holds at most (VmHWM) beyond what it held before, after forward and after backward:
-# with chunks of 4 MiB, then with whole logits.
+@pytest.mark.parametrize("rows", [slice(3, 9), slice(None)], ids=["some", "all"])
+def test_rows_with_target_minus_100_count_for_nothing(how, rows):
+    case = linear_case()
+    case[2][rows] = -100
+    got = linear(*case, how)
+    assert_true(got, plain(*case), F32)
+    assert all((x[rows] == 0).all() for x in got[:3])
+
+
+VIEWS = {  # of a matrix (n, 24), none of them contiguous and at a multiple of 16 bytes
+    "every other row": lambda x: torch.stack((x, x), 1).flatten(0, 1)[::2],
+    "columns that begin off the grid": lambda x: torch.cat((x[:, :3], x, x[:, :2]), 1)[:, 3:27],
+    "columns that begin on it": lambda x: torch.cat((x[:, :8], x), 1)[:, 8:],
+    "transposed": lambda x: x.T.contiguous().T,
+    "memory that begins off the grid": lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape),
+    "one row many times": lambda x: x[:1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("name, dtype", [*zip(VIEWS, (F32, BF16) * 3, strict=True), ("transposed", F32)])
+def test_strides_change_no_bit(how, name, dtype):
+    hidden, weight, targets, grad = linear_case(9, 140, 24, dtype=dtype)
+    h, w = map(VIEWS[name], (hidden, weight))
+    assert not h.is_contiguous() or h.data_ptr() % 16
+    apart = torch.stack((targets, torch.zeros_like(targets)), dim=1)[:, 0]
+    got, expected = linear(h, w, apart, grad, how), linear(*(x.clone(memory_format=torch.contiguous_format)
+                                                             for x in (h, w)), targets, grad, how)
+    assert all(torch.equal(x, y) for x, y in zip(got[:2], expected[:2], strict=True))
+    assert all(relative_error(x, y.double()) < GRADIENT[dtype] / 4 for x, y in zip(got[2:], expected[2:], strict=True))
+
+
+# Which of the rows, in tiles and a ragged rest, have an incoming gradient: backward leaves out tiles that have none.
+LIVE = {
+    "all": lambda tile, T: range(T), "none": lambda tile, T: [],
+    "the last tile only": lambda tile, T: range(3 * tile, T),
+    "every other tile": lambda tile, T: [r for r in range(T) if r // tile % 2],
+    "scattered rows": lambda tile, T: [3, 2 * tile + 1, 2 * tile + 3, T - 1],
+    "halves of tiles": lambda tile, T: range(tile + tile // 2, 2 * tile + tile // 2),
+}
+
+
+def zero_row_case(how, name, V=40, dtype=F32):
+    """hidden, weight, targets, gradients of three tiles of rows and 17 more, and which are not zero."""
+    tile = 128 if how == "torch" else LINEAR._tiles(dtype).ROWS
+    T = 3 * tile + 17
+    hidden, weight, targets, grad = linear_case(T, V, 16, dtype=dtype)
+    live = torch.zeros(T, dtype=torch.bool, device=DEVICE)
+    live[list(LIVE[name](tile, T))] = True
+    return hidden, weight, targets, torch.where(live, grad, 0.0), live
+
+
+@pytest.mark.parametrize("name, V, dtype, into_main", [
+    ("all", 40, F32, False), ("none", 40, F32, True), ("the last tile only", 40, BF16, False),
+    ("every other tile", 1100, BF16, True), ("scattered rows", 40, F32, False), ("halves of tiles", 40, F32, True),
+])
+def test_leaving_out_rows_without_gradient_changes_no_bit(monkeypatch, how, name, V, dtype, into_main):
+    monkeypatch.setattr(LINEAR, "MAX_LOGITS", 1)  # the reference in chunks of 128 rows, the kernels in slices
+    monkeypatch.setattr(LINEAR, "MAX_EXTRA_BYTES", 0)
+    hidden, weight, targets, grad, live = zero_row_case(how, name, V, dtype)
+    _, lse, _ = LINEAR._forward(hidden, weight, targets, 1.0, False, how == "triton")
+    start = torch.randn(weight.shape, generator=generator(5)).to(DEVICE)
+    results = []
+    for _ in range(2):
+        main = start.clone() if into_main else None
+        dh, dw = LINEAR._backward(grad, None, hidden, weight, targets, lse, lse, main, 1.0, True, how == "triton")
+        results.append((dh, main if into_main else dw))
+        monkeypatch.setattr(LINEAR, "_live", lambda grad_logp, _: torch.ones_like(grad_logp, dtype=torch.bool))
+    (dh, dw), (dh_all, dw_all) = results
+    assert torch.equal(dh, dh_all) and torch.equal(dw, dw_all) and (dh[~live] == 0).all()
+    before = start if into_main else torch.zeros_like(dw)
+    assert torch.equal(dw, before) == (name == "none")
+    _, _, dh_true, dw_true = plain(hidden, weight, targets, grad)
+    assert relative_error(dh, dh_true) < GRADIENT[dtype]
+    assert name == "none" or relative_error(dw - before, dw_true) < GRADIENT[dtype]
+
+
+def test_tiles_without_gradient_are_really_left_out(monkeypatch, how):
+    """Hidden states of theirs that are NaN, and what stood in memory before, must not be read in backward."""
+    monkeypatch.setattr(LINEAR, "MAX_LOGITS", 1)
+    hidden, weight, targets, grad, live = zero_row_case(how, "every other tile")
+    hidden[~live] = torch.nan
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **kw: empty(*shape, **kw).fill_(torch.nan))
+    _, _, dh, dw = linear(hidden, weight, targets, grad, how)
+    assert dh.isfinite().all() and dw.isfinite().all() and (dh[~live] == 0).all() and dw.any()
+
+
+def test_nan_gradients_are_not_left_out(how):
+    hidden, weight, targets, grad, _ = zero_row_case(how, "none")
+    grad[40] = torch.nan
+    _, _, dh, dw = linear(hidden, weight, targets, grad, how)
+    assert dh[40].isnan().all() and dw.isnan().all()
+
+
+def test_a_tied_weight_collects_both_gradients(how):
+    """The same matrix as embedding and head, over two accumulated micro-batches, as plain torch has it."""
+    _, weight, targets, _ = linear_case(20, 50, 16)
+    tokens = targets.roll(1)
+    mine, theirs = (weight.clone().requires_grad_() for _ in range(2))
+    for at in (slice(0, 12), slice(12, 20)):
+        linear_logprob(mine[tokens[at]].tanh(), mine, targets[at], backend=how).square().sum().backward()
+        log_softmax(theirs[tokens[at]].tanh() @ theirs.T, targets[at])[0].square().sum().backward()
+    assert relative_error(mine.grad, theirs.grad.double()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+def test_main_grad_collects_the_weights_gradient_in_float32(how, dtype):
+    hidden, weight, targets, grad = linear_case(40, 140, 16, dtype=dtype)
+    main = 1e-3 * torch.randn(140, 16, generator=generator(5)).to(DEVICE)
+    expected = main.double()
+    for at in (slice(0, 25), slice(25, 40)):
+        case = hidden[at], weight, targets[at], grad[at]
+        _, _, dh, dw = linear(*case, how, main_grad=main)
+        _, _, dh_true, dw_true = plain(*case)
+        expected += dw_true
+        assert dw is None and relative_error(dh, dh_true) < GRADIENT[dtype]
+    exact = dtype == F32 or DEVICE == "cpu"  # compiled, dlogits are rounded to bf16 once
+    assert relative_error(main, expected) < (1e-6 if exact else 2**-8)
+
+
+def test_rows_beyond_two_to_the_31_elements_are_found(how):
+    """Rows of main_grad 2^29 elements apart; of the memory between them only what is touched becomes real on CPU."""
+    stride, case = 2**29 + 16, linear_case(6, 5, 8)
+    try:
+        main = torch.empty(4 * stride + 8, device=DEVICE).as_strided((5, 8), (stride, 1)).zero_()
+    except (RuntimeError, MemoryError):
+        pytest.skip("no 9 GB of address space")
+    linear(*case, how, main_grad=main)
+    assert relative_error(main, plain(*case)[3]) < 1e-6
+
+
+def test_the_same_bits_twice(how):
+    case = linear_case(33, 140, 16)
+    assert all(torch.equal(x, y) for x, y in zip(linear(*case, how), linear(*case, how), strict=True))
+
+
+def test_outputs_may_be_overwritten_after_forward(how):
+    hidden, weight, targets, grad = linear_case(9, 140, 24)
+    expected = linear(hidden, weight, targets, grad, how)
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    logp, entropy = linear_logprob(h, w, targets, entropy=True, backend=how)
+    total = (grad * logp).sum()
+    with torch.no_grad():
+        logp.zero_(), entropy.zero_()
+    total.backward()
+    assert torch.equal(h.grad, expected[2]) and torch.equal(w.grad, expected[3])
+
+
+@pytest.mark.parametrize("frozen", [0, 1], ids=["hidden", "weight"])
+def test_frozen_operands_get_no_gradient_and_spoil_none(how, frozen):
+    hidden, weight, targets, grad = linear_case(9, 140, 24)
+    expected = linear(hidden, weight, targets, grad, how)
+    operands, main = [hidden.clone(), weight.clone()], torch.zeros_like(weight)
+    operands[1 - frozen].requires_grad_()
+    (grad * linear_logprob(*operands, targets, backend=how)).sum().backward()
+    assert operands[frozen].grad is None and torch.equal(operands[1 - frozen].grad, expected[3 - frozen])
+    (grad * linear_logprob(*operands, targets, backend=how, main_grad=main)).sum().backward()
+    assert bool(main.any()) == (frozen == 0)  # a frozen weight's main_grad is left alone
+
+
+def test_the_backward_keeps_no_logits(how):
+    """Of what autograd holds between forward and backward, nothing is larger than the operands."""
+    kept = []
+    hidden, weight, targets, _ = linear_case(40, 50, 4)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        linear_logprob(hidden.requires_grad_(), weight.requires_grad_(), targets, entropy=True, backend=how)
+    assert max(kept) == 50 * 4
+
+
+# MiB that a process of its own holds at most beyond what it held before, in forward and in backward: with chunks of
+# 128 rows, 8 MiB, then with whole logits.
 PEAK = """
 import importlib, torch
+from kernels.bench import forget_peak, resident_mib
 module, T, V = importlib.import_module("kernels.linear_logprob"), 2048, 16384
-function, targets = module.linear_logprob, torch.randint(V, (T,))
-operands = torch.randn(T, 8, requires_grad=True), torch.randn(V, 8, requires_grad=True)
-
-def peak():
-    return next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("VmHWM")) / 1024
-
-function(*(x[:, :8] for x in operands), targets % 8, entropy=True)[0].sum().backward()  # what the first call loads
-for x in operands:
-    x.grad = None
-before = peak()
-for module.MAX_LOGITS in (1 << 20, T * V):
-    logp, entropy = function(*operands, targets, entropy=True)
-    print(peak() - before)
-    gradient = torch.autograd.grad(logp.sum() + entropy.sum(), operands)
-    print(peak() - before)
-    del gradient, logp, entropy
+targets, operands = torch.randint(V, (T,)), [torch.randn(n, 8, requires_grad=True) for n in (T, V)]
+few = [x[:8] for x in operands]
+torch.autograd.grad(module.linear_logprob(*few, targets[:8] % 8, entropy=True)[0].sum(), few)  # what a first call loads
+for module.MAX_LOGITS in (1, T * V):
+    held = forget_peak()
+    logp, entropy = module.linear_logprob(*operands, targets, entropy=True)
+    print(resident_mib("VmHWM") - held)
+    held = forget_peak()
+    torch.autograd.grad(logp.sum(), operands)
+    print(resident_mib("VmHWM") - held)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process's peak memory from Linux's /proc")
-def test_no_more_than_a_chunk_of_logits_ever_exists():
+@on_torch
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_no_more_than_a_chunk_of_logits_ever_exists(how):
     """2048 x 16384 logits are 128 MiB in float32; either direction must do with a few chunks of 8 MiB."""
     done = subprocess.run([sys.executable, "-c", PEAK], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    forward, both, whole_forward, whole_both = map(float, done.stdout.split())
-    assert forward < 48 and both < 48
-    assert whole_forward > 100 and whole_both > 100  # the probe sees logits where they are made whole
+    forward, backward, *whole = map(float, done.stdout.split())
+    assert forward < 48 and backward < 48
+    assert min(whole) > 100  # the probe sees logits where they are made whole
 
 
-def test_the_backward_keeps_no_logits():
-    """Of what autograd holds between forward and backward, nothing is larger than the operands."""
-    kept = []
-    hidden, weight, targets = linear_case(n=300, d=4, v=200)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        linear_logprob(hidden.requires_grad_(), weight.requires_grad_(), targets, entropy=True)
-    assert max(kept) == 300 * 4
-
-
-def test_operands_of_two_dtypes_raise():
-    hidden, weight, targets = linear_case()
-    for h, w in ((hidden, weight.bfloat16()), (hidden.double(), weight), (hidden.long(), weight.long())):
-        with pytest.raises(TypeError, match="one floating dtype"):
-            linear_logprob(h, w, targets)
-
-
-@pytest.mark.parametrize("wrong", [41, -1, -99, 10**9])
-def test_a_target_that_is_no_word_raises(wrong):
-    hidden, weight, targets = linear_case()
-    targets[7] = wrong
-    with pytest.raises(IndexError, match=rf"targets\[7\] is {wrong}, and there are 41 words"):
-        linear_logprob(hidden, weight, targets)
-
-
-@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
-def test_a_temperature_that_is_not_positive_raises(temperature):
-    hidden, weight, targets = linear_case()
-    with pytest.raises(ValueError, match="temperature must be positive"):
-        linear_logprob(hidden, weight, targets, temperature=temperature)
-
-
-@pytest.mark.parametrize("max_logits", [1 << 24, 23 * 5], ids=["whole", "in slices"])
-def test_rows_with_target_minus_100_count_for_nothing(monkeypatch, max_logits):
-    monkeypatch.setattr(LINEAR, "MAX_LOGITS", max_logits)
-    hidden, weight, targets = linear_case()
-    ignored = torch.arange(23) % 3 == 0
-    holes = targets.masked_fill(ignored, -100)
-    grads = []
-    for h, y in ((hidden, holes), (hidden[~ignored], targets[~ignored])):
-        h, w = h.clone().requires_grad_(), weight.clone().requires_grad_()
-        logp, entropy = linear_logprob(h, w, y, entropy=True)
-        (logp.square() + entropy).sum().backward()
-        grads.append((logp, entropy, h.grad, w.grad))
-    for x, y in zip(grads[0][:3], grads[1][:3], strict=True):
-        assert (x[ignored] == 0).all()
-        torch.testing.assert_close(x[~ignored], y)
-    torch.testing.assert_close(grads[0][3], grads[1][3])
-    assert (linear_logprob(hidden, weight, torch.full_like(targets, -100)) == 0).all()
-
-
-@pytest.mark.parametrize("max_logits", [1 << 24, 23 * 5], ids=["whole", "in slices"])
-def test_main_grad_is_added_to_and_autograd_gets_nothing(monkeypatch, max_logits):
-    monkeypatch.setattr(LINEAR, "MAX_LOGITS", max_logits)
-    hidden, weight, targets = linear_case()
-    plain, mine, main = weight.clone().requires_grad_(), weight.clone().requires_grad_(), torch.ones_like(weight)
-    for at in (slice(0, 10), slice(10, 23)):
-        linear_logprob(hidden[at], plain, targets[at]).square().sum().backward()
-        linear_logprob(hidden[at], mine, targets[at], main_grad=main).square().sum().backward()
-    assert mine.grad is None
-    torch.testing.assert_close(main, 1 + plain.grad)
-    with pytest.raises(ValueError, match="must have the shape of weight"):
-        linear_logprob(hidden, weight, targets, main_grad=main[1:])
-
-
-@pytest.mark.parametrize("hidden, weight, targets", [
-    ((5, 3), (7, 4), 5), ((5, 3), (7, 3), 4), ((5, 3, 1), (7, 3), 5), ((5, 3), (7,), 5),
+@pytest.mark.parametrize("change, error, message", [
+    (dict(weight=torch.zeros(7, 4)), ValueError, "shapes do not fit"),
+    (dict(weight=torch.zeros(7)), ValueError, "shapes do not fit"),
+    (dict(hidden=torch.zeros(5, 3, 1)), ValueError, "shapes do not fit"),
+    (dict(targets=torch.zeros(4, dtype=torch.long)), ValueError, "shapes do not fit"),
+    (dict(weight=torch.zeros(7, 3, dtype=BF16)), TypeError, "one floating dtype"),
+    (dict(hidden=torch.zeros(5, 3, dtype=torch.long), weight=torch.zeros(7, 3, dtype=torch.long)), TypeError,
+     "one floating dtype"),
+    *((dict(temperature=t), ValueError, "temperature must be positive") for t in (0.0, -1.0, math.nan)),
+    (dict(main_grad=torch.zeros(6, 3)), ValueError, "must have the shape of weight"),
+    (dict(main_grad=torch.zeros(3, 7).T), ValueError, "contiguous rows"),
+    *((dict(targets=torch.tensor([0, y, 1, 2, 3])), IndexError, rf"targets\[1\] is {y}, and there are 7 words")
+      for y in (7, -1, -99, 10**9)),
 ])
-def test_linear_logprob_refuses_shapes_that_do_not_fit(hidden, weight, targets):
-    with pytest.raises(ValueError, match="shapes do not fit"):
-        linear_logprob(torch.zeros(hidden), torch.zeros(weight), torch.zeros(targets, dtype=torch.long))
+def test_arguments_that_do_not_fit_raise(how, change, error, message):
+    if DEVICE == "cuda":
+        pytest.skip("targets are not checked there, and the rest is as on CPU")
+    case = dict(hidden=torch.zeros(5, 3), weight=torch.zeros(7, 3), targets=torch.zeros(5, dtype=torch.long))
+    with pytest.raises(error, match=message):
+        linear_logprob(**case | change, backend=how)
 
 
 # ------------------------------------------------------------------------------------------------ group_advantage
 
 
-def naive_advantage(rewards, offsets, weights=None, *, eps=1e-6, clip=None, std_normalize=True):
+def naive_advantage(rewards, sizes, weights=None, *, eps=1e-6, clip=None, std_normalize=True):
     """Equation (3), then the clip, then the weight, one rollout at a time."""
-    out, constant = np.zeros(len(rewards)), []
-    for i, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
-        group = np.asarray(rewards[start:end], np.float64)
+    out, constant = [], []
+    for i, group in enumerate(np.split(np.asarray(rewards, np.float64), np.cumsum(sizes)[:-1])):
         constant.append(len(set(group.tolist())) <= 1)
-        if constant[-1]:
-            continue
-        for j, r in enumerate(group):
-            a = r - group.mean()
-            if std_normalize:
+        for r in group:
+            a = 0.0 if constant[-1] else r - group.mean()
+            if std_normalize and a:
                 a /= np.sqrt(((group - group.mean()) ** 2).mean()) + eps  # population: divided by n
             if clip is not None:
                 a = min(max(a, -clip), clip)
-            out[start + j] = a if weights is None else a * float(weights[i])
-    return out, constant
+            out.append(a if weights is None else a * float(weights[i]))
+    return np.array(out), constant
 
 
-def ragged(seed, groups=40, values=(-1.0, 1.0)):
-    """Rewards, offsets, weights of groups of 0 to 12 rollouts."""
-    rng = np.random.default_rng(seed)
-    size = rng.integers(0, 13, groups)
-    size[:3] = 0, 1, 12
-    rewards = rng.choice(values, size.sum()) if values else rng.normal(size=size.sum())
-    return rewards, np.concatenate(([0], size.cumsum())), rng.uniform(0.1, 3, groups)
+def advantage(how, rewards, sizes, weights=None, dtype=F64, offsets_dtype=torch.int64, **options):
+    """(advantages, constant) of the kernel, as numpy and a list."""
+    offsets = torch.tensor([0, *np.cumsum(sizes, dtype=int)], dtype=offsets_dtype, device=DEVICE)
+    weights = None if weights is None else torch.tensor(weights, dtype=F32, device=DEVICE)
+    got, constant = group_advantage(torch.tensor(rewards, dtype=dtype, device=DEVICE), offsets, weights, backend=how,
+                                    **options)
+    assert got.dtype == dtype and constant.dtype == torch.bool
+    return got.double().cpu().numpy(), constant.tolist()
 
 
-def advantage(rewards, offsets, weights=None, dtype=torch.float64, **options):
-    weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
-    rewards = torch.tensor(np.asarray(rewards), dtype=dtype)
-    a, constant = group_advantage(rewards, torch.tensor(offsets), weights, **options)
-    assert a.dtype == dtype and constant.dtype == torch.bool
-    return a.double().numpy(), constant.tolist()
+SIZES = [1, 0, 2, 3, 7, 8, 64, 9, 0, 100]
 
 
-@pytest.mark.parametrize("values", [(-1.0, 1.0), (0.0, 0.1, 0.3, 1.0), None], ids=["signs", "levels", "normal"])
 @pytest.mark.parametrize("options", [
-    {}, {"eps": 0.1}, {"clip": 0.9}, {"std_normalize": False}, {"std_normalize": False, "clip": 0.4, "eps": 1.0},
-])
+    {}, {"eps": 0.1, "clip": 0.75}, {"eps": 0.0}, {"eps": 1e3}, {"std_normalize": False},
+    {"std_normalize": False, "clip": 0.5, "eps": 1.0},
+], ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_advantage_equals_a_loop_on_ragged_groups(values, options, weighted):
-    for seed in range(5):
-        rewards, offsets, weights = ragged(seed, values=values)
-        weights = weights.astype(np.float32) if weighted else None
-        got, constant = advantage(rewards, offsets, weights, **options)
-        expected, expected_constant = naive_advantage(rewards, offsets, weights, **options)
-        np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
-        assert constant == expected_constant and (got[expected == 0] == 0).all()
+def test_advantage_equals_a_loop_on_ragged_groups(how, options, weighted):
+    rng = np.random.default_rng(0)
+    rewards = np.where(rng.random(sum(SIZES)) < 0.5, rng.normal(size=sum(SIZES)), 1.0)
+    weights = np.float32([1, 2, 0, 0.3, -1.5, 2, 3, 0.5, 1, 2.5]) if weighted else None
+    got, constant = advantage(how, rewards, SIZES, weights, **options)
+    expected, expected_constant = naive_advantage(rewards, SIZES, weights, **options)
+    np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-13)
+    assert constant == expected_constant == [n < 2 for n in SIZES]
+    rounded, _ = advantage(how, rewards, SIZES, weights, F32, torch.int32, **options)
+    np.testing.assert_allclose(rounded, expected, rtol=2e-3 if options.get("eps") == 0.0 else 1e-5, atol=1e-6)
 
 
-def test_the_deviation_is_the_populations():
-    got, constant = advantage([1, 1, 1, -1], [0, 4], eps=0.0)  # mean 1/2, variance 3/4
+def test_the_deviation_is_the_populations(how):
+    got, constant = advantage(how, [1, 1, 1, -1], [4], eps=0.0)  # mean 1/2, variance 3/4
     np.testing.assert_allclose(got, np.array([1, 1, 1, -3]) / 3**0.5, rtol=1e-12)
     assert constant == [False]
 
 
-@pytest.mark.parametrize("value", [0.1, 0.3, 2.7, -1.0, 1e-6, 1e6, 0.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("options", [
-    {}, {"std_normalize": False},
-    {"eps": 0.0},
-])
-def test_equal_rewards_give_exactly_zero(value, dtype, options):
-    sizes = np.concatenate((np.arange(1, 65), [100, 333, 999, 1000]))
-    offsets = np.concatenate(([0], sizes.cumsum()))
-    got, constant = advantage(np.full(sizes.sum(), value), offsets, np.full(len(sizes), 7.0), dtype, **options)
+@pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
+@pytest.mark.parametrize("options", [{}, {"std_normalize": False}, {"eps": 0.0}], ids=str)
+def test_equal_rewards_give_exactly_zero(how, dtype, options):
+    sizes, values = [1, 2, 3, 7, 10, 31], (0.1, 0.3, 2.7, -1.0, 1e6)
+    rewards = np.concatenate([np.full(sum(sizes), value) for value in values])
+    got, constant = advantage(how, rewards, sizes * len(values), [7.0] * len(sizes) * len(values), dtype, **options)
     assert (got == 0).all() and all(constant)
 
 
 def test_a_mean_of_equal_numbers_need_not_be_that_number():
     """Why the zero above is no matter of course: the loop without its exception gets it wrong."""
-    dust = [abs(np.float64(sum([x] * n)) / n - x) for x in (0.1, 0.3, 2.7) for n in range(1, 1001)]
-    assert max(dust) > 0
+    assert max(abs(sum([x] * n) / n - x) for x in (0.1, 0.3, 2.7) for n in range(1, 65)) > 0
 
 
-def test_weight_comes_after_the_clip_and_the_clip_after_the_deviation():
-    rewards = [0.0] * 99 + [1.0]  # the last is 9.95 deviations out
-    got, _ = advantage(rewards, [0, 100], [2.5], clip=3.0)
-    assert got[-1] == 7.5  # neither 3 (clip last) nor 2.475 (clip first: 0.99 is under it)
-    np.testing.assert_allclose(got[:-1], 2.5 * -(1 / 99) ** 0.5, rtol=1e-4)
-
-
-def test_an_outlier_is_clipped_on_either_side():
-    rewards = np.array([0.0] * 99 + [1.0])
-    assert advantage(rewards, [0, 100])[0][-1] == pytest.approx(99**0.5, rel=1e-4)
-    assert advantage(rewards, [0, 100], clip=3.0)[0][-1] == 3.0
-    assert advantage(-rewards, [0, 100], clip=3.0)[0][-1] == -3.0
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_weight_comes_after_the_clip_and_the_clip_after_the_deviation(how, sign):
+    rewards = [0.0] * 99 + [sign * 1.0]  # the last is 9.95 deviations out, and 0.99 from the mean
+    for weight in (2.5, 0.0, -1.0):
+        got, _ = advantage(how, rewards, [100], [weight], clip=3.0)
+        assert got[-1] == sign * 3 * weight
+        np.testing.assert_allclose(got[:-1], -sign * weight * (1 / 99) ** 0.5, rtol=1e-4)
+    assert advantage(how, rewards, [100])[0][-1] == pytest.approx(sign * 99**0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
-def test_scale_reaches_the_advantage_only_through_eps(scale):
-    rewards, offsets, _ = ragged(3, values=None)
-    plain, _ = advantage(rewards, offsets, eps=1e-9)
-    np.testing.assert_allclose(advantage(rewards * scale, offsets, eps=1e-9 * scale)[0], plain, rtol=1e-6, atol=1e-9)
-    np.testing.assert_allclose(advantage(rewards * scale, offsets)[0], naive_advantage(rewards * scale, offsets)[0],
-                               rtol=1e-6, atol=1e-12)
+def test_scale_reaches_the_advantage_only_through_eps(how, scale):
+    rewards = np.random.default_rng(1).normal(size=20)
+    plain, _ = advantage(how, rewards, [8, 12], eps=1e-9)
+    np.testing.assert_allclose(advantage(how, rewards * scale, [8, 12], eps=1e-9 * scale)[0], plain, rtol=1e-9)
+    np.testing.assert_allclose(advantage(how, rewards * scale, [8, 12])[0],
+                               naive_advantage(rewards * scale, [8, 12])[0], rtol=1e-9)
 
 
-def test_a_large_common_reward_does_not_drown_the_difference():
+def test_a_large_common_reward_does_not_drown_the_difference(how):
     """1e6 and 1e6 + 1 in float32: two passes in float64 keep the deviation that E[r^2] - E[r]^2 loses."""
-    got, _ = advantage([1e6, 1e6 + 1] * 4, [0, 8], dtype=torch.float32)
-    np.testing.assert_allclose(got, [-1, 1] * 4, rtol=1e-5)
+    got, _ = advantage(how, np.float32([1e6, 1e6 + 1] * 100), [200], dtype=F32)
+    np.testing.assert_allclose(got, [-1, 1] * 100, rtol=1e-5)
+    near = np.array([100, 100, 100.001, 100.002])
+    np.testing.assert_allclose(advantage(how, near, [4], eps=0.0)[0], (near - near.mean()) / near.std(), rtol=1e-9)
 
 
-@pytest.mark.parametrize("std_normalize", [True, False])
-def test_centred_advantages_sum_to_zero_in_every_group(std_normalize):
-    rewards, offsets, weights = ragged(1, values=None)
-    got, _ = advantage(rewards, offsets, weights, std_normalize=std_normalize)
-    sums = [got[a:b].sum() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
-    np.testing.assert_allclose(sums, 0, atol=1e-12)
-    assert np.abs(got).max() > 1
+def test_no_groups_and_empty_groups(how):
+    assert advantage(how, [], [])[1] == [] and advantage(how, [], [0, 0])[1] == [True, True]
 
 
-def test_empty_groups_and_no_groups():
-    got, constant = advantage([1.0, -1.0], [0, 0, 2, 2])
-    np.testing.assert_allclose(got, [1, -1], rtol=1e-5)
-    assert constant == [True, False, True]
-    assert advantage([], [0])[1] == [] and advantage([], [0, 0, 0])[1] == [True, True]
+@pytest.mark.parametrize("rewards", [[np.nan], [np.nan, 1.0], [1.0, np.nan], [1.0] * 9 + [np.nan], [np.nan, 1.0, 0.0]],
+                         ids=["alone", "first", "last", "in the second block", "among different"])
+def test_a_nan_reward_is_not_hidden(how, rewards):
+    """A group with NaN is not one of equal rewards."""
+    for options in ({}, {"clip": 3.0}, {"std_normalize": False}):
+        got, constant = advantage(how, rewards, [len(rewards)], dtype=F32, **options)
+        assert np.isnan(got).all() and constant == [False]
 
 
-@pytest.mark.parametrize("offsets", [[0, 2], [1, 3], [0, 2, 4], [2, 3]])
-def test_offsets_that_do_not_span_the_rewards_raise(offsets):
-    with pytest.raises(ValueError, match="offsets must go from 0 to 3"):
-        group_advantage(torch.ones(3), torch.tensor(offsets))
-
-
-def test_offsets_that_fall_raise():
-    with pytest.raises(ValueError, match="never fall"):
-        group_advantage(torch.ones(3), torch.tensor([0, 2, 1, 3]))
+@pytest.mark.skipif(DEVICE == "cuda", reason="a check there would wait for the device")
+@pytest.mark.parametrize("offsets", [[0, 2], [1, 3], [0, 2, 4], [2, 3], [0, 2, 1, 3]])
+def test_offsets_that_fall_or_do_not_span_the_rewards_raise(how, offsets):
+    with pytest.raises(ValueError, match="offsets must go from 0 to 3 and never fall"):
+        group_advantage(torch.ones(3), torch.tensor(offsets), backend=how)
 
 
 # ------------------------------------------------------------------------------------------------ grpo_token_loss
 
-LOWER, UPPER = 0.2, 0.28  # the defaults
+LENGTHS = [1, 2, 63, 64, 65, 130, *([1023, 1024, 1025, 5000] if DEVICE == "cuda" else [])]  # a program holds 64 or 1024
 
 
-def loss_case(seed=0, responses=6, spread=0.4, dtype=torch.float64):
-    """logp, old_logp, advantage, offsets, token_weight, and ref_logp, correction by name."""
+def loss_case(lengths=(1, 2, 63, 64, 65), dtype=F64, seed=0):
+    """logp, old_logp, advantage, offsets, token_weight on the CPU, and ref_logp, correction by name.
+
+    Some tokens are at their reference; some responses have advantage 0, one has weight 0.
+    """
     g = generator(seed)
-    length = torch.randint(1, 9, (responses,), generator=g)
-    n = int(length.sum())
-    logp = -torch.rand(n, generator=g, dtype=dtype) * 4
-    noise = torch.randn(3, n, generator=g, dtype=dtype)
-    offsets = torch.cat((torch.zeros(1, dtype=torch.long), length.cumsum(0)))
-    positional = (logp, logp + spread * noise[0], torch.randn(responses, generator=g, dtype=dtype), offsets,
-                  torch.rand(responses, generator=g, dtype=dtype))
-    return positional, {"ref_logp": logp + spread * noise[1], "correction": (0.3 * noise[2]).exp()}
+    n, S = sum(lengths), len(lengths)
+    logp = -4 * torch.rand(n, generator=g, dtype=F64)
+    noise = 0.4 * torch.randn(3, n, generator=g, dtype=F64)
+    A, weight = torch.randn(S, generator=g, dtype=F64), torch.rand(S, generator=g, dtype=F64)
+    A[1::4], weight[0] = 0, 0
+    offsets = torch.tensor([0, *np.cumsum(lengths)])
+    extra = {"ref_logp": logp + noise[1], "correction": noise[2].exp()}
+    extra["ref_logp"][::5] = logp[::5]
+    return ([x if x is offsets else x.to(dtype) for x in (logp, logp + noise[0], A, offsets, weight)],
+            {k: x.to(dtype) for k, x in extra.items()})
 
 
-def naive_loss(logp, old_logp, advantage, offsets, token_weight, *, eps_low=LOWER, eps_high=UPPER, beta=0.0,
-               ref_logp=None, correction=None):
-    """(4)-(6) one token at a time, with the clip written as the two cases it is."""
-    loss, surrogates, kls, clips, idles = 0.0, [], [], [], []
-    for s, a in enumerate(advantage.tolist()):
-        surrogate = kl = clipped = idle = 0.0
+def loop_loss(logp, old_logp, advantage, offsets, token_weight, *, eps_low=0.2, eps_high=0.28, beta=0.0,
+              ref_logp=None, correction=None):
+    """(loss, surrogate, kl, clipped, idle, gradient) token by token through autograd, in float64, with the clip
+    written as the two cases it is."""
+    x = logp.double().detach().requires_grad_()
+    tokens, old, loss, stats = x.unbind(), old_logp.double(), torch.zeros((), dtype=F64), []
+    for s, a in enumerate(advantage.double()):
+        surrogate = kl = clips = 0
         for t in range(int(offsets[s]), int(offsets[s + 1])):
-            ratio, held = np.exp(float(logp[t] - old_logp[t])), clipped
-            if a > 0 and ratio > 1 + eps_high:
-                objective, clipped = (1 + eps_high) * a, clipped + 1
-            elif a < 0 and ratio < 1 - eps_low:
-                objective, clipped = (1 - eps_low) * a, clipped + 1
-            else:
-                objective = ratio * a
-            surrogate += objective
-            token_kl = 0.0
+            objective = (tokens[t] - old[t]).exp() * a
+            if a > 0 and objective > (1 + eps_high) * a:
+                objective, clips = (1 + eps_high) * a, clips + 1
+            elif a < 0 and objective > (1 - eps_low) * a:
+                objective, clips = (1 - eps_low) * a, clips + 1
+            surrogate += objective.item()
+            token = -objective * (1 if correction is None else correction[t].double())
             if beta:
-                d = float(ref_logp[t] - logp[t])
-                token_kl = np.exp(d) - d - 1
-            idle += (clipped > held or a == 0) and (not beta or ref_logp[t] == logp[t])
-            kl += token_kl
-            objective *= 1 if correction is None else float(correction[t])
-            loss += float(token_weight[s]) * (beta * token_kl - objective)
+                log_ratio = ref_logp[t].double() - tokens[t]
+                k3 = log_ratio.exp() - log_ratio - 1
+                kl += k3.item()
+                token = token + beta * k3
+            loss = loss + token_weight[s].double() * token
         length = int(offsets[s + 1] - offsets[s])
-        surrogates.append(surrogate / length), kls.append(kl / length), clips.append(clipped), idles.append(idle)
-    return loss, surrogates, kls, clips, idles
+        stats.append((surrogate / length, kl / length, clips))
+    loss.backward()
+    idle = [(g == 0).sum().item() for g in x.grad.split(offsets.diff().tolist())]
+    surrogate_S, kl_S, clipped_S = torch.tensor(stats, dtype=F64).unbind(1)
+    return loss.detach(), surrogate_S, kl_S, clipped_S, torch.tensor(idle), x.grad
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"beta": 0.1}, {"beta": 0.1, "correction": True}, {"correction": True}, {"eps_low": 0.05, "eps_high": 0.5},
-])
-def test_loss_equals_a_loop_over_tokens(options):
-    for seed in range(5):
-        case, extra = loss_case(seed)
-        given = {k: v for k, v in options.items() if k != "correction"}
-        given |= {"ref_logp": extra["ref_logp"]} if "beta" in options else {}
-        given |= {"correction": extra["correction"]} if "correction" in options else {}
-        got, expected = grpo_token_loss(*case, **given), naive_loss(*case, **given)
-        for x, y in zip(got, expected, strict=True):
-            torch.testing.assert_close(x, torch.tensor(y, dtype=torch.float64), rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_idle_counts_the_tokens_without_gradient(beta):
-    """Those of advantage 0 and those that the clip holds, unless the KL pulls at them; a weight of 0 idles all."""
-    (logp, old, advantage, offsets, weight), extra = loss_case(3, responses=12)
-    advantage[::3], weight[1] = 0.0, 0.0
-    extra["ref_logp"][::2] = logp[::2]
-    x = logp.clone().requires_grad_()
-    result = grpo_token_loss(x, old, advantage, offsets, weight, beta=beta, **extra)
-    result.loss.backward()
-    idle = torch.stack([(g == 0).sum() for g in x.grad.split(offsets.diff().tolist())])
-    assert torch.equal(result.idle, idle.double()) and result.idle[1] == offsets[2] - offsets[1]
-    assert 0 < idle.sum() < len(logp) and (beta or (result.idle >= result.clipped).all())
-    if not beta:
-        assert torch.equal(result.idle[::3], offsets.diff()[::3].double())
-
-
-@pytest.mark.parametrize("offsets", [[0, 2], [1, 3], [0, 3, 2, 4], [0, 1, 1, 4], [0, 5]])
-def test_offsets_that_leave_a_response_empty_or_a_token_out_raise(offsets):
-    x, per_response = torch.zeros(4), torch.ones(len(offsets) - 1)
-    with pytest.raises(ValueError, match="offsets must go from 0 to 4 without empty responses"):
-        grpo_token_loss(x, x, per_response, torch.tensor(offsets), per_response)
-
-
-@pytest.mark.parametrize("options", [{}, {"beta": 0.1}], ids=["no KL", "KL"])
-def test_loss_passes_gradcheck(options):
-    (logp, *rest), extra = loss_case(2)
-    ratio = (logp - rest[0]).exp()
-    assert min((ratio - edge).abs().min() for edge in (1 - LOWER, 1 + UPPER)) > 1e-4  # no kink under the probe
-    assert torch.autograd.gradcheck(lambda x: grpo_token_loss(x, *rest, **options, **extra).loss,
-                                    (logp.clone().requires_grad_(),))
-
-
-def test_only_the_loss_carries_a_gradient():
-    case, extra = loss_case()
-    result = grpo_token_loss(case[0].clone().requires_grad_(), *case[1:], beta=0.1, **extra)
-    assert result.loss.requires_grad
-    assert not any(x.requires_grad for x in result[1:])
-
-
-def one_token(ratio, advantage, **options):
-    """(result, gradient in logp) of a single token at the given ratio, weight 1."""
-    logp = torch.tensor([float(np.log(ratio))], dtype=torch.float64, requires_grad=True)
-    result = grpo_token_loss(logp, torch.zeros_like(logp), torch.tensor([advantage], dtype=torch.float64),
-                             torch.tensor([0, 1]), torch.ones(1, dtype=torch.float64), **options)
-    return result, torch.autograd.grad(result.loss, logp)[0].item()
-
-
-@pytest.mark.parametrize("advantage, ratio, is_clipped, value", [
-    (2.0, 1.279, False, 1.279), (2.0, 1.281, True, 1.28), (2.0, 9.0, True, 1.28),  # positive: only above 1 + eps_high
-    (2.0, 0.799, False, 0.799), (2.0, 0.01, False, 0.01),
-    (-2.0, 0.801, False, 0.801), (-2.0, 0.799, True, 0.8), (-2.0, 0.01, True, 0.8),  # negative: only below 1 - eps_low
-    (-2.0, 1.281, False, 1.281), (-2.0, 9.0, False, 9.0),
-    (0.0, 9.0, False, 9.0), (0.0, 0.01, False, 0.01),
-])
-def test_the_clip_takes_the_gradient_exactly_where_it_says(advantage, ratio, is_clipped, value):
-    result, gradient = one_token(ratio, advantage)
-    assert result.clipped.item() == is_clipped
-    assert result.surrogate.item() == pytest.approx(value * advantage, rel=1e-12)
-    assert gradient == pytest.approx(0.0 if is_clipped else -ratio * advantage, rel=1e-12)
-
-
-def test_the_two_clip_widths_are_not_mixed_up():
-    wide_above, wide_below = dict(eps_low=0.01, eps_high=0.6), dict(eps_low=0.6, eps_high=0.01)
-    for ratio, advantage, free, bound in ((1.5, 1.0, wide_above, wide_below), (0.5, -1.0, wide_below, wide_above)):
-        assert one_token(ratio, advantage, **free)[0].clipped.item() == 0
-        assert one_token(ratio, advantage, **bound)[0].clipped.item() == 1
-
-
-def test_at_ratio_one_the_surrogate_is_the_advantage_and_the_gradient_its_policy_gradient():
-    (logp, _, advantage, offsets, weight), _ = loss_case(dtype=torch.float32)
-    x = logp.clone().requires_grad_()
-    result = grpo_token_loss(x, logp, advantage, offsets, weight)
-    result.loss.backward()
-    torch.testing.assert_close(result.surrogate, advantage, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(x.grad, -(weight * advantage).repeat_interleave(offsets.diff()), rtol=1e-6, atol=1e-7)
-    assert (result.clipped == 0).all()
-
-
-def test_k3_and_its_gradient_vanish_at_the_reference():
-    case, _ = loss_case()
+def loss_of(how, case, scale=1.0, **options):
+    """(loss, surrogate, kl, clipped, idle, gradient of `scale` times the loss) of the kernel."""
+    case = [x.to(DEVICE) for x in case]
+    options = {k: x.to(DEVICE) if isinstance(x, Tensor) else x for k, x in options.items()}
     logp = case[0].clone().requires_grad_()
-    result = grpo_token_loss(logp, case[1], torch.zeros_like(case[2]), *case[3:], beta=0.5, ref_logp=case[0])
-    result.loss.backward()
-    assert (result.kl == 0).all() and result.loss == 0 and (logp.grad == 0).all()
+    result = grpo_token_loss(logp, *case[1:], **options, backend=how)
+    (scale * result.loss).backward()
+    assert not any(x.requires_grad for x in result[1:])
+    return *(x.detach().cpu() for x in result), logp.grad.cpu()
 
 
-def test_k3_is_positive_away_from_the_reference_and_pulls_back():
-    for shift in (-1.0, 1.0):
-        result, gradient = one_token(1.0, 0.0, beta=0.5, ref_logp=torch.tensor([shift], dtype=torch.float64))
-        assert result.kl.item() == pytest.approx(np.exp(shift) - shift - 1)
-        assert gradient == pytest.approx(0.5 * (1 - np.exp(shift)))  # of beta * KL: towards the reference
+@pytest.mark.parametrize("dtype", [F64, F32], ids=["f64", "f32"])
+@pytest.mark.parametrize("options", [
+    {}, {"eps_low": 0.0, "eps_high": 0.5}, {"beta": 0.04, "ref_logp": True}, {"correction": True},
+    {"beta": 0.04, "ref_logp": True, "correction": True},
+], ids=str)
+def test_token_loss_equals_a_loop(how, options, dtype):
+    case, extra = loss_case(LENGTHS, dtype=dtype)
+    options = {k: extra[k] if v is True else v for k, v in options.items()}
+    got, expected = loss_of(how, case, **options), loop_loss(*case, **options)
+    eps = 1e-5 if dtype == F32 else 1e-12 if DEVICE == "cpu" else 1e-6  # compiled, bounds are float32
+    for x, y in zip(got, expected, strict=True):
+        assert x.dtype == dtype
+        torch.testing.assert_close(x.double(), y.double(), rtol=eps, atol=eps)
+    clipped, idle = got[3].sum(), got[4].sum()
+    assert 0 < clipped and 0 < idle < len(case[0]) and ("beta" in options or clipped < idle)
+    torch.testing.assert_close(loss_of(how, case, -3.0, **options)[5], -3 * got[5], rtol=1e-6, atol=0)
 
 
-def test_k3_is_an_unbiased_estimate_of_the_divergence():
+@pytest.mark.parametrize("beta", [0.0, 0.04], ids=["no KL", "KL"])
+def test_token_loss_passes_gradcheck(how, beta):
+    (logp, *rest), extra = loss_case((1, 2, 3), seed=2)
+    ratio = (logp - rest[0]).exp()
+    assert min((ratio - edge).abs().min() for edge in (0.8, 1.28)) > 1e-4  # no kink under the probe
+    rest, extra = [x.to(DEVICE) for x in rest], {k: x.to(DEVICE) for k, x in extra.items()}
+    assert torch.autograd.gradcheck(lambda x: grpo_token_loss(x, *rest, **extra, beta=beta, backend=how).loss,
+                                    (logp.to(DEVICE).requires_grad_(),))
+
+
+def single_tokens(log_ratios, advantages, dtype=F64):
+    """A case of responses of one token each, of weight 1."""
+    n = len(log_ratios)
+    return [torch.tensor(log_ratios, dtype=dtype), torch.zeros(n, dtype=dtype), torch.tensor(advantages, dtype=dtype),
+            torch.arange(n + 1), torch.ones(n, dtype=dtype)]
+
+
+def test_the_clip_takes_the_gradient_exactly_where_it_says(how):
+    """With a positive advantage only above 1 + eps_high, with a negative one only below 1 - eps_low."""
+    table = [(2.0, 1.279, False, 1.279), (2.0, 1.281, True, 1.28), (2.0, 9.0, True, 1.28),
+             (2.0, 0.799, False, 0.799), (2.0, 0.01, False, 0.01),
+             (-2.0, 0.801, False, 0.801), (-2.0, 0.799, True, 0.8), (-2.0, 0.01, True, 0.8),
+             (-2.0, 1.281, False, 1.281), (-2.0, 9.0, False, 9.0), (0.0, 9.0, False, 9.0), (0.0, 0.01, False, 0.01)]
+    A, ratio, clipped, value = (np.array(column) for column in zip(*table, strict=True))
+    got = loss_of(how, single_tokens(np.log(ratio).tolist(), A.tolist()))
+    eps = 1e-12 if DEVICE == "cpu" else 1e-6  # compiled, bounds are float32
+    assert got[3].bool().tolist() == clipped.tolist()
+    np.testing.assert_allclose(got[1], value * A, rtol=eps)
+    np.testing.assert_allclose(got[5], np.where(clipped, 0.0, -ratio * A), rtol=eps)
+
+
+@pytest.mark.parametrize("widths", [{"eps_low": 0.0}, {"eps_high": 0.0}, {"eps_low": 0.0, "eps_high": 0.0}], ids=str)
+def test_a_ratio_exactly_on_either_edge_is_not_clipped(how, widths):
+    """Ratio 1 with widths 0 is the one edge that floating point hits exactly."""
+    got = loss_of(how, single_tokens([0.0, 0.0], [2.0, -2.0], F32), **widths)
+    assert not got[3].any() and not got[4].any() and got[5].tolist() == [-2.0, 2.0]
+    if len(widths) == 2:
+        beyond = loss_of(how, single_tokens([1e-3, -1e-3], [2.0, -2.0], F32), **widths)
+        assert beyond[3].all() and beyond[4].all() and not beyond[5].any()
+
+
+def test_absurd_ratios_stay_finite_and_without_gradient(how):
+    log_ratio, A = [-1000.0, -20.5, 20.5, 1000.0] * 2, [-1.0] * 4 + [1.0] * 4
+    got = loss_of(how, single_tokens([*log_ratio, 0.0], [*A, 1.0], F32))
+    assert all(x.isfinite().all() for x in got) and got[5].tolist() == [0.0] * 8 + [-1.0] and got[4].sum() == 8
+    limit = [math.copysign(20, x) for x in log_ratio]
+    value = [min(math.exp(x) * a, (1.28 if x > 0 else 0.8) * a) for x, a in zip(limit, A, strict=True)]
+    np.testing.assert_allclose(got[1][:-1], value, rtol=1e-5)
+    kl = loss_of(how, single_tokens([0.0] * 8, [0.0] * 8, F32), beta=0.5, ref_logp=torch.tensor(log_ratio))  # the other
+    np.testing.assert_allclose(kl[2], [math.exp(x) - x - 1 for x in limit], rtol=1e-5)
+    assert not kl[5].any() and kl[4].all()
+
+
+def test_at_ratio_one_the_surrogate_is_the_advantage_and_the_gradient_its_policy_gradient(how):
+    (logp, _, A, offsets, weight), _ = loss_case(dtype=F32)
+    got = loss_of(how, (logp, logp, A, offsets, weight))
+    torch.testing.assert_close(got[1], A, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(got[5], -(weight * A).repeat_interleave(offsets.diff()), rtol=1e-6, atol=1e-7)
+    assert not got[3].any()
+
+
+def test_at_the_reference_there_is_no_kl_gradient(how):
+    case, _ = loss_case(dtype=F32)
+    case[2] = torch.zeros_like(case[2])
+    got = loss_of(how, case, beta=0.04, ref_logp=case[0])
+    assert all((x == 0).all() for x in (*got[:4], got[5])) and torch.equal(got[4], case[3].diff().float())
+
+
+def test_k3_is_an_unbiased_estimate_of_the_divergence(how):
     """Over the whole vocabulary, its expectation under the policy is KL(policy || reference)."""
-    policy, reference = torch.randn(2, 9, generator=generator(4), dtype=torch.float64).log_softmax(1)
-    weight = policy.exp()  # one response a word, weighted by its probability
-    zero = torch.zeros_like(policy)
-    result = grpo_token_loss(policy, policy, zero, torch.arange(10), weight, beta=1.0, ref_logp=reference)
-    torch.testing.assert_close(result.loss, (weight * (policy - reference)).sum(), rtol=1e-12, atol=1e-14)
+    policy, reference = torch.randn(2, 9, generator=generator(4), dtype=F64).log_softmax(1)
+    p = policy.exp()  # one response a word, weighted by its probability
+    got = loss_of(how, (policy, policy, torch.zeros_like(p), torch.arange(10), p), beta=1.0, ref_logp=reference)
+    torch.testing.assert_close(got[0], (p * (policy - reference)).sum(), rtol=1e-12, atol=1e-14)
 
 
-def test_beta_without_a_reference_raises():
-    case, _ = loss_case()
-    with pytest.raises(ValueError, match="needs ref_logp"):
-        grpo_token_loss(*case, beta=0.01)
+@pytest.mark.parametrize("place, beta", [(0, 0.0), (1, 0.0), (0, 0.04)])
+def test_a_nan_logprob_gives_a_nan_loss(how, place, beta):
+    case, extra = loss_case(dtype=F32)
+    case[place][70] = torch.nan
+    got = loss_of(how, case, beta=beta, ref_logp=extra["ref_logp"])
+    assert got[0].isnan() and got[5][70].isnan() and got[5].isnan().sum() == 1 and not got[3].isnan().any()
 
 
-@pytest.mark.parametrize("log_ratio", [-1000.0, -100.0, -20.5, 20.5, 100.0, 1000.0])
-@pytest.mark.parametrize("advantage", [-1.0, 1.0])
-def test_absurd_ratios_stay_finite(log_ratio, advantage):
-    logp = torch.tensor([log_ratio, -1.0], requires_grad=True)
-    result = grpo_token_loss(logp, torch.tensor([0.0, -1.0]), torch.tensor([advantage]), torch.tensor([0, 2]),
-                             torch.tensor([0.5]), beta=0.1, ref_logp=torch.tensor([-log_ratio, -1.0]))
-    result.loss.backward()
-    assert all(torch.isfinite(x).all() for x in (*result, logp.grad))
-    assert logp.grad[0] == 0 and logp.grad[1] == pytest.approx(-0.5 * advantage)  # its neighbour is not touched
-
-
-def test_correction_multiplies_the_objective_only():
-    (logp, *rest), extra = loss_case()
-    reference, correction = extra["ref_logp"], extra["correction"]
-
-    def run(**options):
-        x = logp.clone().requires_grad_()
-        result = grpo_token_loss(x, *rest, **options)
-        return result, torch.autograd.grad(result.loss, x)[0]
-
-    plain, objective_gradient = run()
-    with_kl, both = run(beta=0.3, ref_logp=reference)
-    corrected, gradient = run(beta=0.3, ref_logp=reference, correction=correction)
-    torch.testing.assert_close(gradient, correction * objective_gradient + (both - objective_gradient))
-    for a, b in zip(corrected[1:], with_kl[1:], strict=True):  # the reports leave it out
-        assert torch.equal(a, b)
-    assert torch.equal(plain.surrogate, corrected.surrogate) and corrected.loss != with_kl.loss
-
-
-def test_the_three_averagings_are_choices_of_token_weight():
-    (logp, old, advantage, offsets, _), _ = loss_case(responses=7)
-    L = offsets.diff().double()
-    n_P = [3, 1, 2, 1]  # rollouts of each prompt
-    n_R = torch.tensor([n for n in n_P for _ in range(n)], dtype=torch.float64)
+def test_the_three_averagings_are_choices_of_token_weight(how):
+    (logp, old, A, offsets, _), _ = loss_case((3, 1, 4, 1, 5, 9, 2))
+    L, n_P = offsets.diff().double(), [3, 1, 2, 1]  # rollouts of each prompt
+    n_R = torch.tensor([n for n in n_P for _ in range(n)], dtype=F64)
     R, P, T = 7, len(n_P), float(L.sum())
-    ones = torch.ones(R, dtype=torch.float64)
-    J = grpo_token_loss(logp, old, advantage, offsets, ones).surrogate  # mean over a response's tokens
+    J = loss_of(how, (logp, old, A, offsets, torch.ones_like(L)))[1]  # mean over a response's tokens
     means = {
         "prompts": (1 / (P * n_R * L), torch.stack([group.mean() for group in J.split(n_P)]).mean()),
         "rollouts": (1 / (R * L), J.mean()),
-        "tokens": (ones / T, (J * L).sum() / T),
+        "tokens": (torch.ones_like(L) / T, (J * L).sum() / T),
     }
     for weight, mean in means.values():
-        torch.testing.assert_close(grpo_token_loss(logp, old, advantage, offsets, weight).loss, -mean)
+        torch.testing.assert_close(loss_of(how, (logp, old, A, offsets, weight))[0], -mean)
     assert len({round(mean.item(), 6) for _, mean in means.values()}) == 3  # and they are not the same thing
 
 
-def test_a_batch_is_the_sum_of_its_parts():
+def test_a_batch_is_the_sum_of_its_parts(how):
     """Weights carry the denominators, so no split into micro-batches changes loss or reports."""
-    (logp, old, advantage, offsets, weight), extra = loss_case()
-    whole = grpo_token_loss(logp, old, advantage, offsets, weight, beta=0.1, **extra)
-    parts = []
-    for a, b in ((0, 2), (2, 3), (3, 6)):
+    (logp, old, A, offsets, weight), extra = loss_case()
+    whole, parts = loss_of(how, (logp, old, A, offsets, weight), beta=0.1, **extra), []
+    for a, b in ((0, 2), (2, 3), (3, 5)):
         at = slice(int(offsets[a]), int(offsets[b]))
-        parts.append(grpo_token_loss(logp[at], old[at], advantage[a:b], offsets[a : b + 1] - offsets[a], weight[a:b],
-                                     beta=0.1, **{k: v[at] for k, v in extra.items()}))
-    torch.testing.assert_close(sum(p.loss for p in parts), whole.loss)
-    for name in ("surrogate", "kl", "clipped", "idle"):
-        torch.testing.assert_close(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name))
+        parts.append(loss_of(how, (logp[at], old[at], A[a:b], offsets[a : b + 1] - offsets[a], weight[a:b]), beta=0.1,
+                             **{k: x[at] for k, x in extra.items()}))
+    loss, *rest = zip(*parts, strict=True)
+    for part, expected in zip((sum(loss), *map(torch.cat, rest)), whole, strict=True):
+        torch.testing.assert_close(part, expected)
+
+
+def test_no_responses_lose_nothing(how):
+    empty = torch.zeros(0)
+    got = loss_of(how, (empty, empty, empty, torch.zeros(1, dtype=torch.long), empty))
+    assert got[0] == 0 and all(x.shape == (0,) for x in got[1:])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a check there would wait for the device")
+@pytest.mark.parametrize("offsets", [[0, 2], [1, 3], [0, 3, 2, 4], [0, 1, 1, 4], [0, 5]])
+def test_offsets_that_leave_a_response_empty_or_a_token_out_raise(how, offsets):
+    x, per_response = torch.zeros(4), torch.ones(len(offsets) - 1)
+    with pytest.raises(ValueError, match="offsets must go from 0 to 4 without empty responses"):
+        grpo_token_loss(x, x, per_response, torch.tensor(offsets), per_response, backend=how)
+
+
+def test_beta_without_a_reference_and_mixed_dtypes_raise(how):
+    case, extra = loss_case()
+    with pytest.raises(ValueError, match="needs ref_logp"):
+        grpo_token_loss(*case, beta=0.01, backend=how)
+    with pytest.raises(ValueError, match=r"correction must be \(195,\) torch.float64, got \(195,\) torch.float32"):
+        grpo_token_loss(*case, correction=extra["correction"].float(), backend=how)
+
+
+# ---------------------------------------------------------------------------------------------- all three in torch
+
+
+def operation(name: str, on: bool):
+    """A registered operation with arguments as the public functions make them."""
+    ops, (hidden, weight, targets, grad) = torch.ops.group_dro, linear_case(6, 40, 16)
+    targets[2] = -100
+    if name.startswith("linear backward"):
+        _, lse, _ = ops.linear_logprob(hidden, weight, targets, 0.7, True, on)
+        sideways = hidden.T.contiguous().T
+        into = torch.zeros_like(weight) if name.endswith("main_grad") else None
+        return ops.linear_logprob_backward, (grad, None, sideways if name.endswith("transposed") else hidden, weight,
+                                             targets, lse, lse, into, 0.7, not name.endswith("frozen"), on)
+    case, extra = loss_case((2, 5), dtype=F32)
+    rewards, offsets = torch.randn(7, generator=generator(3)).to(DEVICE), torch.tensor([0, 3, 3, 7], device=DEVICE)
+    loss = [x.to(DEVICE) for x in (*case, *extra.values())]
+    return {
+        "linear": (ops.linear_logprob, (hidden, weight, targets, 0.7, True, on)),
+        "advantage": (ops.group_advantage, (rewards, offsets, rewards[:3].clone(), 1e-6, 3.0, True, on)),
+        "advantage, unweighted": (ops.group_advantage, (rewards, offsets, None, 1e-6, None, False, on)),
+        "loss": (ops.grpo_token_loss, (*loss, 0.2, 0.28, 0.04, on)),
+        "loss, no reference": (ops.grpo_token_loss, (*loss[:5], None, None, 0.2, 0.28, 0.0, on)),
+    }[name]
+
+
+@pytest.mark.parametrize("name", [
+    "linear", "linear backward", "linear backward, transposed", "linear backward, frozen", "linear backward, main_grad",
+    "advantage", "advantage, unweighted", "loss", "loss, no reference",
+])
+def test_operations_are_what_torch_is_told_of_them(how, name):
+    torch.library.opcheck(*operation(name, how == "triton"))
+
+
+def step_of_all(hidden, weight, targets, rewards, offsets, how, main_grad):
+    """A function of all three operations, of (6,) tokens in two responses, for torch.compile."""
+    A, _ = group_advantage(rewards, torch.tensor([0, 2], device=rewards.device), clip=3.0, backend=how)
+    logp, entropy = linear_logprob(hidden, weight, targets, temperature=0.7, entropy=True, main_grad=main_grad,
+                                   backend=how)
+    loss = grpo_token_loss(logp, logp.detach() - 0.1, A, offsets, torch.ones_like(A), beta=0.04,
+                           ref_logp=logp.detach() + 0.1, backend=how).loss
+    return loss, entropy
+
+
+@pytest.mark.parametrize("how, main", [("torch", False), ("triton", False), ("triton", True)], indirect=["how"])
+def test_compiled_whole_they_are_what_they_were(how, main):
+    hidden, weight, targets, _ = linear_case(6, 40, 16)
+    rest = (torch.tensor([1.0, -1.0], device=DEVICE), torch.tensor([0, 2, 6], device=DEVICE), how)
+    results = []
+    for function in (step_of_all, torch.compile(step_of_all, backend="aot_eager", fullgraph=True)):
+        operands = [x.clone().requires_grad_() for x in (hidden, weight)]
+        main_grad = torch.ones_like(weight) if main else None
+        loss, entropy = function(*operands, targets, *rest, main_grad)
+        loss.backward()
+        results.append([loss.detach(), entropy, operands[0].grad, main_grad if main else operands[1].grad])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ which form runs
+
+
+def calls(how):
+    hidden, weight, targets, _ = (x.cpu() for x in linear_case(2, 5, 3))
+    (logp, *rest), _ = loss_case((2,), dtype=F32)
+    return [lambda: linear_logprob(hidden, weight, targets, backend=how),
+            lambda: group_advantage(torch.ones(3), torch.tensor([0, 3]), backend=how),
+            lambda: grpo_token_loss(logp, *rest, backend=how)]
+
+
+KERNELS = [(LINEAR, "_fold_kernel"), (ADVANTAGE, "_kernel"), (LOSS, "_kernel")]
+
+
+@pytest.mark.parametrize("how, without, message", [
+    ("cuda", None, "'auto', 'triton' or 'torch', got 'cuda'"), ("triton", "INTERPRETED", "need CUDA tensors"),
+    ("triton", "triton", "not installed"),
+])
+def test_a_backend_that_cannot_run_raises_where_it_is_asked_for(monkeypatch, how, without, message):
+    if without is not None:
+        pytest.importorskip("triton")
+        monkeypatch.setattr(backend, without, None)
+    for call in calls(how):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="CPU tensors take no compiled kernel")
+@pytest.mark.parametrize("asked, devices, launches", [
+    ("auto", {"cuda"}, 0), ("auto", {"cuda", "cpu"}, 1), ("triton", {"cuda"}, 1), ("torch", {"cuda", "cpu"}, 0),
+])
+@on_triton
+def test_the_backend_decides_which_form_runs(monkeypatch, how, asked, devices, launches):
+    monkeypatch.setattr(backend, "AUTO_DEVICES", devices)
+    counted = [count(monkeypatch, *kernel) for kernel in KERNELS]
+    for call in calls(asked):
+        call()
+    assert [k.launches for k in counted] == [launches] * 3
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A small model that has hardly learned anything."""
+    cache = tmp_path_factory.mktemp("cache")
+    sums = [{"question": f"{a}+{b}=", "answer": a + b} for a in range(5) for b in range(5)]
+    (cache / "sums.jsonl").write_text("".join(json.dumps(x) + "\n" for x in sums))
+    settings = tasks.BaseSettings(steps=20, lines_per_step=32, hidden_size=32, layers=1)
+    return tasks.base_model("arithmetic", settings, cache=cache)
+
+
+def tossed(grade):
+    """Coins for rewards: so small a model solves nothing, and all advantages would be 0."""
+
+    def toss(batch, problems):
+        rewards, timeouts, texts = grade(batch, problems)
+        return np.random.default_rng(0).choice([-1.0, 1.0], len(rewards)), timeouts, texts
+
+    return toss
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the trainer's bf16 on CUDA is too coarse for this comparison")
+def test_a_training_step_on_the_kernels_is_one_on_the_references(base, tmp_path, monkeypatch):
+    counted = [count(monkeypatch, *kernel) for kernel in KERNELS + [(LINEAR, "_dlogits_kernel")]]
+    lines, tensors = [], []
+    for devices in (set(), {"cpu"}):
+        assert not any(k.launches for k in counted)
+        monkeypatch.setattr(backend, "AUTO_DEVICES", devices)
+        trainer = trainer_of(base, tmp_path, mode="both", prompts_per_step=12, minibatch_prompts=6, train_problems=15,
+                             eval_problems=5, max_response_tokens=6, kl_beta=0.1)
+        monkeypatch.setattr(trainer, "grade", tossed(trainer.grade))
+        before = trainer.optimizer.master.detach().clone()
+        line, _ = trainer.step(0)
+        # idle_frac: at the reference the KL's gradient is 0 or dust
+        rounded = ("loss", "grad_norm", "kl", "entropy", "surrogate_abs", "idle_frac")
+        line["signals"].pop("surrogate")  # as rounded; compared as surrogate_abs and as the scores it makes
+        lines.append({k: v for k, v in line.items() if k != "seconds" and k not in rounded})
+        tensors.append({"change": trainer.optimizer.master.detach() - before,
+                        "gradient": trainer.optimizer.tensors()["exp_avg"],
+                        **{k: torch.tensor(line[k]) for k in rounded[:5]},
+                        "prompt scores": torch.from_numpy(trainer.prompt_gdro.score_B),
+                        "arm scores": torch.from_numpy(trainer.rollout_gdro.log_prob_BK())})
+    names = ("linear", "advantage", "loss", "dlogits")
+    launches = dict(zip(names, (k.launches for k in counted), strict=True))
+    assert launches["advantage"] == 1 and launches["linear"] > launches["dlogits"] >= launches["loss"] >= 1
+    for line in lines:
+        line["mismatch"] = line["mismatch"]["max"] < 1e-5
+    assert lines[0] == lines[1] and lines[0]["mismatch"]
+    assert lines[0]["zero_std_frac"] < 1 and tensors[0]["gradient"].norm() > 0.01 and tensors[0]["prompt scores"].any()
+    for name, expected in tensors[0].items():  # Adam divides by the gradient, however small: more rounding
+        torch.testing.assert_close(tensors[1][name].norm(), expected.norm(), rtol=1e-4, atol=1e-6)
+        assert (tensors[1][name] - expected).norm() <= (1e-3 if name == "change" else 1e-5) * expected.norm() + 1e-6
