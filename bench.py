@@ -28,11 +28,12 @@ import torch
 
 import model
 import tasks
+from config import parse_args
 from gdro import BUDGETS, UTILITIES, DifficultyBins, PromptGDRO, RolloutGDRO
 from kernels.bench import VOCABULARY, bench_kernels, bench_sm90, forget_peak, in_fresh_process, resident_mib
 from reward import Grader
 from rollout import Sampling, TorchEngine, rollout_seed
-from train import Ranks, Trainer, environment, parse_args
+from train import Ranks, Trainer, environment
 
 
 def median_ms(call: Callable[[], object], repeats: int) -> float:

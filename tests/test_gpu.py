@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import tasks
+from config import parse_args
 from kernels import group_advantage, grpo_token_loss, linear_logprob
 from model import PackedAttention, Transformer
+from ranks import Ranks
 from rollout import Sampling, TorchEngine
-from train import MasterAdamW, Ranks, parse_args
+from train import MasterAdamW
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import study
-from train import ADVERSARIES, check, parse_args
+from config import ADVERSARIES, check, parse_args
 
 RUNS = study.runs("")
 

@@ -16,20 +16,17 @@ import torch
 
 import tasks
 import train as train_module
+from config import PRESETS, Config, check, parse_args
 from model import Transformer
 from train import (
-    PRESETS,
-    Config,
     MasterAdamW,
     Ranks,
     RunError,
     Trainer,
     _micro,
-    check,
     check_memory,
     micro_batches,
     nothing_to_learn,
-    parse_args,
     set_up,
     share_out,
 )
