@@ -27,7 +27,6 @@ from tqdm import tqdm
 import tasks
 from config import MAY_CHANGE, Config, check, parse_args
 from data import Problem, batch_order, encode_prompts, load_problems, stop_token_ids
-from eval import Evaluation, table
 from gdro import (
     SIGNALS,
     DifficultyBins,
@@ -38,6 +37,7 @@ from gdro import (
     means_by,
 )
 from kernels import group_advantage, grpo_token_loss
+from metrics import Evaluation, table
 from model import ModelConfig, Transformer, fetch
 from ranks import (
     Ranks,

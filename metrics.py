@@ -1,0 +1,113 @@
+"""What an evaluation says: mean@k, pass@k and their intervals, of one policy on one set of problems.
+
+    mean@m  the mean share of right responses among the m drawn for each problem
+    pass@k  the chance that at least one of k responses is right, estimated without bias from the m >= k drawn:
+            1 - C(m - c, k) / C(m, k) for c right ones
+    [a, b]  95% interval: percentiles of the bootstrap over problems
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from math import comb
+
+import numpy as np
+
+from data import Problem
+
+
+def pass_at_k(correct: np.ndarray, drawn: int, k: int) -> np.ndarray:
+    """Unbiased pass@k of problems with `correct` (P,) right responses of `drawn`, (P,). Needs k <= drawn."""
+    if not 1 <= k <= drawn:
+        raise ValueError(f"pass@{k} needs at least {k} responses a problem, there are {drawn}")
+    table = np.array([1 - comb(drawn - c, k) / comb(drawn, k) for c in range(drawn + 1)])
+    return table[np.asarray(correct)]
+
+
+def bootstrap(strata: list[np.ndarray], draws: int = 2000) -> tuple[float, float]:
+    """95% interval of the mean over strata of their means over problems, (P_i, figures) -> 2 of (figures,).
+
+    Problems are drawn again within each stratum; the draws are a function of the shapes alone.
+    """
+    rng, total = np.random.default_rng(0), 0.0
+    for values in strata:
+        counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=draws)  # (draws, P)
+        total = total + counts @ values / len(values)  # (draws, figures)
+    return tuple(np.percentile(total / len(strata), (2.5, 97.5), axis=0))
+
+
+def figures(strata: list[np.ndarray]) -> dict[str, list[float]]:
+    """name -> [value, low, high] for mean@m and pass@1, 2, 4, ... up to m.
+
+    strata: right or wrong, (P_i, m) bool each. One is the rule; with several (AIME) a figure is the mean of theirs.
+    """
+    drawn = strata[0].shape[1]
+    powers = [2**i for i in range(drawn.bit_length()) if 2**i <= drawn]
+    columns = [np.stack([right.mean(axis=1), *(pass_at_k(right.sum(axis=1), drawn, k) for k in powers)], axis=1)
+               for right in strata]
+    values = np.mean([c.mean(axis=0) for c in columns], axis=0)
+    low, high = bootstrap(columns)
+    return {name: [float(v), float(a), float(b)] for name, v, a, b in
+            zip([f"mean@{drawn}", *(f"pass@{k}" for k in powers)], values, low, high, strict=True)}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of one evaluation during training."""
+
+    step: int  # training steps before it
+    problems: int
+    rollouts: int  # responses drawn per problem
+    mean: float  # mean@rollouts
+    passes: dict[int, float]  # k -> pass@k, for the powers of two up to rollouts
+    response_tokens_mean: float
+    truncated_frac: float
+    by_kind: dict[str, list[float]]  # what precedes ":" in an id, if there are at most 20 -> [problems, mean, pass@k]
+    intervals: dict[str, list[float]] = field(default_factory=dict)  # "mean@16" and so on -> [low, high], 95%
+
+    @property
+    def k(self) -> int:
+        """The k of the headline: 8 as in the paper, or the largest there is."""
+        return min(8, max(self.passes))
+
+    @classmethod
+    def of(cls, step: int, problems: list[Problem], right: np.ndarray, response_tokens_mean: float,
+           truncated_frac: float) -> "Evaluation":
+        """right: (P, rollouts) bool."""
+        found = figures([right])
+        passes = {int(name.removeprefix("pass@")): f[0] for name, f in found.items() if name.startswith("pass@")}
+        headline = pass_at_k(right.sum(axis=1), right.shape[1], min(8, max(passes)))
+        kinds = np.array([p.id.split(":")[0] if ":" in p.id else "all" for p in problems])
+        if len(set(kinds)) > 20:  # ids that merely contain a colon
+            kinds[:] = "all"
+        by_kind = {str(kind): [int((kinds == kind).sum()), float(right[kinds == kind].mean()),
+                               float(headline[kinds == kind].mean())] for kind in dict.fromkeys(kinds)}
+        return cls(step, len(problems), right.shape[1], float(right.mean()), passes, response_tokens_mean,
+                   truncated_frac, by_kind, {name: f[1:] for name, f in found.items()})
+
+    def to_json(self) -> dict:
+        out = dataclasses.asdict(self)
+        return {**out, "passes": {f"pass@{k}": v for k, v in self.passes.items()}}
+
+    @classmethod
+    def from_json(cls, saved: dict) -> "Evaluation":
+        return cls(**{**saved, "passes": {int(k.removeprefix("pass@")): v for k, v in saved["passes"].items()}})
+
+    def line(self) -> str:
+        return (f"step {self.step}: mean@{self.rollouts} {self.mean:.3f}, pass@{self.k} {self.passes[self.k]:.3f} "
+                f"on {self.problems} held-out problems")
+
+
+def table(evaluations: list[Evaluation]) -> str:
+    """A Markdown table: one column an evaluation, rows for all problems and for each kind."""
+    first = evaluations[0]
+    head = [f"| {first.problems} held-out problems x {first.rollouts} |"]
+    rows = [f"| mean@{first.rollouts} |", f"| pass@{first.k} |"]
+    if len(first.by_kind) > 1:
+        rows += [f"| pass@{first.k}, {kind} |" for kind in first.by_kind]
+    for e in evaluations:
+        head.append(f" step {e.step} |")
+        values = [e.mean, e.passes[e.k]]
+        if len(first.by_kind) > 1:
+            values += [e.by_kind[kind][2] for kind in first.by_kind]
+        rows = [row + f" {value:.3f} |" for row, value in zip(rows, values, strict=True)]
+    return "\n".join(["", "".join(head), "|---|" + "---|" * len(evaluations), *rows])

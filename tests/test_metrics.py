@@ -1,0 +1,71 @@
+"""pass@k is unbiased, intervals cover the truth, and an evaluation survives its file."""
+
+import json
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from data import Problem
+from metrics import Evaluation, figures, pass_at_k, table
+
+
+@pytest.mark.parametrize("drawn", [1, 2, 5, 8])
+def test_pass_at_k_equals_the_enumeration_of_all_subsets(drawn):
+    for k in range(1, drawn + 1):
+        for correct in range(drawn + 1):
+            right = [True] * correct + [False] * (drawn - correct)
+            subsets = list(combinations(right, k))
+            assert pass_at_k(np.array([correct]), drawn, k)[0] == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_pass_at_k_needs_k_responses():
+    with pytest.raises(ValueError, match="pass@4 needs at least 4 responses"):
+        pass_at_k(np.array([1]), 3, 4)
+
+
+@pytest.mark.parametrize("problems, responses", [(100, 8), (150, 1)])
+def test_intervals_cover_the_truth_19_times_in_20(problems, responses):
+    """Problems of pass rates from Beta(0.5, 1.5): mean 1/4, and pass@8 = 1 - E(1 - p)^8."""
+    rng = np.random.default_rng(0)
+    none_right = np.prod([(1.5 + i) / (2 + i) for i in range(responses)])
+    truth = {f"mean@{responses}": 0.25, f"pass@{responses}": 1 - none_right}
+    covered, trials = dict.fromkeys(truth, 0), 300
+    for _ in range(trials):
+        right = rng.random((problems, responses)) < rng.beta(0.5, 1.5, problems)[:, None]
+        for name, (_, low, high) in figures([right]).items():
+            covered[name] = covered.get(name, 0) + (low <= truth.get(name, -1) <= high)
+    for name in truth:
+        assert 0.92 <= covered[name] / trials <= 0.985  # 3 standard errors, and the bootstrap's own bias
+
+
+def test_a_mean_of_two_years_weighs_them_alike():
+    right = np.zeros((10, 4), bool)
+    right[:5] = True
+    both = figures([right, np.ones((30, 4), bool)])
+    assert both["mean@4"][0] == both["pass@4"][0] == 0.75
+    assert both["mean@4"][1] > 0.5  # the second part adds no spread
+
+
+def evaluation(step: int) -> Evaluation:
+    problems = [Problem("sum:1", "", ""), Problem("sum:2", "", ""), Problem("product:1", "", "")]
+    right = np.zeros((3, 16), bool)
+    right[0, :4], right[2] = True, True
+    return Evaluation.of(step, problems, right, 10.0, 0.5)
+
+
+def test_figures_are_means_over_problems_and_by_kind():
+    e = evaluation(0)
+    assert e.mean == pytest.approx((0.25 + 0 + 1) / 3) and sorted(e.passes) == [1, 2, 4, 8, 16]
+    assert e.passes[1] == pytest.approx(e.mean) and e.passes[16] == pytest.approx(2 / 3)
+    assert e.by_kind["sum"] == [2, 0.125, pytest.approx(pass_at_k(np.array([4]), 16, 8)[0] / 2)]
+    assert e.by_kind["product"] == [1, 1.0, 1.0] and e.k == 8
+
+
+def test_evaluations_survive_json_and_print_as_markdown():
+    e = evaluation(3)
+    assert e.intervals["mean@16"][0] < e.mean < e.intervals["mean@16"][1]
+    assert Evaluation.from_json(json.loads(json.dumps(e.to_json()))) == e
+    lines = table([evaluation(0), e]).strip().splitlines()
+    assert lines[0] == "| 3 held-out problems x 16 | step 0 | step 3 |"
+    assert {line.count("|") for line in lines} == {4} and lines[2].startswith("| mean@16 | 0.417")
