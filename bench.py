@@ -31,9 +31,11 @@ import tasks
 from config import parse_args
 from gdro import BUDGETS, UTILITIES, DifficultyBins, PromptGDRO, RolloutGDRO
 from kernels.bench import VOCABULARY, bench_kernels, bench_sm90, forget_peak, in_fresh_process, resident_mib
+from ranks import Ranks
 from reward import Grader
 from rollout import Sampling, TorchEngine, rollout_seed
-from train import Ranks, Trainer, environment
+from runfolder import environment
+from train import Trainer
 
 
 def median_ms(call: Callable[[], object], repeats: int) -> float:

