@@ -31,9 +31,9 @@ import tasks
 from data import HUB_SETS, SUFFIXES, Problem, encode_prompts, load_problems, stop_token_ids
 from metrics import figures
 from model import ModelConfig, fetch
-from ranks import Ranks, RunError, draw_together, say
+from ranks import Ranks, RunError, say
 from reward import Grader
-from rollout import Sampling, choose_engine, make_engine, rollout_seed
+from rollout import Sampling, choose_engine, draw_together, make_engine, rollout_seed
 from runfolder import environment, portable, replace_text, write_json
 
 PAPER_BENCHMARKS = ("math500", "aime24", "aime25", "amc23", "minerva", "olympiad", "gpqa")

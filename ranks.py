@@ -68,30 +68,3 @@ def share_out(cost: np.ndarray, ranks: int) -> np.ndarray:
         owner[i] = load.argmin()
         load[owner[i]] += cost[i]
     return owner
-
-
-def draw_together(engine, ranks: Ranks, prompts: list[list[int]], n_P, seed_P: list[int], sampling,
-                  expected_P) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Rollouts of all prompts, each rank drawing its share with its own engine, then known to all.
-
-    n_P (P,) rollouts of each prompt; expected_P (P,) response tokens expected of one, to share out the work. Returns
-    tokens (N,) int64 and the sampler's log-probs (N,) float32 of all responses end to end, their borders (R + 1,), and
-    which were cut at the length limit, (R,) bool; R = sum(n_P), prompt-major.
-    """
-    lengths_P = np.array([len(p) for p in prompts])
-    rank_P = share_out(np.asarray(n_P) * (lengths_P + expected_P), ranks.world)
-    owner_R = np.repeat(np.arange(len(prompts)), n_P)
-    mine_P, mine_R = np.flatnonzero(rank_P == ranks.rank), np.flatnonzero(rank_P[owner_R] == ranks.rank)
-    drawn = engine.generate([prompts[p] for p in mine_P], [int(n_P[p]) for p in mine_P], [seed_P[p] for p in mine_P],
-                            sampling)
-
-    length_R, truncated_R = np.zeros(len(owner_R), np.int64), np.zeros(len(owner_R), np.int64)
-    for r, rollout in zip(mine_R, drawn, strict=True):
-        length_R[r], truncated_R[r] = len(rollout.tokens), rollout.truncated
-    length_R, truncated_R = ranks.share(length_R), ranks.share(truncated_R)
-    offsets = np.concatenate(([0], length_R.cumsum()))
-    tokens, logp = np.zeros(offsets[-1], np.int64), np.zeros(offsets[-1], np.float32)
-    for r, rollout in zip(mine_R, drawn, strict=True):
-        place = slice(offsets[r], offsets[r + 1])
-        tokens[place], logp[place] = rollout.tokens, rollout.logprobs
-    return ranks.share(tokens), ranks.share(logp), offsets, truncated_R.astype(bool)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from model import KVCache, PackedAttention, Transformer
+from ranks import Ranks, share_out
 
 # vLLM warns here of what is meant: no tokenizer, eager on CPU, reseeding (undone below), layers without own weights.
 NOISY_LOGGERS = ("vllm.renderers.base", "vllm.v1.worker.cpu_worker", "vllm.engine.arg_utils", "vllm.config.vllm",
@@ -53,6 +54,35 @@ def rollout_seed(run_seed: int, step: int, prompt_id: str) -> int:
     """63-bit seed of a prompt's rollouts. Hashed, as rollout i draws from seed + i: neighbours would share streams."""
     digest = hashlib.blake2b(f"{run_seed}/{step}/{prompt_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1  # vLLM's newer runner holds int64; torch's CPU generators use the low 32
+
+
+@dataclass
+class Batch:
+    """R rollouts of P prompts, flat: response r is token positions offsets[r]:offsets[r + 1] of the (N,) arrays."""
+
+    prompts: list[list[int]]  # P token lists
+    owner: np.ndarray  # (R,) prompt of each rollout, ascending
+    offsets: np.ndarray  # (R + 1,)
+    tokens: np.ndarray  # (N,) int64
+    sampler_logp: np.ndarray  # (N,) float32
+    truncated: np.ndarray  # (R,) bool
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def stats(self) -> dict:
+        """What the log says of the rollouts."""
+        return {"truncated_frac": self.truncated.mean(), "response_tokens_mean": self.lengths.mean(),
+                "rollouts": len(self.owner), "rollouts_mean": len(self.owner) / len(self.prompts),
+                "tokens_generated": int(self.lengths.sum()), "tokens_trained": int(self.cost().sum())}
+
+    def response(self, r: int) -> np.ndarray:
+        return self.tokens[self.offsets[r] : self.offsets[r + 1]]
+
+    def cost(self) -> np.ndarray:
+        """Tokens that each rollout takes in a packed row, (R,)."""
+        return self.lengths + np.array([len(p) for p in self.prompts])[self.owner]
 
 
 def choose_engine(name: str, device: torch.device) -> tuple[str, str]:
@@ -420,3 +450,30 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tup
     token = torch.searchsorted(cdf, (uniform * cdf[:, -1]).unsqueeze(1), right=True).squeeze(1)
     token = token.clamp(max=logits.shape[1] - 1)  # uniform * total may round up to total
     return token, logp.gather(1, token.unsqueeze(1)).squeeze(1)
+
+
+def draw_together(engine, ranks: Ranks, prompts: list[list[int]], n_P, seed_P: list[int], sampling,
+                  expected_P) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Rollouts of all prompts, each rank drawing its share with its own engine, then known to all.
+
+    n_P (P,) rollouts of each prompt; expected_P (P,) response tokens expected of one, to share out the work. Returns
+    tokens (N,) int64 and the sampler's log-probs (N,) float32 of all responses end to end, their borders (R + 1,), and
+    which were cut at the length limit, (R,) bool; R = sum(n_P), prompt-major.
+    """
+    lengths_P = np.array([len(p) for p in prompts])
+    rank_P = share_out(np.asarray(n_P) * (lengths_P + expected_P), ranks.world)
+    owner_R = np.repeat(np.arange(len(prompts)), n_P)
+    mine_P, mine_R = np.flatnonzero(rank_P == ranks.rank), np.flatnonzero(rank_P[owner_R] == ranks.rank)
+    drawn = engine.generate([prompts[p] for p in mine_P], [int(n_P[p]) for p in mine_P], [seed_P[p] for p in mine_P],
+                            sampling)
+
+    length_R, truncated_R = np.zeros(len(owner_R), np.int64), np.zeros(len(owner_R), np.int64)
+    for r, rollout in zip(mine_R, drawn, strict=True):
+        length_R[r], truncated_R[r] = len(rollout.tokens), rollout.truncated
+    length_R, truncated_R = ranks.share(length_R), ranks.share(truncated_R)
+    offsets = np.concatenate(([0], length_R.cumsum()))
+    tokens, logp = np.zeros(offsets[-1], np.int64), np.zeros(offsets[-1], np.float32)
+    for r, rollout in zip(mine_R, drawn, strict=True):
+        place = slice(offsets[r], offsets[r + 1])
+        tokens[place], logp[place] = rollout.tokens, rollout.logprobs
+    return ranks.share(tokens), ranks.share(logp), offsets, truncated_R.astype(bool)

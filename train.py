@@ -38,9 +38,18 @@ from gdro import (
 from kernels import group_advantage, grpo_token_loss
 from metrics import Evaluation, table
 from model import ModelConfig, Transformer, fetch
-from ranks import Ranks, RunError, draw_together, say, share_out
+from ranks import Ranks, RunError, say, share_out
 from reward import Grader
-from rollout import Sampling, TorchEngine, VLLMEngine, choose_engine, make_engine, rollout_seed
+from rollout import (
+    Batch,
+    Sampling,
+    TorchEngine,
+    VLLMEngine,
+    choose_engine,
+    draw_together,
+    make_engine,
+    rollout_seed,
+)
 from runfolder import (
     RunFolder,
     full_disk_explained,
@@ -54,35 +63,6 @@ from runfolder import (
 MEASURE_EVERY = 4  # entropy and mismatch are measured on the first rollout of every fourth prompt of a batch
 
 # ------------------------------------------------------------------------------------------------ packing
-
-
-@dataclass
-class Batch:
-    """R rollouts of P prompts, flat: response r is token positions offsets[r]:offsets[r + 1] of the (N,) arrays."""
-
-    prompts: list[list[int]]  # P token lists
-    owner: np.ndarray  # (R,) prompt of each rollout, ascending
-    offsets: np.ndarray  # (R + 1,)
-    tokens: np.ndarray  # (N,) int64
-    sampler_logp: np.ndarray  # (N,) float32
-    truncated: np.ndarray  # (R,) bool
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
-
-    def stats(self) -> dict:
-        """What the log says of the rollouts."""
-        return {"truncated_frac": self.truncated.mean(), "response_tokens_mean": self.lengths.mean(),
-                "rollouts": len(self.owner), "rollouts_mean": len(self.owner) / len(self.prompts),
-                "tokens_generated": int(self.lengths.sum()), "tokens_trained": int(self.cost().sum())}
-
-    def response(self, r: int) -> np.ndarray:
-        return self.tokens[self.offsets[r] : self.offsets[r + 1]]
-
-    def cost(self) -> np.ndarray:
-        """Tokens that each rollout takes in a packed row, (R,)."""
-        return self.lengths + np.array([len(p) for p in self.prompts])[self.owner]
 
 
 @dataclass
