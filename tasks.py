@@ -27,8 +27,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import arithmetic
-import permutations
 from data import Problem
 from model import ModelConfig, Transformer
 
@@ -51,22 +49,143 @@ class Task:
     kinds: dict[str, Kind]
 
 
+# ------------------------------------------------------------------------------------------------ arithmetic
+# Each maker: kind(rng) -> (question, steps, answer).
+
+
+def _digits(n: int) -> list[int]:
+    """Decimal digits, the lowest first."""
+    return [int(c) for c in reversed(str(n))]
+
+
+def _number(rng: np.random.Generator, digits: int) -> int:
+    return int(rng.integers(10 ** (digits - 1) if digits > 1 else 0, 10**digits))
+
+
+def addition(rng: np.random.Generator) -> tuple[str, str, int]:
+    a, b = _number(rng, int(rng.integers(1, 5))), _number(rng, int(rng.integers(1, 5)))
+    steps, carry = [], 0
+    x, y = _digits(a), _digits(b)
+    for i in range(max(len(x), len(y))):
+        terms = [d[i] for d in (x, y) if i < len(d)] + [carry] * (carry > 0)
+        steps.append("+".join(map(str, terms)) + f"={sum(terms)}" if len(terms) > 1 else str(sum(terms)))
+        carry = sum(terms) // 10
+    return f"{a}+{b}=", ",".join(steps), a + b
+
+
+def subtraction(rng: np.random.Generator) -> tuple[str, str, int]:
+    a, b = sorted((_number(rng, int(rng.integers(1, 5))), _number(rng, int(rng.integers(1, 5)))), reverse=True)
+    steps, borrow, y = [], 0, _digits(b)
+    for i, top in enumerate(_digits(a)):
+        top -= borrow
+        low = y[i] if i < len(y) else 0
+        borrow = int(top < low)
+        steps.append(f"{top + 10 * borrow}-{low}={top + 10 * borrow - low}")
+    return f"{a}-{b}=", ",".join(steps), a - b
+
+
+def multiplication(rng: np.random.Generator) -> tuple[str, str, int]:
+    a, d = _number(rng, int(rng.integers(1, 5))), int(rng.integers(2, 10))
+    steps, carry = [], 0
+    for x in _digits(a):
+        steps.append(f"{x}*{d}" + f"+{carry}" * (carry > 0) + f"={x * d + carry}")
+        carry = (x * d + carry) // 10
+    return f"{a}*{d}=", ",".join(steps), a * d
+
+
+def several_terms(rng: np.random.Generator) -> tuple[str, str, int]:
+    terms = [int(t) for t in rng.integers(1, 20, int(rng.integers(3, 7)))]
+    steps, total = [], terms[0]
+    for t in terms[1:]:
+        steps.append(f"{total}+{t}={total + t}")
+        total += t
+    return "+".join(map(str, terms)) + "=", ",".join(steps), total
+
+
+def division(rng: np.random.Generator) -> tuple[str, str, int]:
+    quotient, d = _number(rng, int(rng.integers(1, 5))), int(rng.integers(2, 6))
+    steps, rest = [], 0
+    for x in reversed(_digits(quotient * d)):
+        rest = 10 * rest + x
+        steps.append(f"{rest}/{d}={rest // d}r{rest % d}")
+        rest %= d
+    return f"{quotient * d}/{d}=", ",".join(steps), quotient
+
+
+def sum_of_squares(rng: np.random.Generator) -> tuple[str, str, int]:
+    number = _number(rng, int(rng.integers(2, 5)))
+    steps, total = [], 0
+    for x in reversed(_digits(number)):
+        steps.append(f"{x}*{x}" + f"+{total}" * (total > 0) + f"={total + x * x}")
+        total += x * x
+    return f"q{number}=", ",".join(steps), total
+
+
+# ------------------------------------------------------------------------------------------------ permutations
+#
+#     31524~ad,be=   24531                 a guess
+#     31524~ad,be=   W21534,24531:24531    worked: the row after each move
+#
+# Moves on a row of five digits. Positions are the letters a to e, always two that are not neighbours; the sign after the
+# row says what is done there. A wrong move sometimes leads to the right row, more often than a guess.
+
+LENGTH, SIGNS = 5, "~<>^@#"
+
+
+def _moves(sign: str, move: Callable[[list[str], int, int], list[str]]):
+    """The maker of a kind: one or two moves on a row of distinct digits. move(row, i, j), i + 1 < j -> row after."""
+
+    def make(rng: np.random.Generator) -> tuple[str, str, int]:
+        row = [str(d) for d in rng.permutation(np.arange(1, 10))[:LENGTH]]
+        start, names, rows = "".join(row), [], []
+        for _ in range(int(rng.integers(1, 3))):
+            i = int(rng.integers(LENGTH - 2))
+            j = int(rng.integers(i + 2, LENGTH))
+            row = move(row, i, j)
+            names.append("abcde"[i] + "abcde"[j])
+            rows.append("".join(row))
+        return f"{start}{sign}{','.join(names)}=", ",".join(rows), int(rows[-1])
+
+    return make
+
+
+def any_sign(question: str, rng: np.random.Generator) -> str:
+    """The same question under a sign drawn from all six."""
+    return question[:LENGTH] + SIGNS[int(rng.integers(len(SIGNS)))] + question[LENGTH + 1 :]
+
+
+# two digits change places
+swap = _moves("~", lambda row, i, j: [*row[:i], row[j], *row[i + 1 : j], row[i], *row[j + 1 :]])
+# a stretch is turned round
+reverse = _moves("<", lambda row, i, j: [*row[:i], *row[i : j + 1][::-1], *row[j + 1 :]])
+# the last digit of a stretch becomes its first
+right = _moves(">", lambda row, i, j: [*row[:i], row[j], *row[i:j], *row[j + 1 :]])
+# the first digit of a stretch becomes its last
+left = _moves("^", lambda row, i, j: [*row[:i], *row[i + 1 : j + 1], row[i], *row[j + 1 :]])
+# the second position's digit goes to the front of the row
+front = _moves("@", lambda row, i, j: [row[j], *row[:j], *row[j + 1 :]])
+# the first position's digit goes to the end of the row
+end = _moves("#", lambda row, i, j: [*row[:i], *row[i + 1 :], row[i]])
+
+
+# ------------------------------------------------------------------------------------------------ the tasks
+
 TASKS = {
-    "arithmetic": Task(arithmetic.CHARACTERS, {
-        "addition": Kind("A", 0.40, arithmetic.addition),
-        "subtraction": Kind("S", 0.20, arithmetic.subtraction),
-        "multiplication": Kind("M", 0.08, arithmetic.multiplication),
-        "several_terms": Kind("T", 0.03, arithmetic.several_terms),
-        "division": Kind("D", 0.012, arithmetic.division),
-        "sum_of_squares": Kind("Q", 0.005, arithmetic.sum_of_squares),
+    "arithmetic": Task("0123456789+-*/=,:rqASMTDQ", {
+        "addition": Kind("A", 0.40, addition),
+        "subtraction": Kind("S", 0.20, subtraction),
+        "multiplication": Kind("M", 0.08, multiplication),
+        "several_terms": Kind("T", 0.03, several_terms),
+        "division": Kind("D", 0.012, division),
+        "sum_of_squares": Kind("Q", 0.005, sum_of_squares),
     }),
-    "permutations": Task(permutations.CHARACTERS, {
-        "swap": Kind("W", 0.40, permutations.swap, permutations.any_sign),
-        "reverse": Kind("V", 0.20, permutations.reverse, permutations.any_sign),
-        "right": Kind("R", 0.08, permutations.right, permutations.any_sign),
-        "left": Kind("L", 0.03, permutations.left, permutations.any_sign),
-        "front": Kind("F", 0.012, permutations.front, permutations.any_sign),
-        "end": Kind("K", 0.005, permutations.end, permutations.any_sign),
+    "permutations": Task("0123456789abcde,:=~<>^@#WVRLFK", {
+        "swap": Kind("W", 0.40, swap, any_sign),
+        "reverse": Kind("V", 0.20, reverse, any_sign),
+        "right": Kind("R", 0.08, right, any_sign),
+        "left": Kind("L", 0.03, left, any_sign),
+        "front": Kind("F", 0.012, front, any_sign),
+        "end": Kind("K", 0.005, end, any_sign),
     }),
 }
 
