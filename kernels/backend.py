@@ -19,7 +19,6 @@ except ImportError:  # macOS, Windows: the references alone
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 AUTO_DEVICES = {"cuda"}  # where `auto` takes Triton
-IGNORE_INDEX = -100  # the ecosystem's target of a row that counts for nothing
 
 
 def jit(function):
@@ -39,11 +38,6 @@ def use_triton(backend: str, x: Tensor) -> bool:
         raise ValueError(f"Triton kernels need CUDA tensors, got one on {x.device} (for a test on CPU set "
                          "TRITON_INTERPRET=1 before the first import)")
     return True
-
-
-def accumulator(x: Tensor):
-    """The dtype that sums over x's entries are kept in, as Triton names it: float32, or float64 for float64."""
-    return tl.float64 if x.element_size() == 8 else tl.float32
 
 
 @jit

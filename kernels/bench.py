@@ -599,11 +599,12 @@ def launches() -> Iterator[tuple[str, str, Callable[[], object]]]:
     offsets = torch.tensor([0, 64, T])
     for dtype in (torch.bfloat16, torch.float32):
         x = [torch.zeros(rows, D, dtype=dtype) for rows in (T, V)]
+        what = str(dtype).removeprefix("torch.")
         for entropy in (False, True):
-            what = str(dtype).removeprefix("torch.") + ", entropy" * entropy
-            yield "linear_logprob", what, functools.partial(linear._forward, *x, targets, 1.0, entropy, True)
-            yield "linear_logprob", what, functools.partial(
-                linear._backward, row, row if entropy else None, *x, targets, row, row, None, 1.0, True, True)
+            yield "linear_logprob", what + ", entropy" * entropy, functools.partial(
+                linear._forward, *x, targets, 1.0, entropy, True)
+        yield "linear_logprob", what, functools.partial(
+            linear._backward, row, *x, targets, row, None, 1.0, True, True)
     yield "group_advantage", "float64, weights, clip", functools.partial(
         advantage._group_advantage, row.double(), offsets, row[:2].double(), 1e-6, 5.0, True, True)
     for beta in (0.0, 0.001):

@@ -8,16 +8,21 @@ With 16,384 tokens and 151,936 words the logits alone are 10 GB in float32, and 
 exist only a piece at a time. On CUDA:
 
     forward    a program walks through 4,096 columns for 128 rows, logits staying in registers, and leaves three numbers
-               a row, which combine exactly into lse and entropy (`softmax.py`).
+               a row, which combine exactly into lse and entropy: the maximum, and two sums relative to it,
+                   peak = max_v l_v,   total = sum_v exp(l_v - peak),   moment = sum_v exp(l_v - peak) (l_v - peak).
+               A moment relative to the maximum keeps a constant added to all logits out of the entropy's rounding.
     backward   goes through the vocabulary in slices. A slice's logits are computed again, become their own gradient,
-               dlogits, are written once, in the operands' dtype, and taken up by two matrix products:
+               dlogits_v = g (1[v = target] - p_v) for an incoming gradient g of logp, are written once, in the
+               operands' dtype, and taken up by two matrix products:
                dweight[slice] = dlogits^T hidden, finished, and dhidden += dlogits weight[slice].
 
 Why slices of the vocabulary and not of the tokens: only dhidden, the smaller by far, is then accumulated, in float32.
 Why float32 from the accumulator to the softmax, whatever the operands: rounded to bf16, log-probs at this vocabulary
 are off by up to 3e-2, and the p - 1 of a confident token changes its sign.
 
-Tokens whose incoming gradients are exactly zero (rollouts of prompts that all succeeded or all failed, tokens that the
+The entropy is for the log, not for the loss: it carries no gradient.
+
+Tokens whose incoming gradient is exactly zero (rollouts of prompts that all succeeded or all failed, tokens that the
 clip holds) are left out of backward, a tile of rows at a time: whole responses are long runs of such rows. Leaving a
 tile out changes no bit of what remains, as every sum goes through its terms in a fixed order and would add zeros. No
 atomics, no locks, no library product that chooses its order by the shape: the same bits twice, and with more zeros.
@@ -33,29 +38,34 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.backend import IGNORE_INDEX, INTERPRETED, TensorDescriptor, accumulator, jit, tl, triton, use_triton
-from kernels.softmax import (
-    LN2,
-    LOWEST,
-    Partial,
-    check_targets,
-    chunks,
-    fold,
-    logit_gradient,
-    of_whole_rows,
-    tile_gradient,
-)
+from kernels.backend import INTERPRETED, TensorDescriptor, jit, tl, triton, use_triton
 
+IGNORE_INDEX = -100  # the ecosystem's target of a row that counts for nothing
 MAX_LOGITS = 1 << 24  # elements of one chunk of the reference's float32 logits: 64 MiB, or what 128 rows need
 MAX_EXTRA_BYTES = 448 << 20  # of Triton's backward: a slice of dlogits beside the float32 gradient of the hidden states
 SPLIT = 4096  # vocabulary columns that one program of Triton's forward folds; fixed, so that results are
+LOWEST = tl.constexpr(-1e30)  # stands for -inf at columns past the end: -inf breeds NaN where it meets a weight of 0
+LN2 = tl.constexpr(math.log(2))
 
 
 # ------------------------------------------------------------------------------------------------ torch reference
 
-def _live(grad_logp: Tensor, grad_entropy: Tensor | None) -> Tensor:
-    """Which rows have any gradient, (T,) bool; NaN is one."""
-    return grad_logp != 0 if grad_entropy is None else (grad_logp != 0) | (grad_entropy != 0)
+
+def _live(grad_logp: Tensor) -> Tensor:
+    """Which rows have a gradient, (T,) bool; NaN is one."""
+    return grad_logp != 0
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """Slices of the rows, each of at most MAX_LOGITS logits or, if that is too few, of 128 rows."""
+    size = max(1, MAX_LOGITS // (128 * len(weight))) * 128
+    return [slice(first, first + size) for first in range(0, len(hidden), size)]
+
+
+def _words(targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(T,) each: the targets, 0 for those that are no word, and which are one."""
+    known = (targets >= 0) & (targets < len(weight))
+    return torch.where(known, targets, 0), known
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
@@ -64,26 +74,33 @@ def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
 
 def _forward_reference(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool,
                        out: Tensor) -> None:
-    """The target's logit, lse and entropy of every row into `out` (3, T)."""
-    weight = weight.to(out.dtype)
-    for rows in chunks(len(hidden), len(weight), MAX_LOGITS, 128):
-        found = of_whole_rows(_logits(hidden[rows], weight, temperature), targets[rows], entropy)
-        out[:, rows] = torch.stack(found)
+    """The target's logit, NaN where the target is no word, lse and entropy of every row into `out` (3, T)."""
+    weight, (word, known) = weight.to(out.dtype), _words(targets, weight)
+    for rows in _chunks(hidden, weight):
+        logits = _logits(hidden[rows], weight, temperature)
+        out[0, rows] = torch.where(known[rows], logits.gather(1, word[rows, None]).squeeze(1), torch.nan)
+        peak = logits.amax(dim=1)
+        logits.sub_(peak[:, None])
+        if entropy:
+            p = logits.exp()
+            total = p.sum(dim=1)
+            out[2, rows] = total.log() - p.mul_(logits).sum(dim=1) / total
+        else:
+            total = logits.exp_().sum(dim=1)
+        out[1, rows] = peak + total.log()
 
 
-def _backward_reference(grad_logp, grad_entropy, hidden, weight, targets, lse, entropy, temperature: float,
-                        dhidden: Tensor, dweight: Tensor | None) -> None:
+def _backward_reference(grad_logp, hidden, weight, targets, lse, temperature: float, dhidden: Tensor,
+                        dweight: Tensor | None) -> None:
     """Adds the gradients to dhidden (T, D) and dweight (V, D)."""
-    weight, h = weight.to(lse.dtype), None
-    live = _live(grad_logp, grad_entropy)
-    for rows in chunks(len(hidden), len(weight), MAX_LOGITS, 128):
+    weight, live, (word, known) = weight.to(lse.dtype), _live(grad_logp), _words(targets, weight)
+    for rows in _chunks(hidden, weight):
         if not live[rows].any():
             continue
         g = grad_logp[rows] / temperature
-        if grad_entropy is not None:
-            h = grad_entropy[rows] / temperature
-        log_p = _logits(hidden[rows], weight, temperature).sub_(lse[rows, None])
-        dlogits = logit_gradient(log_p, targets[rows], entropy[rows], g, h)  # (n, V)
+        p = _logits(hidden[rows], weight, temperature).sub_(lse[rows, None]).exp_()
+        dlogits = p.mul_(-g[:, None])  # (n, V)
+        dlogits.scatter_add_(1, word[rows, None], torch.where(known[rows], g, 0.0)[:, None])
         dhidden[rows] += dlogits @ weight
         if dweight is not None:
             dweight += dlogits.T @ hidden[rows].to(dlogits.dtype)
@@ -135,6 +152,19 @@ def _place(T, columns, ROWS: tl.constexpr, GROUP: tl.constexpr):
 
 
 @jit
+def _fold(logits, peak, total, moment, ENTROPY: tl.constexpr):
+    """Takes a tile of logits, in units of log 2, into its rows' running partials; starts from LOWEST, 0, 0."""
+    higher = tl.maximum(peak, tl.max(logits, axis=1))
+    drop = peak - higher
+    logits -= higher[:, None]
+    p = tl.exp2(logits)
+    if ENTROPY:
+        moment = tl.exp2(drop) * (moment + total * drop) + tl.sum(p * logits, axis=1)
+    total = tl.exp2(drop) * total + tl.sum(p, axis=1)
+    return higher, total, moment
+
+
+@jit
 def _fold_kernel(hidden, weight, targets, peak_ST, total_ST, moment_ST, chosen_T, T, V, D, SCALE: tl.constexpr,
                  SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
                  GROUP: tl.constexpr, ENTROPY: tl.constexpr, ACC: tl.constexpr, WIDEN: tl.constexpr):
@@ -151,8 +181,8 @@ def _fold_kernel(hidden, weight, targets, peak_ST, total_ST, moment_ST, chosen_T
         chosen += tl.sum(tl.where(column == target[:, None], logits, 0.0), axis=1)
         logits = tl.where(column < last, logits, LOWEST)
         left, right = tl.split(logits.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))  # else registers are spilled
-        peak, total, moment = fold(left, peak, total, moment, ENTROPY)
-        peak, total, moment = fold(right, peak, total, moment, ENTROPY)
+        peak, total, moment = _fold(left, peak, total, moment, ENTROPY)
+        peak, total, moment = _fold(right, peak, total, moment, ENTROPY)
     out = split.to(tl.int64) * T + row
     tl.store(peak_ST + out, peak * LN2, mask=row < T)
     tl.store(total_ST + out, total, mask=row < T)
@@ -161,10 +191,9 @@ def _fold_kernel(hidden, weight, targets, peak_ST, total_ST, moment_ST, chosen_T
 
 
 @jit
-def _dlogits_kernel(hidden, head, targets, lse_T, entropy_T, grad_logp_T, grad_entropy_T, live, count, dlogits, T, N, D,
-                    first, SCALE: tl.constexpr, TEMPERATURE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                    DEPTH: tl.constexpr, GROUP: tl.constexpr, ENTROPY: tl.constexpr, ACC: tl.constexpr,
-                    WIDEN: tl.constexpr):
+def _dlogits_kernel(hidden, head, targets, lse_T, grad_logp_T, live, count, dlogits, T, N, D, first,
+                    SCALE: tl.constexpr, TEMPERATURE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                    DEPTH: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr, WIDEN: tl.constexpr):
     """A tile of the logits of the slice `head`, N columns from `first` on, becomes its gradient."""
     place, slab = _place(T, tl.cdiv(N, COLUMNS), ROWS, GROUP)
     if place >= tl.load(count):
@@ -176,12 +205,8 @@ def _dlogits_kernel(hidden, head, targets, lse_T, entropy_T, grad_logp_T, grad_e
     lse = tl.load(lse_T + row, mask=row < T, other=0.0)[:, None]  # past the end logits are 0, too: finite, times 0
     target = tl.load(targets + row, mask=row < T, other=-1)[:, None]
     grad = tl.load(grad_logp_T + row, mask=row < T, other=0.0)[:, None]
-    entropy, grad_entropy = lse, grad
-    if ENTROPY:
-        entropy = tl.load(entropy_T + row, mask=row < T, other=0.0)[:, None]
-        grad_entropy = tl.load(grad_entropy_T + row, mask=row < T, other=0.0)[:, None]
-    gradient = tile_gradient(logits * LN2 - lse, column == target, entropy, grad, grad_entropy, ENTROPY) / TEMPERATURE
-    dlogits.store([place * ROWS, slab * COLUMNS], gradient.to(dlogits.dtype))
+    gradient = tl.where(column == target, grad, 0.0) - tl.exp(logits * LN2 - lse) * grad
+    dlogits.store([place * ROWS, slab * COLUMNS], (gradient / TEMPERATURE).to(dlogits.dtype))
 
 
 @jit
@@ -225,6 +250,11 @@ def _dweight_kernel(dlogits, hidden, live, count, dweight, N, D, stride, ADD: tl
     tl.store(at, tile.to(dweight.dtype.element_ty), mask=mask)
 
 
+def _accumulator(x: Tensor):
+    """The dtype that sums over x's entries are kept in, as Triton names it: float32, or float64 for float64."""
+    return tl.float64 if x.element_size() == 8 else tl.float32
+
+
 def _aligned(x: Tensor) -> Tensor:
     """x (n, D) as tensor descriptors want it, rows contiguous and at multiples of 16 bytes: itself or a padded copy."""
     unit = 16 // x.element_size()
@@ -235,43 +265,47 @@ def _aligned(x: Tensor) -> Tensor:
 
 def _forward_triton(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool,
                     out: Tensor) -> None:
-    """As `_forward_reference`; NaN for a target that is no word."""
+    """As `_forward_reference`."""
     (T, D), V = hidden.shape, len(weight)
-    tiles, acc = _tiles(hidden.dtype), accumulator(hidden)
-    splits = triton.cdiv(V, SPLIT)
-    partial = Partial(*out.new_empty(3, splits, T))
+    tiles, splits = _tiles(hidden.dtype), triton.cdiv(V, SPLIT)
+    peak_ST, total_ST, moment_ST = out.new_empty(3, splits, T)
     out[0] = torch.nan
     hidden, weight = _aligned(hidden), _aligned(weight)
     _fold_kernel[(triton.cdiv(T, tiles.ROWS) * splits,)](
         TensorDescriptor.from_tensor(hidden, [tiles.ROWS, tiles.DEPTH]),
-        TensorDescriptor.from_tensor(weight, [tiles.COLUMNS, tiles.DEPTH]), targets, *partial, out[0], T, V, D,
-        SCALE=math.log2(math.e) / temperature, SPLIT=SPLIT, ENTROPY=entropy, ACC=acc, WIDEN=INTERPRETED,
-        **tiles._asdict())
-    out[1], out[2] = partial.lse_and_entropy()
+        TensorDescriptor.from_tensor(weight, [tiles.COLUMNS, tiles.DEPTH]), targets, peak_ST, total_ST, moment_ST,
+        out[0], T, V, D, SCALE=math.log2(math.e) / temperature, SPLIT=SPLIT, ENTROPY=entropy,
+        ACC=_accumulator(hidden), WIDEN=INTERPRETED, **tiles._asdict())
+    peak = peak_ST.amax(dim=0)
+    drop = peak_ST - peak
+    total = (drop.exp() * total_ST).sum(dim=0)
+    out[1] = peak + total.log()
+    if entropy:
+        out[2] = total.log() - (drop.exp() * (moment_ST + total_ST * drop)).sum(dim=0) / total
 
 
-def _live_tiles(grad_logp: Tensor, grad_entropy: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
-    """Tiles of `rows` rows, those with any gradient first, in order, and how many these are, (1,); both int32.
+def _live_tiles(grad_logp: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Tiles of `rows` rows, those with a gradient first, in order, and how many these are, (1,); both int32.
 
     Both stay on the device: nothing waits for it.
     """
-    live = _live(grad_logp, grad_entropy)
+    live = _live(grad_logp)
     tiles = F.pad(live, (0, -len(live) % rows)).view(-1, rows).any(dim=1)
     return tiles.logical_not().byte().argsort(stable=True).int(), tiles.sum(dtype=torch.int32)[None]
 
 
-def _backward_triton(grad_logp, grad_entropy, hidden, weight, targets, lse, entropy, temperature: float,
-                     dhidden: Tensor, dweight: Tensor | None, add: bool) -> None:
+def _backward_triton(grad_logp, hidden, weight, targets, lse, temperature: float, dhidden: Tensor,
+                     dweight: Tensor | None, add: bool) -> None:
     """Adds to dhidden (T, D), and to dweight (V, D) too or, without `add`, writes it."""
     tiles, (T, D), V = _tiles(hidden.dtype), hidden.shape, len(weight)
-    live, count = _live_tiles(grad_logp, grad_entropy, tiles.ROWS)
+    live, count = _live_tiles(grad_logp, tiles.ROWS)
     hidden, weight = _aligned(hidden), _aligned(weight)
     rows = triton.cdiv(T, tiles.ROWS) * tiles.ROWS
     dtype = lse.dtype if INTERPRETED else hidden.dtype  # the interpreter truncates to bf16 instead of rounding
     most = (MAX_EXTRA_BYTES - dhidden.nbytes) // (rows * dtype.itemsize)
     columns = min(triton.cdiv(V, 256) * 256, max(1024, most // 256 * 256))
     work = torch.empty(rows, columns, device=hidden.device, dtype=dtype)  # dlogits of a slice, live tiles first
-    options = dict(ACC=accumulator(hidden), WIDEN=INTERPRETED, **tiles._asdict())
+    options = dict(ACC=_accumulator(hidden), WIDEN=INTERPRETED, **tiles._asdict())
     # to keep as many tiles in flight although the next one's place is itself loaded
     indirect = dict(options, TILE=tiles.ROWS, num_stages=2 * tiles.num_stages - 1)
 
@@ -286,9 +320,8 @@ def _backward_triton(grad_logp, grad_entropy, hidden, weight, targets, lse, entr
         N, dlogits = len(head), work[:, : len(head)]
         _dlogits_kernel[grid(T, N)](
             described(hidden, tiles.ROWS, tiles.DEPTH), described(head, tiles.COLUMNS, tiles.DEPTH), targets, lse,
-            entropy, grad_logp, grad_entropy, live, count, described(dlogits, tiles.ROWS, tiles.COLUMNS), T, N, D,
-            first, SCALE=math.log2(math.e) / temperature, TEMPERATURE=temperature, ENTROPY=grad_entropy is not None,
-            **options)
+            grad_logp, live, count, described(dlogits, tiles.ROWS, tiles.COLUMNS), T, N, D, first,
+            SCALE=math.log2(math.e) / temperature, TEMPERATURE=temperature, **options)
         _dhidden_kernel[grid(T, D)](
             described(dlogits, tiles.ROWS, tiles.DEPTH), described(head, tiles.DEPTH, tiles.COLUMNS), live, count,
             dhidden, T, N, D, **options)
@@ -301,11 +334,20 @@ def _backward_triton(grad_logp, grad_entropy, hidden, weight, targets, lse, entr
 # ------------------------------------------------------------------------------------------------ both directions
 
 
+def _check_targets(targets: Tensor, words: int) -> None:
+    """IndexError for a target that is no word. Not on CUDA, where it would wait for the device: there logp is NaN."""
+    if targets.device.type == "cpu":
+        wrong = ((targets < 0) | (targets >= words)) & (targets != IGNORE_INDEX)
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            raise IndexError(f"targets[{row}] is {int(targets[row])}, and there are {words} words")
+
+
 @torch.library.custom_op("group_dro::linear_logprob", mutates_args=())
 def _forward(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool,
              on_triton: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """logp, lse, entropy: (T,) each, in float32 or wider. Without `entropy` the last is not meant to be used."""
-    check_targets(targets, len(weight))
+    """logp, lse, entropy: (T,) each, in float32 or wider; the last is 0 unless `entropy` asks for it."""
+    _check_targets(targets, len(weight))
     out = torch.zeros(3, len(hidden), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
     if len(hidden):
         (_forward_triton if on_triton else _forward_reference)(hidden, weight, targets, temperature, entropy, out)
@@ -320,20 +362,18 @@ def _(hidden, weight, targets, temperature, entropy, on_triton):
 
 
 @torch.library.custom_op("group_dro::linear_logprob_backward", mutates_args=("main_grad",))
-def _backward(grad_logp: Tensor, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, targets: Tensor,
-              lse: Tensor, entropy: Tensor, main_grad: Tensor | None, temperature: float, needs_weight: bool,
+def _backward(grad_logp: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor,
+              main_grad: Tensor | None, temperature: float, needs_weight: bool,
               on_triton: bool) -> tuple[Tensor, Tensor]:
     """Gradients in hidden and weight; the second is empty where it is not needed or was added to main_grad."""
-    counts = targets != IGNORE_INDEX
-    grad_logp = torch.where(counts, grad_logp, 0.0)
-    grad_entropy = None if grad_entropy is None else torch.where(counts, grad_entropy, 0.0)
+    grad_logp = grad_logp.masked_fill(targets == IGNORE_INDEX, 0.0)
     dhidden = torch.zeros(hidden.shape, device=hidden.device, dtype=lse.dtype)
     dweight, add = main_grad if needs_weight else None, True
     if needs_weight and main_grad is None:  # Triton rounds its float32 sums once, where it writes them
         add = not on_triton or not len(hidden) or INTERPRETED and weight.dtype != lse.dtype
         dweight = torch.zeros(weight.shape, device=weight.device, dtype=lse.dtype) if add else torch.empty_like(
             weight, memory_format=torch.contiguous_format)
-    given = grad_logp, grad_entropy, hidden, weight, targets, lse, entropy, temperature, dhidden, dweight
+    given = grad_logp, hidden, weight, targets, lse, temperature, dhidden, dweight
     if len(hidden):
         _backward_triton(*given, add) if on_triton else _backward_reference(*given)
     none = weight.new_empty(0)
@@ -341,7 +381,7 @@ def _backward(grad_logp: Tensor, grad_entropy: Tensor | None, hidden: Tensor, we
 
 
 @_backward.register_fake
-def _(grad_logp, grad_entropy, hidden, weight, targets, lse, entropy, main_grad, temperature, needs_weight, on_triton):
+def _(grad_logp, hidden, weight, targets, lse, main_grad, temperature, needs_weight, on_triton):
     whole = needs_weight and main_grad is None
     return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape if whole else 0)
 
@@ -350,21 +390,18 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, entropy, main_grad, on_triton):
         logp, lse, entropy_T = _forward(hidden, weight, targets, temperature, entropy, on_triton)
-        ctx.save_for_backward(hidden, weight, targets, lse, entropy_T)
+        ctx.save_for_backward(hidden, weight, targets, lse)
         ctx.settings = temperature, main_grad, on_triton
-        ctx.set_materialize_grads(False)
-        return (logp, entropy_T.clone()) if entropy else (logp, None)
+        ctx.mark_non_differentiable(entropy_T)
+        return logp, entropy_T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logp, grad_entropy):
-        hidden, weight, targets, lse, entropy_T = ctx.saved_tensors
+    def backward(ctx, grad_logp, _):
         temperature, main_grad, on_triton = ctx.settings
-        if grad_logp is None:
-            grad_logp = torch.zeros_like(lse)
         needs_weight = ctx.needs_input_grad[1]
-        dhidden, dweight = _backward(grad_logp, grad_entropy, hidden, weight, targets, lse, entropy_T,
-                                     main_grad if needs_weight else None, temperature, needs_weight, on_triton)
+        dhidden, dweight = _backward(grad_logp, *ctx.saved_tensors, main_grad if needs_weight else None, temperature,
+                                     needs_weight, on_triton)
         return dhidden, dweight if needs_weight and main_grad is None else None, None, None, None, None, None
 
 
@@ -373,8 +410,8 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperatu
     """Log-probs of `targets`, and the entropy of the distributions they were drawn from, in nats.
 
     hidden (T, D) and weight (V, D) of one floating dtype, targets (T,) int64 -> logp (T,) float32 (float64 for
-    float64), and with `entropy` also the entropy (T,). Both are differentiable once in hidden and weight. A target of
-    -100 gives 0 and no gradient; any other that is no row of weight raises IndexError on CPU and gives NaN on CUDA.
+    float64), differentiable once in hidden and weight, and with `entropy` also the entropy (T,), which is not. A target
+    of -100 gives 0 and no gradient; any other that is no row of weight raises IndexError on CPU and gives NaN on CUDA.
     `main_grad` (V, D), float32 as a rule: the gradient in weight is added to it, and autograd gets none.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:

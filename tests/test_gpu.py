@@ -139,31 +139,31 @@ def generator(seed=0):
 
 
 def head_case(D: int, V: int = V, T: int = T):
-    """hidden, weight in bf16, targets, incoming gradients of log-probs and entropies; logits are N(0, 4)."""
+    """hidden, weight in bf16, targets, incoming gradient of the log-probs; logits are N(0, 4)."""
     g = generator()
     hidden = (torch.randn(T, D, device="cuda", generator=g) * 2 * D**-0.5).bfloat16()
     weight = torch.randn(V, D, device="cuda", generator=g).bfloat16()
     targets = torch.randint(V, (T,), device="cuda", generator=g)
     targets[:4] = torch.tensor([0, V - 1, 4095, 4096], device="cuda")
     targets[-1] = V - 1
-    return hidden, weight, targets, *torch.randn(2, T, device="cuda", generator=g)
+    return hidden, weight, targets, torch.randn(T, device="cuda", generator=g)
 
 
-def head_gradients(hidden, weight, targets, a, b, **options):
+def head_gradients(hidden, weight, targets, grad, **options):
     """logp, entropy, gradient in hidden, gradient in weight."""
     h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     logp, entropy = linear_logprob(h, w, targets, entropy=True, backend="triton", **options)
-    ((a * logp).sum() + (b * entropy).sum()).backward()
+    (grad * logp).sum().backward()
     return logp.detach(), entropy.detach(), h.grad, w.grad
 
 
-def dlogits(logits, targets, a, b):
+def dlogits(logits, targets, grad):
     """(logp, entropy, gradient in the logits) of whole rows, in the logits' dtype."""
     log_p = logits.log_softmax(1)
     p = log_p.exp()
     entropy = -(p * log_p).sum(1)
-    gradient = -p * (a[:, None] + b[:, None] * (log_p + entropy[:, None]))
-    gradient.scatter_add_(1, targets[:, None], a[:, None])
+    gradient = -p * grad[:, None]
+    gradient.scatter_add_(1, targets[:, None], grad[:, None])
     return log_p.gather(1, targets[:, None]).squeeze(1), entropy, gradient
 
 
@@ -179,18 +179,18 @@ def sampled_rows(T: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("D, V", [(2048, V), (4096, V), (2056, V + 1), (2048, V + 1)])
 def test_linear_logprob_at_full_size_equals_the_exact_one_on_sampled_rows(D, V):
-    hidden, weight, targets, a, b = head_case(D, V)
-    logp, entropy, dh, dw = head_gradients(hidden, weight, targets, a, b)
+    hidden, weight, targets, grad = head_case(D, V)
+    logp, entropy, dh, dw = head_gradients(hidden, weight, targets, grad)
     rows = sampled_rows(T)
     exact_head = weight.double()  # 5 GB at D = 4096
     plain_errors, errors = [], []
     for part in rows.split(64):
         logits = hidden[part].double() @ exact_head.T
-        exact_logp, exact_entropy, gradient = dlogits(logits, targets[part], a[part].double(), b[part].double())
+        exact_logp, exact_entropy, gradient = dlogits(logits, targets[part], grad[part].double())
         assert (logp[part] - exact_logp).abs().max() < 1e-4
         assert (entropy[part] - exact_entropy).abs().max() < 1e-4
         exact = gradient @ exact_head
-        _, _, plain = dlogits((hidden[part] @ weight.T).float(), targets[part], a[part], b[part])  # logits in bf16
+        _, _, plain = dlogits((hidden[part] @ weight.T).float(), targets[part], grad[part])  # logits in bf16
         errors.append((dh[part] - exact).norm())
         plain_errors.append((plain.bfloat16() @ weight - exact).norm())
         scale = exact.norm()
@@ -204,22 +204,22 @@ def test_linear_logprob_at_full_size_equals_the_exact_one_on_sampled_rows(D, V):
     wide = weight.float()
     for start in range(0, T, 1024):
         at = slice(start, start + 1024)
-        _, _, gradient = dlogits(hidden[at].float() @ wide.T, targets[at], a[at], b[at])
+        _, _, gradient = dlogits(hidden[at].float() @ wide.T, targets[at], grad[at])
         exact += gradient[:, words].double().T @ hidden[at].double()
-        _, _, gradient = dlogits((hidden[at] @ weight.T).float(), targets[at], a[at], b[at])
+        _, _, gradient = dlogits((hidden[at] @ weight.T).float(), targets[at], grad[at])
         plain += (gradient[:, words].bfloat16().T @ hidden[at]).float()
     assert relative_error(dw[words], exact) <= relative_error(plain.bfloat16(), exact) + 1e-2
 
 
 def test_main_grad_at_full_size_is_the_gradient_and_autograd_gets_none():
-    hidden, weight, targets, a, b = head_case(2048)
-    _, _, dh, dw = head_gradients(hidden, weight, targets, a, b)
+    hidden, weight, targets, grad = head_case(2048)
+    _, _, dh, dw = head_gradients(hidden, weight, targets, grad)
     main = torch.zeros(V, 2048, device="cuda")
-    _, _, dh_too, none = head_gradients(hidden, weight, targets, a, b, main_grad=main)
+    _, _, dh_too, none = head_gradients(hidden, weight, targets, grad, main_grad=main)
     assert none is None and torch.equal(dh_too, dh)
     assert relative_error(dw, main) < 2**-8  # bf16 against float32 of the same sums
     once = main.clone()
-    head_gradients(hidden, weight, targets, a, b, main_grad=main)
+    head_gradients(hidden, weight, targets, grad, main_grad=main)
     assert relative_error(main, 2 * once) < 1e-5
 
 
@@ -231,19 +231,19 @@ def test_kernels_give_the_same_bits_twice():
 
 def test_rows_left_out_of_backward_change_no_bit(monkeypatch):
     linear = importlib.import_module("kernels.linear_logprob")
-    hidden, weight, targets, a, b = head_case(2048)
+    hidden, weight, targets, grad = head_case(2048)
     live = (torch.arange(T, device="cuda") // 1000) % 3 == 0
-    a, b = a * live, b * live
-    skipped = head_gradients(hidden, weight, targets, a, b)
-    monkeypatch.setattr(linear, "_live", lambda grad_logp, _: torch.ones_like(grad_logp, dtype=torch.bool))
-    for x, y in zip(skipped, head_gradients(hidden, weight, targets, a, b), strict=True):
+    grad = grad * live
+    skipped = head_gradients(hidden, weight, targets, grad)
+    monkeypatch.setattr(linear, "_live", lambda grad_logp: torch.ones_like(grad_logp, dtype=torch.bool))
+    for x, y in zip(skipped, head_gradients(hidden, weight, targets, grad), strict=True):
         assert torch.equal(x, y)
     assert (skipped[2][~live] == 0).all()
 
 
 @pytest.mark.parametrize("D", [2048, 4096])
 def test_linear_logprob_needs_half_a_gigabyte_beyond_its_outputs(D):
-    hidden, weight, targets, a, b = head_case(D)
+    hidden, weight, targets, grad = head_case(D)
     linear_logprob(hidden[:64], weight, targets[:64], backend="triton")  # what a first call loads
     h, w = hidden.requires_grad_(), weight.requires_grad_()
     torch.cuda.synchronize()
@@ -251,7 +251,7 @@ def test_linear_logprob_needs_half_a_gigabyte_beyond_its_outputs(D):
     before = torch.cuda.memory_allocated()
     logp, entropy = linear_logprob(h, w, targets, entropy=True, backend="triton")
     assert torch.cuda.max_memory_allocated() - before < 0.5e9
-    ((a * logp).sum() + (b * entropy).sum()).backward()
+    (grad * logp).sum().backward()
     outputs = h.grad.nbytes + w.grad.nbytes + logp.nbytes + entropy.nbytes
     assert torch.cuda.max_memory_allocated() - before < 0.5e9 + outputs
     assert T * V * 2 > 4e9  # what it must not hold

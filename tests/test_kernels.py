@@ -216,6 +216,12 @@ def test_linear_logprob_passes_gradcheck(how):
                                     (hidden.requires_grad_(), weight.requires_grad_()))
 
 
+def test_entropy_carries_no_gradient(how):
+    hidden, weight, targets, _ = linear_case(5, 37, 8)
+    logp, entropy = linear_logprob(hidden.requires_grad_(), weight.requires_grad_(), targets, entropy=True, backend=how)
+    assert logp.requires_grad and not entropy.requires_grad
+
+
 @pytest.mark.parametrize("rows", [slice(3, 9), slice(None)], ids=["some", "all"])
 def test_rows_with_target_minus_100_count_for_nothing(how, rows):
     case = linear_case()
@@ -280,9 +286,9 @@ def test_leaving_out_rows_without_gradient_changes_no_bit(monkeypatch, how, name
     results = []
     for _ in range(2):
         main = start.clone() if into_main else None
-        dh, dw = LINEAR._backward(grad, None, hidden, weight, targets, lse, lse, main, 1.0, True, how == "triton")
+        dh, dw = LINEAR._backward(grad, hidden, weight, targets, lse, main, 1.0, True, how == "triton")
         results.append((dh, main if into_main else dw))
-        monkeypatch.setattr(LINEAR, "_live", lambda grad_logp, _: torch.ones_like(grad_logp, dtype=torch.bool))
+        monkeypatch.setattr(LINEAR, "_live", lambda grad_logp: torch.ones_like(grad_logp, dtype=torch.bool))
     (dh, dw), (dh_all, dw_all) = results
     assert torch.equal(dh, dh_all) and torch.equal(dw, dw_all) and (dh[~live] == 0).all()
     before = start if into_main else torch.zeros_like(dw)
@@ -781,8 +787,8 @@ def operation(name: str, on: bool):
         _, lse, _ = ops.linear_logprob(hidden, weight, targets, 0.7, True, on)
         sideways = hidden.T.contiguous().T
         into = torch.zeros_like(weight) if name.endswith("main_grad") else None
-        return ops.linear_logprob_backward, (grad, None, sideways if name.endswith("transposed") else hidden, weight,
-                                             targets, lse, lse, into, 0.7, not name.endswith("frozen"), on)
+        return ops.linear_logprob_backward, (grad, sideways if name.endswith("transposed") else hidden, weight, targets,
+                                             lse, into, 0.7, not name.endswith("frozen"), on)
     case, extra = loss_case((2, 5), dtype=F32)
     rewards, offsets = torch.randn(7, generator=generator(3)).to(DEVICE), torch.tensor([0, 3, 3, 7], device=DEVICE)
     loss = [x.to(DEVICE) for x in (*case, *extra.values())]
