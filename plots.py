@@ -18,27 +18,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from logs import (
-    MODES,
-    Missing,
-    Run,
-    bin_sigma,
-    budget_share,
-    entropy,
-    headline,
-    headline_k,
-    interval,
-    lead_lag,
-    mass_from,
-    mean_bin,
-    noise_ratios,
-    paired,
-    present,
-    square_root_law,
-    study,
-    tail,
-    wse,
-)
+import logs
+from logs import MODES, Missing, Run, headline, headline_k, interval, paired, present, square_root_law, study, tail
 from study import BASELINES, PARTS
 from tables import tables
 
@@ -262,10 +243,10 @@ def dynamics(models: Models, mode: str, acted: Callable[[Run], np.ndarray], what
         runs = modes[mode]
         for values, colour, label in (([r.series("bins", "share") for r in runs], COLOURS["grpo"], "prompts"),
                                       ([acted(r) for r in runs], COLOURS[mode], what)):
-            band(row[0], runs, [mean_bin(v) for v in values], colour, label)
+            band(row[0], runs, [logs.mean_bin(v) for v in values], colour, label)
             for low, style in ((3, "-"), (8, "--")):
-                band(row[1], runs, [mass_from(v, low) for v in values], colour, "", style)
-            band(row[2], runs, [entropy(v) for v in values], colour, label)
+                band(row[1], runs, [logs.mass_from(v, low) for v in values], colour, "", style)
+            band(row[2], runs, [logs.entropy(v) for v in values], colour, label)
         bins = len(runs[0].log[0]["bins"]["share"])
         row[2].axhline(np.log(bins), color=COLOURS["uniform"], linestyle=":", label="uniform over bins")
         panel(row[0], name, y="mean bin (0 = hardest)")
@@ -304,19 +285,19 @@ def figure_6(models: Models):
     labels = {"uniform": "uniform", "rollout": "Rollout-GDRO", "law": "square-root law (30), best for (28)"}
     for (left, right), (name, modes) in zip(axes, models.items(), strict=True):
         runs = modes["prompt"]
-        gap = [lead_lag(r.series("bins", "weight"), r.series("bins", "share")) for r in runs]
-        even = [lead_lag(np.ones_like(x), x) for x in (r.series("bins", "share") for r in runs)]
+        gap = [logs.lead_lag(r.series("bins", "weight"), r.series("bins", "share")) for r in runs]
+        even = [logs.lead_lag(np.ones_like(x), x) for x in (r.series("bins", "share") for r in runs)]
         band(left, runs, gap, COLOURS["prompt"], "Prompt-GDRO")
         band(left, runs, even, COLOURS["uniform"], "uniform", "--", spread=False)
         panel(left, f"{name}: lead-lag (32)", y="bins (lower: on harder ones)")
         runs = modes["rollout"]
-        sigma, n_bar = bin_sigma(runs), runs[0].n_bar
+        sigma, n_bar = logs.bin_sigma(runs), runs[0].n_bar
         share = [r.series("bins", "share") for r in runs]
         choices = (("uniform", [np.full_like(q, n_bar) for q in share], "--"),
                    ("rollout", [r.series("bins", "rollouts") for r in runs], "-"),
                    ("law", [np.maximum(square_root_law(q, sigma, n_bar), 1e-9) for q in share], ":"))
         for key, rollouts, style in choices:
-            values = [wse(q, np.nan_to_num(sigma), n) for q, n in zip(share, rollouts, strict=True)]
+            values = [logs.wse(q, np.nan_to_num(sigma), n) for q, n in zip(share, rollouts, strict=True)]
             band(right, runs, values, COLOURS[key], labels[key], style, spread=key == "rollout")
         panel(right, "weighted standard error (33)", y="reward units")
     for ax in axes[-1]:
@@ -330,10 +311,13 @@ def figure_7(models: Models):
     return share_and(models, "rollout", {"rollouts per prompt": rollouts_map})
 
 
+def budget(run: Run) -> np.ndarray:
+    return logs.budget_share(run.series("bins", "share"), run.series("bins", "rollouts"))
+
+
 def figure_8(models: Models):
     """Dynamics of Rollout-GDRO: where the prompts are and where the rollouts."""
-    return dynamics(models, "rollout", lambda r: budget_share(r.series("bins", "share"), r.series("bins", "rollouts")),
-                    "rollouts")
+    return dynamics(models, "rollout", budget, "rollouts")
 
 
 def figure_9(models: Models):
@@ -345,11 +329,10 @@ def figure_9(models: Models):
         for ax, at in zip(row, stages(len(runs[0].log)), strict=False):
             reach = len(runs[0].log) // 20
             share = pooled(runs, "bins", "share", around=at, reach=reach)
-            drawn = [budget_share(r.series("bins", "share"), r.series("bins", "rollouts")) for r in runs]
-            budget = np.concatenate([d[max(0, at - reach) : at + reach + 1] for d in drawn]).mean(axis=0)
+            given = np.concatenate([budget(r)[max(0, at - reach) : at + reach + 1] for r in runs]).mean(axis=0)
             places = np.arange(len(share))
             ax.bar(places - 0.2, np.where(share > 0, share, np.nan), 0.4, color=COLOURS["grpo"], label="prompts")
-            ax.bar(places + 0.2, np.where(share > 0, budget, np.nan), 0.4, color=COLOURS["rollout"], label="rollouts")
+            ax.bar(places + 0.2, np.where(share > 0, given, np.nan), 0.4, color=COLOURS["rollout"], label="rollouts")
             panel(ax, f"{name}, step {runs[0].steps[at]}" if ax is row[0] else f"step {runs[0].steps[at]}")
             bin_ticks(ax, len(share))
         row[0].set_ylabel("share")
@@ -402,7 +385,7 @@ def figure_signals(tasks: dict[str, dict[str, list[Run]]]):
             quartiles = np.nanpercentile(mean[:, bins], (25, 50, 75), axis=0)
             left.plot(bins, quartiles[1], ".-", color=colour, label=name)
             left.fill_between(bins, quartiles[0], quartiles[2], color=colour, alpha=0.2, linewidth=0)
-            found = [np.array(noise_ratios(r, name)) for r in runs]
+            found = [np.array(logs.noise_ratios(r, name)) for r in runs]
             band(right, runs, [running_median(f) for f in found], colour, name)
         right.axhline(1, color=COLOURS["uniform"], linestyle=":", label="noise alone")
         right.set_yscale("log")

@@ -4,27 +4,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from logs import (
-    MODES,
-    Run,
-    bin_sigma,
-    entropy,
-    headline,
-    interval,
-    noise_ratios,
-    paired,
-    pairs,
-    present,
-    square_root_law,
-    study,
-    tail,
-    wse,
-)
+import logs
+from logs import MODES, Run, entropy, headline, interval, noise_ratios, paired, pairs, present, study, tail
 from study import BASELINES, PARTS
 
 NOTE = """Figures are of the last checkpoint, in percent, on held-out problems answered 16 times each at temperature 1
 without truncation. Peak is the best evaluation of each run, chosen on the problems reported. Means over seeds, with 95%
 t-intervals over them; differences to grpo are paired by seed."""
+
 
 def exact_configurations(count_B: np.ndarray, arms_K: np.ndarray, total: int) -> int:
     """In how many ways can each present bin (count > 0) take one arm so that sum count * n is `total`?
@@ -128,12 +115,12 @@ def allocation_table(task: str, rows: dict[str, list[Run]]) -> str:
     for name, runs in rows.items():
         if runs[0].mode not in ("rollout", "both") and name != "grpo":
             continue
-        sigma = np.nan_to_num(bin_sigma(runs))
+        sigma = np.nan_to_num(logs.bin_sigma(runs))
         ratio, proxy, law, most = [], [], [], []
         for r in runs:
             q, n = r.series("bins", "share"), np.nan_to_num(r.series("bins", "rollouts"), nan=1.0)
-            even, best = np.full_like(q, r.n_bar), np.maximum(square_root_law(q, sigma, r.n_bar), 1e-9)
-            ratio.append(wse(q, sigma, n).sum() / wse(q, sigma, even).sum())
+            even, best = np.full_like(q, r.n_bar), np.maximum(logs.square_root_law(q, sigma, r.n_bar), 1e-9)
+            ratio.append(logs.wse(q, sigma, n).sum() / logs.wse(q, sigma, even).sum())
             proxy.append((q * sigma**2 / n).sum() / (q * sigma**2 / even).sum())
             law.append((q * sigma**2 / best).sum() / (q * sigma**2 / even).sum())
             most.append(np.nanmax(r.series("bins", "rollouts"), axis=1).mean())
