@@ -4,7 +4,7 @@ makes of them for sm_90 (`python bench.py sm90`).
 On CUDA every operation runs forward and forward+backward against
 
     eager, compile     the whole logits in plain torch, as it stands and through torch.compile
-    liger, cce, ...    whichever of liger-kernel, cut-cross-entropy, trl and verl is installed
+    liger, cce         liger-kernel and cut-cross-entropy, where they are installed
 
 A provider that does not import, does not fit or raises stays in the table with its reason. Inputs are N(0, 1)/sqrt(D)
 numbers, never zeros, which flatter a GPU's clock. Providers alternate, inputs rotate, and medians are reported: `ms`
@@ -19,7 +19,6 @@ Without CUDA the torch references stand beside whole logits: seconds, and the me
 
 import functools
 import importlib
-import importlib.util
 import math
 import os
 import re
@@ -29,10 +28,8 @@ import sys
 import tempfile
 import time
 import traceback
-import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +40,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 
 from kernels import group_advantage, grpo_token_loss, linear_logprob
+from kernels.backend import triton
 
 DEVICE = "cuda"
 VOCABULARY = 151_936
@@ -83,50 +81,6 @@ def plain_token_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantage
 # ------------------------------------------------------------------------------------------------ other projects
 
 
-def import_bare(module: str, stubs: dict[str, dict]) -> types.ModuleType:
-    """One module of an installed package without running the package's __init__, which imports half an ecosystem.
-
-    `stubs` are modules that stay empty but for what is given here; parents come before children.
-    """
-    for name, content in {module.partition(".")[0]: {}, **stubs}.items():
-        spec = importlib.util.find_spec(name)
-        if spec is None:
-            raise ImportError(f"{name} is not installed")
-        stub = importlib.util.module_from_spec(spec)  # made, not run
-        vars(stub).update(content)
-        sys.modules[name] = stub
-    return importlib.import_module(module)
-
-
-def trl_kernels(name: str) -> types.ModuleType:
-    """`maybe_gather_lm_head_ctx` gathers a sharded head; here nothing is sharded."""
-    return import_bare(f"trl.kernels.{name}", {"trl.trainer": {}, "trl.trainer.utils": {
-        "maybe_gather_lm_head_ctx": lambda *parameters: nullcontext()}})
-
-
-def load_trl(outputs: tuple[str, ...] = ()) -> Callable:
-    function = trl_kernels("chunked_logprob").ChunkedLogProbFunction
-    chunk = 32_768  # the vocabulary slice that TRL's trainers use
-
-    def call(hidden, weight, targets):
-        logp, entropy, *_ = function.apply(hidden, weight, None, targets, 1.0, chunk, None, 1.0, outputs)
-        return torch.stack((logp, entropy)) if outputs else logp
-
-    return call
-
-
-def load_verl(entropy: bool = False) -> Callable:
-    function = import_bare("verl.utils.kernel.linear_cross_entropy", {"verl.utils": {}, "verl.utils.device": {
-        "is_cuda_available": torch.cuda.is_available(), "get_device_capability": torch.cuda.get_device_capability,
-        "get_device_name": lambda: "cuda", "get_torch_device": lambda: torch.cuda}}).linear_cross_entropy
-
-    def call(hidden, weight, targets):
-        out = function(hidden, weight, targets, 1.0, "none", None)
-        return torch.stack(out) if entropy else out[0]
-
-    return call
-
-
 def load_liger(chunk_mem_const: int | None = None) -> Callable:
     """`chunk_mem_const` is its memory budget, in units of the hidden states; None leaves the default, 1."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
@@ -145,9 +99,9 @@ def load_cce() -> Callable:
     return lambda hidden, weight, targets: -linear_cross_entropy(hidden, weight, targets, reduction="none")
 
 
-LINEAR_PEERS = {"liger": load_liger, "liger, chunk_mem_const 16": functools.partial(load_liger, 16), "cce": load_cce,
-                "trl": load_trl, "verl": load_verl}
-ENTROPY_PEERS = {"trl": functools.partial(load_trl, ("entropy",)), "verl": functools.partial(load_verl, True)}
+LINEAR_PEERS = {"liger": load_liger, "liger, chunk_mem_const 16": functools.partial(load_liger, 16), "cce": load_cce}
+# A peer's limits are a result, not a failure of the bench; whatever our own raise is a failure.
+PEER_ERRORS = (RuntimeError, AssertionError, ValueError, TypeError, *([triton.TritonError] if triton else []))
 
 
 def reason(error: Exception) -> str:
@@ -163,7 +117,7 @@ def providers(ours: Callable, plain: Callable, peers: dict[str, Callable[[], Cal
     for name, load in peers.items():
         try:
             out[name] = load()
-        except Exception as error:
+        except ImportError as error:
             out[name] = reason(error)
     return out
 
@@ -310,7 +264,7 @@ def compare(operation: str, case: str, calls: dict[str, Callable | str], make: C
         for name, call in calls.items():
             try:
                 facts[name] = examine(direction, call, fresh, truth, names)
-            except Exception as error:  # a peer's limits are a result, not a failure of the bench; ours are a failure
+            except PEER_ERRORS as error:
                 if name == "ours":
                     raise
                 notes[name] = reason(error)
@@ -392,7 +346,7 @@ def linear_case(T: int, V: int, D: int, what: str = "", *, live: float = 1.0, ma
     flops = 2 * T * V * D
     predicted = {"forward": 1000 * flops / FORWARD_FLOPS, "both": 1000 * (1 + 3 * live) * flops / BOTH_FLOPS}
     if entropy:  # as the trainer asks for it: without gradients
-        calls, predicted = (our_linear_and_entropy, plain_linear_and_entropy, ENTROPY_PEERS), {
+        calls, predicted = (our_linear_and_entropy, plain_linear_and_entropy, {}), {
             "forward": predicted["forward"]}
     else:
         calls = our_linear, plain_linear, LINEAR_PEERS
@@ -614,8 +568,6 @@ def launches() -> Iterator[tuple[str, str, Callable[[], object]]]:
 
 def disassembled(cubin: bytes) -> dict[str, int]:
     """What the machine code needs and contains, from the tools that come with Triton."""
-    import triton
-
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -631,8 +583,6 @@ def disassembled(cubin: bytes) -> dict[str, int]:
 
 def compile_for_sm90(operations: tuple[str, ...]) -> list[dict]:
     """Changes Triton's driver and the kernels' modules for good: in a process of its own, please."""
-    import triton
-
     triton.runtime.driver.set_active(SM90())
     found: list = []
     for name in operations:
@@ -657,6 +607,6 @@ def bench_sm90() -> list[dict]:
     """Every Triton kernel compiled for sm_90 as a launch on CUDA would: what the machine code needs and contains."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("bench.py sm90: TRITON_INTERPRET is set, and interpreted kernels are not compiled; unset it")
-    if importlib.util.find_spec("triton") is None:
+    if triton is None:
         sys.exit("bench.py sm90: Triton is not installed: pip install triton")
     return in_fresh_process(compile_for_sm90, OPERATIONS)
