@@ -295,20 +295,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("names", nargs="*", choices=[*BENCHES, []], metavar="NAME", help="which to run; see above")
-    parser.add_argument("--out", type=Path, help="write the figures, with versions and hardware, to this .json file, "
-                                                 "and the tables to an .md file beside it")
+    parser.add_argument("--out", type=Path, help="write the figures, with versions and hardware, to this .json file")
     args = parser.parse_args()
     if args.out and args.out.suffix != ".json":
         parser.error(f"--out must end in .json, got {args.out}")
     results = {name: BENCHES[name]() for name in args.names or WITHOUT_NAMES}
-    tables = "".join(markdown(name, rows) for name, rows in results.items())
-    print(tables)
+    print("".join(markdown(name, rows) for name, rows in results.items()))
     if args.out:
-        peers = versions("triton", "liger-kernel", "cut-cross-entropy", "trl", "verl")
+        peers = versions("triton", "liger-kernel", "cut-cross-entropy")
         record = {"environment": {**environment(), **peers}, **results}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text(tables.lstrip())
 
 
 if __name__ == "__main__":
