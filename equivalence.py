@@ -5,10 +5,12 @@ or minus, `x = ...`, units. The parts are compared as
 
     number       by exact rational value: 0.333 is not 1/3. 50% is 1/2, and also 50 where no sign is asked for.
     word         by its letters, whatever their case
+    time of day  by the clock: 3:05 PM is 15:05 and 3:05, and not 3:05 AM; without a.m. or p.m., 3:05 may be a ratio
     unit         must agree where both sides give one
     list, set    in any order, equal in number; {1, 2} and 1, 2 are the same, {1, 2} and (1, 2) are not
     tuple        in order, and a bare list may stand for it; (1, 2) and [1, 2] differ
     expression   by math-verify
+    equation     as the other, if the difference of its sides is that of the other times a number: 2x = 6 and x = 3
 
 `compare` without the last step says None where it would be needed: that is the part whose running time nothing bounds.
 
@@ -20,9 +22,10 @@ entries vanish (5, 5 = 5), subscripts vanish (1011_2 = 1011_3), words are produc
 - No code from text. LaTeX has a way to `exec` too: an infinite sum is evaluated with sympy's lambdify, which prints
   symbols by name into source code. `_no_code` therefore stands between them and sympy's `eval` and `exec`.
 - No time-outs of its own: they are SIGALRM, which fails off the main thread and cannot interrupt a long C call.
-- Numbers are compared to 12 decimals of 40 digits; by default 10^{-8}\\sqrt{2} would equal 10^{-8}\\sqrt{3}.
-- We catch nothing around it: `parse` and `verify` turn every Exception (syntax errors, RecursionError, MemoryError,
-  sympy's own) into "no match".
+- Numbers of our own making: it takes two that differ by less than 10^{-n} for the same, 1/2004! and 1/2006! too, and
+  reads decimals as floats. `_exact` puts our comparison in the place of its own: exact for rationals, else relative.
+- Two equations are one to it if they have the same solutions for one letter; we hand it one, scaled to the other.
+- Nothing bounds what it raises (AttributeError and TypeError from sympy on i < 1): that is no match, and counted.
 """
 
 import contextlib
@@ -30,45 +33,62 @@ import functools
 import logging
 import re
 import sys
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from fractions import Fraction
 
 MAX_NUMBER = 64  # characters; longer digit strings are compared as strings
 MAX_ANSWER = 512  # characters; a longer answer is right only if it is the gold answer to the letter
 MAX_POWER = 400  # digits of an integer power that is multiplied out here
+DIGITS = 1000  # to which two irrational numbers must agree, of the larger of their terms
 
 Ask = Callable[[str, str], bool]  # answer, gold -> are these two expressions equal?
 
 
 # ---- normal form
 
+SPACES = "\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000"  # in a class of a pattern: all but the one on a keyboard
+VULGAR = "\u00bc-\u00be\u2150-\u215e"  # one half and so on, each one character
+PLAIN = {  # for str.translate: digits of any script, full-width forms and signs that only look different
+    **{c: str(unicodedata.decimal(chr(c))) for c in range(128, 0x20000) if unicodedata.category(chr(c)) == "Nd"},
+    **{c: chr(c - 0xFEE0) for c in range(0xFF01, 0xFF5F)},
+    **str.maketrans("−–‐‑﹣⁄∕٫٬", "-----//.,", "\u200b\u200e\u200f\u2060\ufeff"),
+}
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻₀₁₂₃₄₅₆₇₈₉", "0123456789+-0123456789")
 _MARK = "\x02"  # stands before what \text{...} held: 5 \text{ m} is a length, 5 m may be a product
 _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
-        (r"[−–]", "-"), (r"×", r"\\times "), (r"·|⋅", r"\\cdot "), (r"π", r"\\pi "), (r"∞", r"\\infty "),
+        (r"×", r"\\times "), (r"·|⋅", r"\\cdot "), (r"π", r"\\pi "), (r"∞", r"\\infty "),
         (r"±", r"\\pm "), (r"∪", r"\\cup "), (r"≤", r"\\le "), (r"≥", r"\\ge "), (r"∈", r"\\in "),
-        (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"√\s*(\d+)", r"\\sqrt{\1}"), (r"²", "^2"), (r"³", "^3"),
-        *((sign, rf"\\frac{{{a}}}{{{b}}}") for sign, a, b in ("½12", "⅓13", "⅔23", "¼14", "¾34")),
+        (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"√\s*(\d+)", r"\\sqrt{\1}"),
+        (r"[²³¹⁰⁴-⁹⁺⁻]+", lambda m: f"^{{{m[0].translate(_RAISED)}}}"),
+        (r"[₀-₉]+", lambda m: f"_{{{m[0].translate(_RAISED)}}}"),
+        (f"[{VULGAR}]", lambda m: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", m[0]).split("⁄"))),
+        (r"(?<=[\w)}])\*\*(?=[\w({+-])", "^"), (r"\^([-+]\d+|\d{2,})", r"^{\1}"),
+        (r"(?<=\d) ?[xX] ?(?=10\^)", r"\\times "),
+        (r"(?i)(?<=[\s\d~{(])([ap])\. ?m\b\.?", r"\1m"),  # half past ten a.m.
         (r"\\infin\b|\binfinity\b|\binf\b", r"\\infty "), (r"\\emptyset|∅|\\\{\s*\\\}", r"\\varnothing "),
         (r"\\(?:left|right|bigl?|bigr?|Bigl?|Bigr?|displaystyle|limits)(?![a-zA-Z])\.?", ""),
         (r"\\[dtc]frac", r"\\frac"), (r"\\([gl])eq?(?:slant)?(?![a-zA-Z])", r"\\\1e "),
         (r"(?<=\d),\s*\\!\s*(?=\d{3})", ","),
-        (r"\\[!,;:]|\\(?:q?quad|thinspace)(?![a-zA-Z])", "\x01"),  # a gap: between digits it groups thousands
-        (r"(?<=\d)\x01(?=\d{3}(?!\d))", ""), ("\x01", " "), (r"\{,\}", ","),
-        (r"(?<!\\)\\ |~|\\\\$", " "), (r"\s+", " "),
+        # a gap: between digits it groups thousands
+        (rf"(?<!\\)\\[!,;: ]|[~{SPACES}]|\\(?:q?quad|thinspace)(?![a-zA-Z])", "\x01"),
+        (r"(?<=\d)(?<![_^]\d)\x01+(?=\d{3}(?!\d))", ""), ("\x01", " "), (r"\{,\}", ","),
+        (r"\\\\$", " "), (r"\s+", " "),
         # money is a unit; else $ is LaTeX's own
         (r"^([-+]?) ?(?:\\\$|\$(?=[^$]*$)) ?([-+]?[\d.,]+)", r"\1\2 dollars"), (r"^([-+]?)£ ?([\d.,]+)", r"\1\2 gbp"),
         (r"^([-+]?)€ ?([\d.,]+)", r"\1\2 euros"), (r"\\?\$|\\[()\[\]]", ""),
         (r"\^ ?\{? ?(?:\\circ|∘) ?\}?|\\degrees?(?![a-zA-Z])", "°"),
         (r"°(?: ?(?:\\(?:text|mathrm) ?\{ ?)?([CF])(?![a-zA-Z])\}?)?", r" degrees\1 "),
-        (r"\\?%|\\?\bpercent\b", "%"),
+        (r"\\?%|\\?\bpercent\b", "%"), (r"(?<=[\d}]) ?[(\[] ?% ?[)\]]", "%"),
         (r"\\(?:text|mbox) ?\{ ?(and|or) ?\}", r" \1 "),
         (r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|it|sf)|operatorname|mbox|hbox) ?\{ ?([^{}]*)\}", rf" {_MARK}\1 "),
         (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"), (r"\\frac ?(\d) ?\{", r"\\frac{\1}{"),
         (r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}"), (r"\\sqrt ?(\d)", r"\\sqrt{\1}"),
         (r"(?<=\\frac\{)(\d{1,3}),(\d{3})(?=\})", r"\1\2"),
-        (r"([_^]) ?\{ ?\x02?(\w) ?\}", r"\1\2"), (r"^\((\w+)\)(?=_)", r"\1"),
+        (r"([_^]) ?\{ ?\x02?(\w) ?\}(?!\d)", r"\1\2"), (r"^\((\w+)\)(?=_)", r"\1"),
         (r"^[ *]*\x02|[ *]+$|^[ *]+", ""), (r"(?<=.)[.,;]$", ""), (r" +", " "),
         # "2 1/2" is not 21/2, "5 cm" not the product 5cm, and "1, 234" not 1,234: elsewhere a space means nothing
         (r"(?<![\w,)}%]) | (?![\w(\\%\x02-])|(?<=[)}%,]) (?=[-(\\{%])|(?<=\\ge) |(?<=\\le) ", ""),
@@ -78,7 +98,7 @@ _REWRITES = [
 
 def normalise(text: str) -> str:
     """Text without what LaTeX and style put around the same mathematics."""
-    text = text.strip()
+    text = text.translate(PLAIN).strip()
     if (box := re.match(r"\\(?:boxed|fbox)\s*(?=\{)", text)) and _closes_last(text[box.end() :]):
         text = text[box.end() + 1 : -1].strip()
     for pattern, replacement in _REWRITES:
@@ -128,7 +148,7 @@ def rational(text: str) -> Fraction | None:
     elif match := _MULTIPLE.fullmatch(text):
         factor = rational(match[1])
         return None if factor is None else factor * _MULTIPLES[match[2]]
-    elif re.fullmatch(r"[-+]?\d{1,3}(?: \d{3})+", text, re.ASCII):
+    elif re.fullmatch(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?", text, re.ASCII):
         sign, value = "", Fraction(text.replace(" ", ""))
     else:
         return None
@@ -148,7 +168,8 @@ _UNITS = {  # what means the same; a unit not listed is the same as itself and a
 _UNIT_OF = {word: unit for unit, words in _UNITS.items() for word in (unit, *words.split())}
 _POWERS_OF_UNITS = {"square": "^2", "sq": "^2", "cubic": "^3", "cu": "^3"}
 _NO_UNITS = set("is not no wrong right more less than minus plus times over squared cubed out of if for when where but "
-                "then mod pi and or the a an we get so because since".split())
+                "then mod pi and or the a an we get so because since incorrect false never neither nor".split())
+_IN_BRACKETS = re.compile(rf"(.*[^ ])( ?[(\[]) ?({_MARK}?)[ (]*([A-Za-z/ ]+(?:\^[23])?[A-Za-z/ ]*)[)\]]+")
 _WORDS_AT_THE_END = re.compile(rf"[ {_MARK}A-Za-z/]*(?:\^[23])?(?:[ {_MARK}A-Za-z/]*)$")
 
 
@@ -156,7 +177,14 @@ def _split_unit(text: str) -> tuple[str, tuple[str, ...]]:
     """("5", ("cm",)) of "5 cm", ("5", ("m", "/", "s")) of "5 m/s"; (text, ()) where no unit stands behind a value.
 
     A unit was LaTeX text, or stands behind a plain number and is known or a word of three letters: 5 cm, 5 apples.
+    It may stand in brackets: 5 (cm), and so may both: (5 cm).
     """
+    given = text
+    if text[0] == "(" and _closes_last(text):
+        text = text[1:-1].strip()
+    if match := _IN_BRACKETS.fullmatch(text):
+        value, bracket, mark, phrase = match.groups()
+        text = value + (" " if bracket != "(" or mark else "") + mark + phrase  # 5(m) is a product
     tail = text.rfind(f" {_MARK}")
     if tail > 0:
         value, phrase, marked = text[:tail], text[tail:], True
@@ -167,14 +195,18 @@ def _split_unit(text: str) -> tuple[str, tuple[str, ...]]:
     words = re.findall(r"[A-Za-z]+|/|\^[23]", phrase)
     whole = "".join(words) == phrase.replace(" ", "")
     if not value or not 0 < len(words) <= 6 or not whole or words[0][0] == "^" or _NO_UNITS & set(words):
-        return text, ()
+        return given, ()
+    if words[0] in _MULTIPLES:
+        value, words = f"{value} {words[0]}", words[1:]
+        if not words:
+            return given, ()
     if not marked:
         known = all(w in _UNIT_OF or w in _POWERS_OF_UNITS or w.removesuffix("s") in _UNIT_OF or not w.isalpha()
                     for w in words)
-        noun = len(words[0]) > 2 and words[0] not in _MULTIPLES
+        noun = len(words[0]) > 2
         joined_letter = len(words[0]) == 1 and text[len(value)] != " "  # 5m is a product
         if rational(value.removesuffix("%")) is None or not (known or noun) or joined_letter:
-            return text, ()
+            return given, ()
     names: list[str] = []
     power = None
     for word in words:
@@ -195,6 +227,10 @@ _NOT_IN_NAMES = re.compile(r"[-+*/^<>]|^\d|\\(?:frac|sqrt|cdot|times|cup)")
 _SUBSCRIPT = re.compile(r"(?<!\\log)_(?:\{[^{}]*\}|.)")
 _JOIN = re.compile(r" ?(?:[,;] ?(?:and |or )?|\band\b|\bor\b) ?")
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_NO_NAMES = {rf"\{c}" for c in "frac sqrt cdot times div pi ln log exp sin cos tan cot sec csc text mathrm".split()}
+_TIME = re.compile(rf"(\d\d?)(?::([0-5]\d))?(?::([0-5]\d))? ?{_MARK}?([ap]m)?", re.ASCII | re.IGNORECASE)
+_WORDS = re.compile(r"[A-Za-z]{3,}|[A-Za-z]+(?:[ '-][A-Za-z]{2,})+"
+                    r"|[A-Z]\.[A-Z]|(?=.*[A-Za-z]{3})[A-Za-z '-]+(?:\.[A-Za-z '-]+)+")  # U.S., Mrs. Hilt
 _SHORT_WORDS = {"no", "on", "up", "or", "am", "pm", "by", "to", "is", "it"}
 
 
@@ -281,24 +317,46 @@ def _compare(answer: str, gold: str, ask: Ask | None) -> bool | None:
             bare = [_right_side(text) if k == "" else text for k, text in ((kind, answer), (kind_gold, gold))]
             if None not in bare and bare != [answer, gold]:
                 return _compare(*bare, ask)
+    if {kind, kind_gold} <= {"", ":"} and (same := _same_time(answer, gold)) is not None:
+        return same
     if kind == kind_gold == "":
         return _single(ours[0], theirs[0], ask)
     kinds = {kind, kind_gold}
     if kind == kind_gold and (kind[0] in "([" or kind == ":") or kinds == {",", "()"}:  # in order
-        if len(ours) != len(theirs):
-            return False
-        verdicts = [_compare(a, g, ask) for a, g in zip(ours, theirs, strict=True)]
-        return False if False in verdicts else None if None in verdicts else True
+        return _in_order(ours, theirs, ask)
     if kind == kind_gold or kinds == {",", "{}"}:
         return _any_order(ours, theirs, ask)
     if kinds == {"", "{}"} and r"\varnothing" not in answer + gold:  # {5} and 5
         return _any_order(ours, theirs, ask)
     if kinds == {"", ":"} and len(ours) + len(theirs) == 3:  # 3:4 and 3/4
         ratio, single = (ours, theirs[0]) if kind == ":" else (theirs, ours[0])
+        if re.match(r"0\d", ratio[1]):  # 3:05 is a time of day
+            return False
         return rational(single) == rational(ratio[0]) / rational(ratio[1])
     if "" in kinds and kinds & {"()", "(]", "[)", "[]", "u"}:  # x > 3 and (3, \infty)
         return None if ask is None else ask(answer, gold)
     return False
+
+
+def _same_time(answer: str, gold: str) -> bool | None:
+    """Whether two times of day are one, 3:05 and 3:05 pm and 15:05; None where neither says am or pm."""
+    clocks = [_TIME.fullmatch(text) for text in (answer, gold)]
+    if not any(clock and clock[4] for clock in clocks):
+        return None
+    if not all(clock and (clock[2] or clock[4]) for clock in clocks):
+        return False if ":" in answer + gold else None  # 10:30 am is not 1/3, but 7 am may be 7
+    hours = [int(clock[1]) for clock in clocks]
+    halves = {clock[4].lower() if clock[4] else "pm" if hour > 12 else "am" if hour == 0 else None
+              for clock, hour in zip(clocks, hours, strict=True)} - {None}
+    past = [(hour % 12, int(clock[2] or 0), int(clock[3] or 0)) for clock, hour in zip(clocks, hours, strict=True)]
+    return past[0] == past[1] and len(halves) == 1 and max(hours) < 24
+
+
+def _in_order(ours: list[str], theirs: list[str], ask: Ask | None) -> bool | None:
+    if len(ours) != len(theirs):
+        return False
+    verdicts = [_compare(a, g, ask) for a, g in zip(ours, theirs, strict=True)]
+    return False if False in verdicts else None if None in verdicts else True
 
 
 def _any_order(ours: list[str], theirs: list[str], ask: Ask | None) -> bool | None:
@@ -336,7 +394,7 @@ def _right_side(text: str) -> str | None:
 
 
 def _equations(answer: str, gold: str, ask: Ask | None) -> bool | None:
-    """`x = 3` against `3` or `3 = x`; two equations are the same if their differences of sides are, up to sign."""
+    """`x = 3` against `3` or `3 = x`; two equations are the same if one is a multiple of the other."""
     ours, theirs = _sides(answer), _sides(gold)
     if min(len(ours), len(theirs)) == 1 or max(len(ours), len(theirs)) > 2:
         right = _right_side(answer), _right_side(gold)
@@ -347,12 +405,18 @@ def _equations(answer: str, gold: str, ask: Ask | None) -> bool | None:
     names = tight[0][0], tight[1][0]
     if _is_name(names[0]) and _is_name(names[1]):
         functions = sorted("f(x)" if re.fullmatch(r"[a-z]\([a-z]\)", name) else name for name in names)
-        same = names[0] == names[1] or functions == ["f(x)", "y"]
-        return _compare(ours[1], theirs[1], ask) if same else False
-    if ask is None:
-        return None
-    difference = [f"({left})-({right})" for left, right in (ours, theirs)]
-    return ask(*difference) or ask(f"-({difference[0]})", difference[1])
+        if names[0] == names[1] or functions == ["f(x)", "y"]:
+            return _compare(ours[1], theirs[1], ask)
+    letters = [set(re.findall(r"\\[a-zA-Z]+|[a-zA-Z]", text)) - _NO_NAMES for text in (answer, gold)]
+    if not all(letters):  # 2 + 3 = 5 is not 1 + 1 = 2
+        return False if any(letters) else _in_order(ours, theirs, ask)
+    other_case = {x.swapcase() for x in letters[0] - letters[1]} & (letters[1] - letters[0])
+    words = [re.search("[A-Za-z]{3}", re.sub(r"\\[A-Za-z]+", "", name)) for name in names if _is_name(name)]
+    if other_case or any(words) or not letters[0] & letters[1]:
+        return False  # to math-verify X is x, and a word the product of its letters
+    if set(_SUBSCRIPT.findall(answer)) != set(_SUBSCRIPT.findall(gold)):
+        return False
+    return None if ask is None else ask(answer, gold)
 
 
 def _single(answer: str, gold: str, ask: Ask | None) -> bool | None:
@@ -376,8 +440,8 @@ def _single(answer: str, gold: str, ask: Ask | None) -> bool | None:
     a, g = (text.replace(_MARK, "").strip() for text in (a, g))
     if a == g:
         return True
-    words = [bool(re.fullmatch(r"[A-Za-z]{3,}|[A-Za-z]+(?:[ '-][A-Za-z]{2,})+", text)) or text.lower() in _SHORT_WORDS
-             or was_text and text.isalpha() for text in (a, g)]
+    words = [bool(_WORDS.fullmatch(text)) or text.lower() in _SHORT_WORDS or was_text and text.isalpha()
+             for text in (a, g)]
     if any(words):
         return _word(a) == _word(g)
     if sorted(_SUBSCRIPT.findall(a)) != sorted(_SUBSCRIPT.findall(g)):
@@ -386,12 +450,14 @@ def _single(answer: str, gold: str, ask: Ask | None) -> bool | None:
 
 
 def _word(text: str) -> str:
-    word = re.sub("[ '-]", "", text).casefold()
+    word = re.sub("[ .'-]", "", text).casefold()
     return r"\varnothing" if re.fullmatch("no(real)?solutions?", word) else word
 
 
 def _choice(text: str, other: str) -> str:
-    """(B) is B; "(B) 12" is B where the other is a letter, else 12."""
+    """(B) is B; "(B) 12" is B where the other is a letter, else 12; "B. red" is B where the other is a letter."""
+    if re.match(r"[A-J]\.", text) and re.fullmatch(rf"{_MARK}?(?:[A-J]|\([A-J]\))", other):
+        return text[0]
     match = re.fullmatch(rf"{_MARK}?\(([A-J])\)(?: ?{_MARK}?(.*))?", text)
     if not match:
         return text
@@ -433,22 +499,106 @@ def _math_verify():
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time-outs are off; they must be
     dress = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, equations=False)
     config = math_verify.LatexExtractionConfig(boxed_match_priority=0, normalization_config=dress)
-    parse = functools.partial(math_verify.parse, extraction_config=[config], parsing_timeout=None)
-    return parse, functools.partial(math_verify.verify, float_rounding=12, numeric_precision=40,
-                                    allow_set_relation_comp=True, timeout_seconds=None)
+    parse = functools.partial(math_verify.parse, extraction_config=[config], parsing_timeout=None,
+                              raise_on_error=True)
+    return parse, functools.partial(math_verify.verify, allow_set_relation_comp=True, timeout_seconds=None,
+                                    raise_on_error=True)
+
+
+@contextlib.contextmanager
+def _exact():
+    """Within, math-verify compares numbers by `_same_value`, wherever they stand: in matrices, in inequalities."""
+    import math_verify.grader as library
+    import sympy
+
+    theirs = library.sympy_numeric_eq
+    matrices = sympy.MatrixBase, sympy.MatrixExpr
+
+    def numeric_eq(a, b, *precision):
+        of_matrices = isinstance(a, matrices) or isinstance(b, matrices)  # entry by entry, which comes back to here
+        return theirs(a, b, *precision) if of_matrices else _same_value(a, b)
+
+    library.sympy_numeric_eq = numeric_eq
+    try:
+        yield
+    finally:
+        library.sympy_numeric_eq = theirs
+
+
+def _same_value(a, b) -> bool:
+    """Whether two sympy expressions are the same number, or have the same number before each product of symbols."""
+    import sympy
+
+    a, b = (e.xreplace({x: sympy.Rational(str(x)) for x in e.atoms(sympy.Float)}) for e in (a, b))
+    difference = (a - b).doit()
+    if symbols := difference.free_symbols:
+        coefficients = defaultdict(int)
+        for term in sympy.Add.make_args(difference.expand()):
+            number, product = term.as_independent(*symbols, as_Add=False)
+            coefficients[product] += number
+        return all(map(_is_zero, coefficients.values()))
+    return _is_zero(difference)
+
+
+def _is_zero(number) -> bool:
+    """Exactly for a rational; else to DIGITS digits of its largest term, so that tiny is not zero, nor huge inexact."""
+    import sympy
+
+    if number.is_Rational:
+        return number.is_zero
+    try:
+        # an exact 0 may be sympy's, of a logarithm near 1: more digits tell
+        return number.evalf(2, maxn=DIGITS, strict=True) == 0 and number.evalf(DIGITS) == 0
+    except sympy.PrecisionExhausted:  # all cancel: it is 0, unless an integral or the like is not known any better
+        sizes = [abs(term.evalf(30)) for term in sympy.Add.make_args(number)]
+        return bool(abs(number.evalf(30)) <= 1e-25 * max(sizes))
+
+
+def _multiple(gold, answer):
+    """c * gold for the number c such that the two equations gold = 0 and answer = 0 may be one; None without such."""
+    import sympy
+
+    letters = sorted(gold.free_symbols | answer.free_symbols, key=str)
+    point = {x: sympy.Rational(97 + 10 * i, 89 + 4 * i) for i, x in enumerate(letters)}  # nothing special about it
+    factor = sympy.simplify((answer / gold).subs(point))
+    usable = letters and factor.is_number and factor.is_finite and not factor.is_zero
+    return factor * gold if usable else None
+
+
+failures: Counter[str] = Counter()  # exception -> how often math-verify raised it in this process
 
 
 def ask_math_verify(answer: str, gold: str) -> bool:
-    """math-verify's verdict on two expressions in LaTeX. No time-out."""
+    """math-verify's verdict on two expressions or two equations in LaTeX. No time-out; `failures` counts exceptions."""
+    texts = [_in_radians(text.replace(_MARK, "")) for text in (gold, answer)]
+    try:
+        return _verdict(*texts)
+    except MemoryError:
+        raise  # what comes after it is not to be trusted
+    except Exception as error:  # no list of what math-verify, sympy and the parser raise is complete
+        failures[type(error).__name__] += 1
+        return False
+
+
+def _verdict(gold: str, answer: str) -> bool:
     import sympy
 
     parse, verify = _math_verify()
-    with _no_code():
-        parsed = [parse(rf"\boxed{{{_in_radians(text)}}}") for text in (gold, answer)]
+    sides = _sides(gold), _sides(answer)
+    equations = len(sides[0]) == len(sides[1]) == 2
+    if equations:
+        gold, answer = (f"({left})-({right})" for left, right in sides)
+    with _no_code(), _exact():
+        parsed = [parse(rf"\boxed{{{text}}}") for text in (gold, answer)]
         letters = {x.name for found in parsed for e in found if isinstance(e, sympy.Basic) for x in e.free_symbols}
         if letters == {"i"}:  # no index, no variable: the imaginary unit
             parsed = [[e.xreplace({x: sympy.I for x in e.free_symbols}) if isinstance(e, sympy.Basic) else e
                        for e in found] for found in parsed]
+        if equations:
+            if not all(isinstance(found[0], sympy.Expr) for found in parsed if found) or not all(parsed):
+                return False
+            multiple = _multiple(parsed[0][0], parsed[1][0])
+            return multiple is not None and verify(multiple, parsed[1][0])
         return verify(*parsed)
 
 
