@@ -9,6 +9,7 @@ no memory with CUDA or vLLM, and gets its work through a pipe as JSON: bytes tha
 """
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -20,7 +21,17 @@ import time
 from collections import deque
 from typing import NamedTuple
 
-from equivalence import MAX_ANSWER, NUMBER_DIGITS, ask_math_verify, compare, equivalent
+from equivalence import (
+    MAX_ANSWER,
+    NUMBER_DIGITS,
+    PLAIN,
+    SPACES,
+    VULGAR,
+    ask_math_verify,
+    compare,
+    equivalent,
+    failures,
+)
 
 MAX_CACHE = 100_000  # graded pairs kept
 CHUNK = 32  # pairs that a worker gets at a time
@@ -28,10 +39,36 @@ START_SECONDS = 120  # for imports from a slow disk
 WORKER_BYTES = 2 << 30  # of address space that a worker may add: 10^5 x 10^5 zeros are a MemoryError, no swap storm
 DAPO_TAIL = 300  # characters at the end of a response that count in the style `dapo`, as in verl's math_dapo
 
-_NUMBER = re.compile(rf"(?:(?<![\w.)}}\]])[-+]\$?)?(?:{NUMBER_DIGITS})(?:/(?:{NUMBER_DIGITS}))?", re.ASCII)
+FAILED = "failed"  # a worker's reply where math-verify raised an exception and nothing else made the answer right
+
+_FRACTION = rf"\\[dtc]?frac[ ]?(?:\d|\{{\d+\}})[ ]?(?:\d|\{{\d+\}})|[{VULGAR}]"
+_GROUPS = rf"\d{{1,3}}(?:(?:,\\!|\{{,\}}|\\[,;:\ ]|[~{SPACES}])\d{{3}})+(?!\d)(?:\.\d+)?"  # 1\,250
+_POWER = r"(?:[ ]?(?:\\times|\\cdot|[×·*xX])[ ]?10)?(?:\^|\*\*)(?:\{[-+]?\d+\}|[-+]?\d+)|[eE][-+]?\d{1,3}(?!\w)"
+_NUMBER = re.compile(rf"""(?:(?<![\w.)}}\]])[-+]\$?)?(?:
+    (?<![\d.,/^:])\d{{1,3}}(?:[ {SPACES}~]|\\[,;:\ ])?(?:{_FRACTION})  # 2\frac23
+    | (?<![\d.,/^:])(?P<whole>\d{{1,3}})[ {SPACES}](?P<top>\d{{1,3}})/(?P<bottom>\d{{1,3}})(?![\d/.])  # 2 2/3
+    | {_FRACTION}
+    | (?<![\d:])\d{{1,2}}:[0-5]\d(?![\d:])[ ]?[aApP]\.?[mM]\b  # a time of day
+    | (?:{_GROUPS}|{NUMBER_DIGITS})(?:/(?:{NUMBER_DIGITS})|{_POWER})?
+    )""", re.ASCII | re.VERBOSE)
 _BRACE = re.compile(r"\\{1,2}(?P<box>boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _ANSWER = re.compile(r"\banswer\**(?:\s{0,4}:|\s{1,4}is\b:?)", re.IGNORECASE)
 _ANSWER_COLON = re.compile(r"answer\**\s{0,4}:", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"""  # a period and a space; but none after
+    (?<!\b(?:Mr|Ms|Dr|St|Mt|vs|Lt))(?<!\b(?:Mrs|Rev|Gen|Col|Sgt|Sen|Gov))(?<!\b(?:Prof|Capt))(?<!\b(?:e\.g|i\.e))
+    (?:(?<!\b(?:No|Eq|pp))(?<!\b(?:Fig|Vol|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Oct|Nov|Dec))(?<!\bSept)|(?!\.\s\d))  # No. 5
+    (?:(?<!\b(?:ft|in|lb|oz|hr|sq|cu))(?<!\b(?:min|sec|etc))(?<!\bapprox)|(?=\.\s{1,9}[A-Z]))  # 5 ft. 3 in.
+    # nor in J. Smith, the U.S. team, 5 p.m. sharp; these may end a sentence, and do before a word that begins one
+    (?:(?<!\b[A-Z])(?<!\.[A-Za-z])(?<!\b(?:Jr|Sr|Co))(?<!\b(?:Inc|Ltd))
+      |(?=\.\s{1,9}(?:I|We|You|He|She|It|They|The|Th[iu]s|That|These|There|Then|Therefore|Hence|So|Since|Because|As|And
+                     |But|For|If|In|Let|Now|Note|Here|To|By|Each|Both|All|My|Our|His|Her|Please|Next|First|Finally|Check
+                     |Also|However|Answer|Explanation|Solution|Step|Given|Using|After|Where|When|What|With|From)\b)
+      |(?<=\b[A-Z])(?<!\.[A-Z])(?=\.\s{1,9}[^A-Z\s]))  # B. because
+    \.\s""", re.VERBOSE)
+_MORE_THAN_WORDS = re.compile(r"""[^A-Za-z\s.,:;'-] | (?<![A-Za-z])(?:-|[B-HJ-Zb-z](?![A-Za-z])) | -(?![A-Za-z])
+    | \b(?:no|not|never|wrong|half|thirds?|quarters?|twice|double|triple|times|squared|cubed|plus|minus|less|more|over
+         |of|out|per|percent|hundred|thousand|million|billion|trillion|dozen|pi|divided|between)\b""",
+                              re.IGNORECASE | re.VERBOSE)
 _LETTER = re.compile(r"\W*(?:(?:option|choice|answer)\W+)?([A-Ja-j])(?![\w'^=+/-])", re.IGNORECASE)
 _LETTER_IN_BRACKETS = re.compile(r"\(([A-J])\)|^\W*([A-J])\W*$", re.MULTILINE)
 
@@ -52,9 +89,9 @@ def _boxed(text: str) -> str | None:
 
 
 def _line_after(text: str, start: int) -> str | None:
-    """The first sentence of the first line with something on it; "Answer: 42. I hope ..." is "42"."""
+    """The first sentence of the first line with something on it; "Answer: Mr. X. I hope ..." is "Mr. X"."""
     line = text[start:].lstrip(" \t\r\n*:").partition("\n")[0]
-    return re.split(r"\.\s", line, maxsplit=1)[0].strip(" \t\r*") or None
+    return _SENTENCE_END.split(line, maxsplit=1)[0].strip(" \t\r*") or None
 
 
 def _last_line_after(pattern: re.Pattern, text: str) -> str | None:
@@ -76,9 +113,28 @@ def _hashes(text: str) -> str | None:
     return _line_after(text, start + 4) if start >= 0 else None
 
 
-def _last_number(text: str | None) -> str | None:
-    last = deque(_NUMBER.finditer((text or "").replace("−", "-")), maxlen=1)
-    return last[0][0].rstrip(".") if last else None
+def _last_number(text: str) -> str | None:
+    """The last number, in any way of writing that `equivalence.rational` reads; "2 2/3" is one, "2 5/3" is 5/3."""
+    last = deque(_NUMBER.finditer(text.translate(PLAIN)), maxlen=1)
+    if not last:
+        return None
+    found = last[0]
+    if found["whole"] and int(found["top"]) >= int(found["bottom"]):
+        return f"{found['top']}/{found['bottom']}"
+    return found[0].rstrip(".")
+
+
+def _value(text: str | None) -> str | None:
+    """What a box or a line says, as a whole, if there is a number in it; "18 apples" is 18."""
+    if text is None:
+        return None
+    plain = text.translate(PLAIN)
+    numbers = list(itertools.islice(_NUMBER.finditer(plain), 2))
+    if len(numbers) != 1:
+        return text if numbers else None
+    rest = f"{plain[: numbers[0].start()]} {plain[numbers[0].end() :]}"
+    rest = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}|\\?\$|\*\*|[€£]", r" \1 ", rest)
+    return text if _MORE_THAN_WORDS.search(rest) else numbers[0][0].rstrip(".")
 
 
 def _choice(text: str) -> str | None:
@@ -95,8 +151,8 @@ def _choice(text: str) -> str | None:
 STYLES = {
     "math": (_boxed, _answer_line, _hashes, _last_number),  # \boxed{x}, "Answer: x" / "answer is x", "#### x", number
     "dapo": (_answer_in_the_tail,),  # "Answer: x" in the last 300 characters, nothing else
-    # word problems and arithmetic: the number after ####, in the box, or the last one
-    "gsm8k": (lambda text: _last_number(_hashes(text)), lambda text: _last_number(_boxed(text)), _last_number),
+    # word problems and arithmetic: what follows ####, what is in the box, each if there is a number, or the last number
+    "gsm8k": (lambda text: _value(_hashes(text)), lambda text: _value(_boxed(text)), _last_number),
     "choice": (_choice,),
 }
 
@@ -131,14 +187,16 @@ def _confine() -> None:
 
 
 def _serve(pipe: multiprocessing.connection.Connection) -> None:
-    """Worker: [[answer, gold], ...] in, one true or false out for each as soon as it is known."""
+    """Worker: [[answer, gold], ...] in; true, false or FAILED out for each as soon as it is known."""
     _confine()
     ask_math_verify("x", "y")  # pays for the imports before the first deadline runs
     pipe.send_bytes(b"null")  # ready
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the trainer is gone
         while True:
             for answer, gold in json.loads(pipe.recv_bytes()):
-                pipe.send_bytes(json.dumps(compare(answer, gold, ask_math_verify)).encode())
+                before = failures.total()
+                verdict = compare(answer, gold, ask_math_verify) or (failures.total() > before and FAILED)
+                pipe.send_bytes(json.dumps(verdict).encode())
 
 
 class _Worker:
@@ -184,6 +242,8 @@ class Grade(NamedTuple):
 class Grader:
     """Grades responses; no answer can hold it for longer than `timeout` seconds. A context manager.
 
+    `failures` counts the responses so far that were wrong because math-verify raised an exception over them.
+
     workers: processes, started when first needed. timeout: seconds for one answer, hard: its worker is killed and
     replaced. Use it from the main thread: workers die with the thread that started them.
     """
@@ -193,7 +253,8 @@ class Grader:
             raise ValueError(f"{workers=}, {timeout=}: both must be positive")
         self.num_workers, self.timeout = workers, timeout
         self._workers: list[_Worker] = []
-        self._cache: dict[tuple[str | None, str], bool] = {}
+        self.failures = 0
+        self._cache: dict[tuple[str | None, str], bool | str] = {}
 
     def grade(self, responses: list[str], answers: list[str], styles: list[str]) -> list[Grade]:
         """One verdict a response; R texts, R gold answers and R keys of STYLES, else ValueError.
@@ -210,10 +271,11 @@ class Grader:
         self._cache |= {p: verdict for p, verdict in hard.items() if verdict is not None}
         while len(self._cache) > MAX_CACHE:
             del self._cache[next(iter(self._cache))]  # the oldest
-        return [Grade(bool(verdicts[p]), p[0], verdicts[p] is None) for p in pairs]
+        self.failures += sum(verdicts[p] == FAILED for p in pairs)
+        return [Grade(verdicts[p] is True, p[0], verdicts[p] is None) for p in pairs]
 
-    def _grade(self, jobs: list[tuple[str, str]]) -> dict[tuple[str, str], bool | None]:
-        """job -> verdict; None where the deadline passed or two workers died of it."""
+    def _grade(self, jobs: list[tuple[str, str]]) -> dict[tuple[str, str], bool | str | None]:
+        """job -> verdict; FAILED where math-verify raised, None where the deadline passed or two workers died of it."""
         queue, died, verdicts = deque(jobs), set(), {}
         try:
             while len(verdicts) < len(jobs):

@@ -68,6 +68,66 @@ def test_styles_look_where_they_say(style, response, answer):
     assert extract(response, style) == answer
 
 
+@pytest.mark.parametrize("text, answer", [
+    ("so we get 2 2/3 cups", "2 2/3"), ("it took -1 1/2 hours", "-1 1/2"), ("a 12 15/16 inch plank", "12 15/16"),
+    ("so 2½ cups", "2½"), ("so ½ cup", "½"), ("so 2 ⅔ cups", "2 ⅔"), ("it is 2\u00a01/2 m", "2\u00a01/2"),
+    (r"so $2\frac{2}{3}$ cups", r"2\frac{2}{3}"), (r"so $2 \dfrac23$.", r"2 \dfrac23"),
+    (r"is $-\frac{1}{2}$", r"-\frac{1}{2}"), (r"so $2\,\frac{2}{3}$", r"2\,\frac{2}{3}"),
+    # no mixed numbers
+    ("in 2020 1/2 of the people", "1/2"), ("3 5/2", "5/2"), ("3/4 1/2", "1/2"), ("2.5 1/2", "1/2"), ("2-1/2", "1/2"),
+    ("1,250 1/2", "1/2"), ("x^2 1/2", "1/2"), ("of 2 3", "3"), ("on 5 1/2/2020", "2020"), ("2, 1/2", "1/2"),
+    # other numbers of more than digits
+    ("so 1.2e5 people", "1.2e5"), (r"so $1.2 \times 10^{5}$ of it", r"1.2 \times 10^{5}"), ("3*10^-4", "3*10^-4"),
+    ("so 4e", "4"), ("12*10=120", "120"), ("is 2^{10}", "2^{10}"), ("is x^{10}", "10"),
+    ("so 1\u202f234 m", "1\u202f234"), (r"so $1\,234$", r"1\,234"), (r"so $1{,}234.5$", r"1{,}234.5"), ("1~23", "23"),
+    ("so ١٢ of them", "12"), ("so １，２５０.", "1,250"), ("at 10:30 a.m.", "10:30 a.m"),
+    ("from 9:00 to 3:05 PM", "3:05 PM"), ("as 3:4", "4"),
+    ("5+24=29:29", "29"),  # without a.m. or p.m. it may be anything
+])
+def test_the_last_number_in_prose_is_read_whole(text, answer):
+    assert extract(text, "math") == extract(text, "gsm8k") == answer
+
+
+@pytest.mark.parametrize("style", ["math", "gsm8k", "dapo"])
+def test_a_mixed_number_is_right_in_every_style(style):
+    for number in ("2 2/3", "2⅔", r"$2\frac{2}{3}$", "2 \\frac{2}{3}"):
+        prose = ["Answer: {} cups"] if style == "dapo" else ["so we get {} cups", r"\boxed{{{}}}", "#### {}"]
+        for wrapping in (*prose, "Answer: {}"):
+            response = wrapping.format(number)
+            assert score(response, "8/3", style) == 1.0 and score(response, "2/3", style) == -1.0, response
+
+
+@pytest.mark.parametrize("box, right, wrong", [
+    (r"1{,}250", "1250", "250"), (r"\frac{11}{2}", "5.5", "2"), (r"\$18", "18", "81"),
+    (r"18 \text{ dollars}", "18", "8"), ("18 apples", "18", "1"), (r"\text{Total: } 18", "18", "8"),
+    (r"\text{He has } 18 \text{ eggs left}", "18", "19"), (r"18\%", "18", "81"), (r"5 \text{ million}", "5000000", "5"),
+    ("x=18", "18", "8"), ("9 + 9", "18", "9"), ("9 * 2 = 18", "18", "2"), ("18, 20", "20, 18", "20"),
+    ("18x", "18x", "18"), ("half of 18", "half of 18", "18"), ("not 18", "not 18", "18"), ("3!", "6", "3"),
+    ("- 18", "-18", "18"), (r"\sqrt{16}", "4", "16"), (r"1.2 \times 10^5", "120000", "5"),
+    (r"2\frac{1}{2} \text{ cups}", "5/2", "2"), (r"\$1,250.50", "1250.5", "50"), ("**18**", "18", "8"),
+    ("18 (eggs)", "18", "8"), ("18 of 20", "18 of 20", "20"), ("10:30 a.m.", "10:30", "30"),
+])
+def test_what_a_box_says_in_a_word_problem_counts_as_a_whole(box, right, wrong):
+    for wrapping in (r"6 eggs, so $\boxed{%s}$ in 7 days", "6 eggs\n#### %s"):
+        assert score(wrapping % box, right, "gsm8k") == 1.0 and score(wrapping % box, wrong, "gsm8k") == -1.0
+
+
+@pytest.mark.parametrize("line, answer", [
+    ("Mrs. Hilt", "Mrs. Hilt"), ("Mr. Smith. I hope so", "Mr. Smith"), ("Dr. Who", "Dr. Who"),
+    ("St. Louis", "St. Louis"), ("Mr. and Mrs. Smith. They won.", "Mr. and Mrs. Smith"),
+    ("the U.S. team", "the U.S. team"), ("U.S. The rest", "U.S"), ("Washington D.C. is", "Washington D.C. is"),
+    ("10:30 a.m. on Monday", "10:30 a.m. on Monday"), ("5 p.m. I hope", "5 p.m"), ("J. Smith", "J. Smith"),
+    ("J. K. Rowling. This is", "J. K. Rowling"), ("John F. Kennedy", "John F. Kennedy"), ("No. 5. So", "No. 5"),
+    ("No. Because it is odd", "No"), ("No. It is not", "No"), ("Spain vs. France", "Spain vs. France"),
+    ("fruit, e.g. apples", "fruit, e.g. apples"), ("5 ft. 3 in. The rest", "5 ft. 3 in"),
+    ("12 min. Barbara ran", "12 min"), ("Jan. 5", "Jan. 5"), ("42. I hope this helps.", "42"), ("42. Mr. X", "42"),
+    ("3.14. So", "3.14"), ("x = 3. Check: 3", "x = 3"), ("B. Because x", "B"), ("B. because x", "B"),
+    ("B. The cat", "B"), ("D. 12", "D"), ("$P. Next", "$P"), ("5 cm. Then", "5 cm"),
+])
+def test_the_answer_line_ends_with_a_sentence_and_not_with_an_abbreviation(line, answer):
+    assert extract(f"Answer: {line}") == extract(f"#### {line}") == extract(f"Answer: {line}", "dapo") == answer
+
+
 def test_an_unknown_style_is_refused_by_name():
     with pytest.raises(KeyError):
         extract("4", "word")
@@ -86,8 +146,10 @@ def test_extraction_takes_any_text(style, text):
 @pytest.mark.parametrize("text", [
     "{" * 2**20, "}" * 2**20, "{}" * 2**19, r"\boxed{" * 2**17, r"\boxed{" * 2**17 + "}" * 2**17, "\\" * 2**20,
     r"\boxed" + " " * 2**20, "answer" + " " * 2**20, "answer:" * 2**17, "*" * 2**20, "####" * 2**18, "1" * 2**20,
-    "1," * 2**19, "1,111" * 2**18, "-" * 2**20, "1/" * 2**19, "1." * 2**19, "answer is " + "1. " * 2**18, "\0" * 2**20,
-], ids=range(19))
+    "1," * 2**19, "Answer: " + "Mr. " * 2**18, "answer is " + "A. " * 2**18, "1 1/" * 2**18, "1\\,111" * 2**17,
+    r"\boxed{" + "a" * 2**20 + "1}", r"\boxed{1" + r"\text{a}" * 2**17 + "}", "1:11" * 2**18, "1 " * 2**19,
+    "1^" * 2**19, "1,111" * 2**18, "-" * 2**20, "1/" * 2**19, "1." * 2**19, "answer is " + "1. " * 2**18, "\0" * 2**20,
+], ids=range(28))
 def test_extraction_is_linear_on_a_megabyte(text):
     start = time.monotonic()
     assert score(text, "7") == -1.0
@@ -121,6 +183,9 @@ def test_nothing_in_an_answer_is_run(payload, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sympy.core.evalf, "lambdify", lambdify)
     assert not ask_math_verify(payload, r"2.5\pi") and not equivalent(payload, r"2.5\pi")
+    parse, verify = equivalence._math_verify()
+    with equivalence._no_code():  # without our comparison of numbers, which does not go that way
+        assert not verify(parse(r"\boxed{2.5\pi}"), parse(rf"\boxed{{{payload}}}"))
     assert bool(tried) == ("sum" in payload)  # the danger is real
     assert not made and not list(tmp_path.iterdir())
 
@@ -214,6 +279,21 @@ def test_an_answer_that_kills_two_workers_is_a_time_out(grader, monkeypatch):
 
     monkeypatch.setattr(reward._Worker, "receive", die_of_it)
     assert scores(grader, [r"\boxed{\beta}", r"\boxed{\sqrt{12}}"], [r"\alpha", r"2\sqrt{3}"]) == ([-1.0, 1.0], 1)
+
+
+FAILS = r"\boxed{i < 1}", r"(0,1) \cup (2,3)"  # sympy: TypeError, invalid comparison of non-real I
+
+
+def test_an_exception_in_math_verify_is_counted_quiet_and_wrong_and_its_worker_lives(capfd):
+    with Grader(workers=1, timeout=60) as grader:
+        assert scores(grader, [r"\boxed{\sqrt{8}}"], [r"2\sqrt{2}"]) == ([1.0], 0) and grader.failures == 0
+        process = grader._workers[0].process
+        others = (r"\boxed{\sqrt{12}}", r"2\sqrt{3}"), (r"\boxed{\sqrt{7}}", r"\sqrt{5}")
+        assert scores(grader, *zip(FAILS, others[0], FAILS, others[1], strict=True)) == ([-1.0, 1.0, -1.0, -1.0], 0)
+        assert grader.failures == 2  # two responses, asked about once
+        assert scores(grader, [FAILS[0]], [FAILS[1]]) == ([-1.0], 0) and grader.failures == 3
+        assert [w.process for w in grader._workers] == [process] and process.poll() is None
+    assert capfd.readouterr() == ("", "")
 
 
 def test_equal_pairs_are_asked_once(grader, monkeypatch):
