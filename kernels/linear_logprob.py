@@ -366,7 +366,7 @@ def _backward(grad_logp: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor
               main_grad: Tensor | None, temperature: float, needs_weight: bool,
               on_triton: bool) -> tuple[Tensor, Tensor]:
     """Gradients in hidden and weight; the second is empty where it is not needed or was added to main_grad."""
-    grad_logp = grad_logp.masked_fill(targets == IGNORE_INDEX, 0.0)
+    grad_logp = grad_logp.masked_fill(targets == IGNORE_INDEX, 0.0).contiguous()
     dhidden = torch.zeros(hidden.shape, device=hidden.device, dtype=lse.dtype)
     dweight, add = main_grad if needs_weight else None, True
     if needs_weight and main_grad is None:  # Triton rounds its float32 sums once, where it writes them

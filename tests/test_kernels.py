@@ -8,9 +8,6 @@ divides, targets on the borders of tiles and of splits.
 import importlib
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +18,8 @@ from torch import Tensor
 
 import tasks
 from kernels import backend, group_advantage, grpo_token_loss, linear_logprob
+from kernels.bench import forget_peak, resident_mib
 
-ROOT = Path(__file__).parents[1]
 ADVANTAGE, LOSS, LINEAR = (importlib.import_module(f"kernels.{name}") for name in (
     "group_advantage", "grpo_token_loss", "linear_logprob"))  # the package has functions so named
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -253,6 +250,15 @@ def test_strides_change_no_bit(how, name, dtype):
     assert all(relative_error(x, y.double()) < GRADIENT[dtype] / 4 for x, y in zip(got[2:], expected[2:], strict=True))
 
 
+@pytest.mark.parametrize("grad", [torch.ones(()).expand(9), torch.ones(18)[::2]], ids=["one number", "every other"])
+def test_the_incoming_gradient_may_have_any_stride(how, grad):
+    hidden, weight, targets, _ = linear_case(9, 140, 24)
+    expected = linear(hidden, weight, targets, torch.ones_like(grad).to(DEVICE), how)
+    operands = hidden.requires_grad_(), weight.requires_grad_()
+    got = torch.autograd.grad(linear_logprob(*operands, targets, backend=how), operands, grad.to(DEVICE))
+    assert all(torch.equal(x, y) for x, y in zip(got, expected[2:], strict=True))
+
+
 # Which of the rows, in tiles and a ragged rest, have an incoming gradient: backward leaves out tiles that have none.
 LIVE = {
     "all": lambda tile, T: range(T), "none": lambda tile, T: [],
@@ -391,35 +397,23 @@ def test_the_backward_keeps_no_logits(how):
     assert max(kept) == 50 * 4
 
 
-# MiB that a process of its own holds at most beyond what it held before, in forward and in backward: with chunks of
-# 128 rows, 8 MiB, then with whole logits.
-PEAK = """
-import importlib, torch
-from kernels.bench import forget_peak, resident_mib
-module, T, V = importlib.import_module("kernels.linear_logprob"), 2048, 16384
-targets, operands = torch.randint(V, (T,)), [torch.randn(n, 8, requires_grad=True) for n in (T, V)]
-few = [x[:8] for x in operands]
-torch.autograd.grad(module.linear_logprob(*few, targets[:8] % 8, entropy=True)[0].sum(), few)  # what a first call loads
-for module.MAX_LOGITS in (1, T * V):
-    held = forget_peak()
-    logp, entropy = module.linear_logprob(*operands, targets, entropy=True)
-    print(resident_mib("VmHWM") - held)
-    held = forget_peak()
-    torch.autograd.grad(logp.sum(), operands)
-    print(resident_mib("VmHWM") - held)
-"""
-
-
 @on_torch
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_no_more_than_a_chunk_of_logits_ever_exists(how):
-    """2048 x 16384 logits are 128 MiB in float32; either direction must do with a few chunks of 8 MiB."""
-    done = subprocess.run([sys.executable, "-c", PEAK], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    forward, backward, *whole = map(float, done.stdout.split())
-    assert forward < 48 and backward < 48
-    assert min(whole) > 100  # the probe sees logits where they are made whole
+@pytest.mark.skipif(DEVICE == "cuda" or not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_no_more_than_a_chunk_of_logits_ever_exists(monkeypatch, how):
+    """2048 x 16384 logits are 128 MiB in float32; either direction must do with a few chunks of 128 rows, 8 MiB."""
+    hidden, weight, targets, grad = linear_case(2048, 16384, 8)
+    linear(*linear_case(), how)  # loads what a first call loads
+    operands, peaks = (hidden.requires_grad_(), weight.requires_grad_()), []
+    for most in (1, 2048 * 16384):
+        monkeypatch.setattr(LINEAR, "MAX_LOGITS", most)
+        held = forget_peak()
+        logp, _ = linear_logprob(*operands, targets, entropy=True, backend=how)
+        peaks.append(resident_mib("VmHWM") - held)
+        held = forget_peak()
+        torch.autograd.grad(logp, operands, grad)
+        peaks.append(resident_mib("VmHWM") - held)
+    assert max(peaks[:2]) < 48
+    assert min(peaks[2:]) > 100  # the probe sees logits where they are made whole
 
 
 @pytest.mark.parametrize("change, error, message", [
