@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 import tasks
@@ -12,9 +11,12 @@ from gdro import BUDGETS, SIGNALS, UTILITIES
 from ranks import say
 from reward import STYLES
 
+PROMPT_SUFFIX = " Let's think step by step and output the final answer within \\boxed{}."  # of the launch scripts
 
-def arg(default, help: str, choices=None):
-    return field(default=default, metadata={"help": help, "choices": choices})
+def arg(default, help: str, choices=None, *, low=None, high=None, above=None, heading=None):
+    """A setting: inclusive bounds `low` and `high`, or an exclusive lower one, `above`; `heading` begins a group."""
+    return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high, above=above,
+                                                heading=heading))
 
 
 @dataclass(frozen=True)
@@ -22,113 +24,111 @@ class Config:
     """Every setting of a run: the command line and config.json. The defaults are the paper's (appendix A); a preset and
     an adversary, below, set other values."""
 
-    mode: str = arg("grpo", "which adversaries act", ("grpo", "prompt", "rollout", "both"))
-    steps: int = arg(1000, "training steps, one batch each; 0 only evaluates the base")
-    seed: int = arg(0, "seeds the order of prompts and every rollout, alike in every mode")
+    mode: str = arg("grpo", "which adversaries act", ("grpo", "prompt", "rollout", "both"), heading="the run")
+    steps: int = arg(1000, "training steps, one batch each; 0 only evaluates the base", low=0)
+    seed: int = arg(0, "seeds the order of prompts and every rollout, alike in every mode", low=0)
     out_dir: str = arg("", "run folder: config.json, metrics.jsonl, eval.json, checkpoint/, ...; empty = "
                            "out/PRESET-MODE-SEED")
-    save_every: int = arg(50, "steps between checkpoints; 0 = only at the end")
-    keep: int = arg(2, "checkpoints kept, the newest ones; 0 = all")
+    save_every: int = arg(50, "steps between checkpoints; 0 = only at the end", low=0)
+    keep: int = arg(2, "checkpoints kept, the newest ones; 0 = all", low=0)
 
-    # what is trained on what
     model: str = arg("Qwen/Qwen3-1.7B-Base", "Hugging Face folder or hub id; 'arithmetic' and 'permutations' = the "
-                                             "base models of the built-in tasks")
+                                             "base models of the built-in tasks", heading="what is trained on what")
     model_revision: str = arg("main", "hub revision of the model; the commit it resolves to is recorded")
     train_data: str = arg("dapo", "'arithmetic', 'permutations', 'dapo', hub:owner/name[:config[:split]], or "
                                    ".jsonl/.json/.parquet")
     train_revision: str = arg("main", "hub revision of the training data; the commit it resolves to is recorded")
-    train_problems: int = arg(0, "use the first so many training problems; 0 = all (built-in tasks: 640)")
+    train_problems: int = arg(0, "use the first so many training problems; 0 = all (built-in tasks: 640)", low=0)
     eval_data: str = arg("math500", "problems for evaluation, in the same forms")
     eval_revision: str = arg("main", "hub revision of the evaluation data; the commit it resolves to is recorded")
-    eval_problems: int = arg(0, "use the first so many; 0 = all (built-in tasks: 500)")
+    eval_problems: int = arg(0, "use the first so many; 0 = all (built-in tasks: 500)", low=0)
     answer_style: str = arg("auto", "where a response's answer is: math = \\boxed, 'Answer:', ####, the last number; "
                                     "dapo = 'Answer:' near the end; gsm8k = the number after ####, boxed or last; "
                                     "choice = a letter; auto = as the data set says", ("auto", *STYLES))
-    prompt_suffix: str = arg(" Let's think step by step and output the final answer within \\boxed{}.",
-                             "appended to every prompt")
+    prompt_suffix: str = arg(PROMPT_SUFFIX, "appended to every prompt")
     chat_template: str = arg("auto", "auto = when the tokenizer has one", ("auto", "always", "never"))
     stop_tokens: str = arg("auto", "comma-separated tokens that end a response; auto = the model's own")
-    max_prompt_tokens: int = arg(3200, "longer prompts are dropped and counted")
-    max_response_tokens: int = arg(4096, "a response cut here counts as wrong")
+    max_prompt_tokens: int = arg(3200, "longer prompts are dropped and counted", low=1)
+    max_response_tokens: int = arg(4096, "a response cut here counts as wrong", low=1)
 
-    # sampling
-    engine: str = arg("auto", "auto = vLLM if it imports and finds its device, else torch", ("auto", "vllm", "torch"))
-    prompts_per_step: int = arg(256, "P, prompts of a batch")
-    rollouts_per_prompt: int = arg(4, "n_bar, the mean number of rollouts of a prompt")
-    temperature: float = arg(1.0, "of training rollouts; no top-p or top-k: truncation would bias the ratio (4)")
-    max_rollouts: int = arg(256, "rollouts decoded at once (TorchEngine takes fewer where GPU memory is short)")
-    gpu_memory_utilization: float = arg(0.5, "vLLM: share of GPU memory it holds while sampling")
-    max_mismatch: float = arg(0.05, "stop when sampler and trainer log-probs differ by more than this on average")
+    engine: str = arg("auto", "auto = vLLM if it imports and finds its device, else torch", ("auto", "vllm", "torch"),
+                      heading="sampling")
+    prompts_per_step: int = arg(256, "P, prompts of a batch", low=1)
+    rollouts_per_prompt: int = arg(4, "n_bar, the mean number of rollouts of a prompt", low=1)
+    temperature: float = arg(1.0, "of training rollouts; no top-p or top-k: truncation would bias the ratio (4)",
+                             above=0)
+    max_rollouts: int = arg(256, "rollouts decoded at once (TorchEngine takes fewer where GPU memory is short)", low=1)
+    gpu_memory_utilization: float = arg(0.5, "vLLM: share of GPU memory it holds while sampling", low=0.01, high=1)
+    max_mismatch: float = arg(0.05, "stop when sampler and trainer log-probs differ by more than this on average",
+                              above=0)
 
-    # optimisation
     dtype: str = arg("auto", "of weights in the forward pass; auto = bfloat16 on CUDA, float32 elsewhere; "
-                             "the optimiser keeps float32 masters", ("auto", "bfloat16", "float32"))
-    minibatch_prompts: int = arg(128, "prompts of one optimiser step")
-    microbatch_tokens: int = arg(16384, "packed tokens of one forward and backward; changes memory, not the objective")
+                             "the optimiser keeps float32 masters", ("auto", "bfloat16", "float32"),
+                     heading="optimisation")
+    threads: int = arg(0, "of PyTorch on CPU; 0 = as PyTorch chooses (OMP_NUM_THREADS)", low=0)
+    minibatch_prompts: int = arg(128, "prompts of one optimiser step", low=1)
+    microbatch_tokens: int = arg(16384, "packed tokens of one forward and backward; changes memory, not the objective",
+                                 low=1)
     gradient_checkpointing: bool = arg(True, "recompute layers in backward")
-    learning_rate: float = arg(1e-6, "AdamW")
-    warmup_steps: int = arg(0, "optimiser steps of linear warm-up; constant afterwards")
-    beta1: float = arg(0.9, "AdamW")
-    beta2: float = arg(0.999, "AdamW")
-    adam_eps: float = arg(1e-8, "AdamW")
-    weight_decay: float = arg(0.01, "AdamW, decoupled, on all weights")
-    grad_clip: float = arg(1.0, "global gradient norm")
+    learning_rate: float = arg(1e-6, "AdamW, constant", above=0)
+    weight_decay: float = arg(0.01, "AdamW, decoupled, on all weights", low=0)
+    grad_clip: float = arg(1.0, "global gradient norm", above=0)
 
-    # the loss, (3)-(7)
-    kl_beta: float = arg(0.001, "beta_KL, weight of the k3 KL to the frozen base; 0 saves the reference model")
-    eps_low: float = arg(0.2, "lower clip of the ratio")
-    eps_high: float = arg(0.28, "upper clip of the ratio")
-    advantage_clip: float = arg(5.0, "advantages are clipped to [-c, c] before the adversary's weight")
+    kl_beta: float = arg(0.001, "beta_KL, weight of the k3 KL to the frozen base; 0 saves the reference model", low=0,
+                         heading="the loss, (3)-(7)")
+    eps_low: float = arg(0.2, "lower clip of the ratio", low=0, high=1)
+    eps_high: float = arg(0.28, "upper clip of the ratio", low=0)
+    advantage_clip: float = arg(5.0, "advantages are clipped to [-c, c] before the adversary's weight", above=0)
     std_normalize: bool = arg(True, "divide centred rewards by their std; off = Dr. GRPO")
     averaging: str = arg("prompt", "what weighs 1 in the loss: prompt = (7), its rollouts 1/n; rollout; token = DAPO",
                          ("prompt", "rollout", "token"))
-    importance_cap: float = arg(0.0, "truncated importance of trainer against sampler, per token, capped here; 0 = off")
+    importance_cap: float = arg(0.0, "truncated importance of trainer against sampler, per token, capped here; 0 = off",
+                                low=0)
 
-    # difficulty bins, (10)-(11)
-    bin_edges: str = arg("0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", "inner edges of the bins")
-    bin_history: int = arg(50, "H, visits that count")
-    bin_hysteresis: float = arg(0.03, "delta, margin to pass before a prompt leaves its bin")
+    bin_edges: str = arg("0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", "inner edges of the bins",
+                         heading="difficulty bins, (10)-(11)")
+    bin_history: int = arg(50, "H, visits that count", low=1)
+    bin_hysteresis: float = arg(0.03, "delta, margin to pass before a prompt leaves its bin", low=0)
     bin_success: str = arg("any", "a visit records its success rate, or whether any rollout was right (the paper; "
                                    "depends on n)", ("rate", "any"))
-    unseen_rate: float = arg(0.0, "estimate of a prompt before its first visit (official code: 0)")
+    unseen_rate: float = arg(0.0, "estimate of a prompt before its first visit (official code: 0)", low=0, high=1)
 
-    # Prompt-GDRO, (12)-(16)
     prompt_signal: str = arg("surrogate", "bin loss: surrogate = (5)-(7); reward = minus the mean reward (appendix B); "
-                                          "variance = of the reward within a prompt", tuple(SIGNALS))
-    prompt_eta: float = arg(0.65, "eta_q")
-    prompt_ema: float = arg(0.12, "beta, EMA rate of the scores")
-    prompt_gamma: float = arg(0.01, "uniform mixing of q")
-    score_clip: float = arg(5.0, "C, scores are clipped to [-C, C]; the paper gives no value")
-    weight_cap: float = arg(15.0, "omega_max")
+                                          "variance = of the reward within a prompt", tuple(SIGNALS),
+                             heading="Prompt-GDRO, (12)-(16)")
+    prompt_eta: float = arg(0.65, "eta_q", low=0)
+    prompt_ema: float = arg(0.12, "beta, EMA rate of the scores", above=0, high=1)
+    prompt_gamma: float = arg(0.01, "uniform mixing of q", low=0, high=1)
+    score_clip: float = arg(5.0, "C, scores are clipped to [-C, C]; the paper gives no value", above=0)
+    weight_cap: float = arg(15.0, "omega_max", above=0)
     share_normalize: str = arg("auto", "divide a bin's loss by its share of the batch; auto = with signal surrogate",
                                ("auto", "on", "off"))
-    share_floor: float = arg(0.05, "least share to divide by")
+    share_floor: float = arg(0.05, "least share to divide by", above=0)
     mean_one: bool = arg(False, "rescale the batch's weights to mean 1, as the official code does")
 
-    # Rollout-GDRO, (17)-(21)
-    n_min: int = arg(2, "fewest rollouts of a prompt")
-    n_max: int = arg(12, "most rollouts of a prompt")
+    n_min: int = arg(2, "fewest rollouts of a prompt", low=1, heading="Rollout-GDRO, (17)-(21)")
+    n_max: int = arg(12, "most rollouts of a prompt", low=1)
     rollout_utility: str = arg("surrogate", "worth of an arm: surrogate = the paper; official = its sign reversed; "
                                             "variance = -v_b/n; gain = expected learning; rank, knapsack = rivals",
                                tuple(UTILITIES))
     rollout_budget: str = arg("exact", "exact = the paper's DP; spread = same total, counts inside a bin may differ "
                                        "by one; dual = only the shadow price holds the mean", BUDGETS)
-    rollout_eta: float = arg(0.65, "EXP3P learning rate")
-    rollout_ema: float = arg(0.4, "EMA rate of the arm scores")
-    rollout_gamma: float = arg(0.01, "EXP3P uniform mixing")
-    alpha_mu: float = arg(0.05, "step size of the shadow price")
+    rollout_eta: float = arg(0.65, "EXP3P learning rate", low=0)
+    rollout_ema: float = arg(0.4, "EMA rate of the arm scores", above=0, high=1)
+    rollout_gamma: float = arg(0.01, "EXP3P uniform mixing", low=0, high=1)
+    alpha_mu: float = arg(0.05, "step size of the shadow price", low=0)
     allocation: str = arg("rollouts", "what the counts n_P become: rollouts; weights = a control, in which each has "
                                       "n_bar and its advantages are multiplied by n_P / n_bar", ("rollouts", "weights"))
 
-    # evaluation
-    eval_every: int = arg(50, "steps between evaluations; 0 = only after training (and before it)")
+    eval_every: int = arg(50, "steps between evaluations; 0 = only after training (and before it)", low=0,
+                          heading="evaluation")
     eval_first: bool = arg(True, "also evaluate the base, before the first step")
-    eval_rollouts: int = arg(8, "k, responses per problem for mean@k and pass@k")
-    eval_temperature: float = arg(0.6, "of evaluation; 0 = greedy, with --eval_rollouts 1")
-    eval_top_p: float = arg(0.8, "of evaluation; 1 = off")
-    eval_top_k: int = arg(20, "of evaluation; 0 = off")
-    grader_workers: int = arg(2, "processes for answers that need math-verify")
-    grader_timeout: float = arg(5.0, "seconds per answer; past it the response counts as wrong")
+    eval_rollouts: int = arg(8, "k, responses per problem for mean@k and pass@k", low=1)
+    eval_temperature: float = arg(0.6, "of evaluation; 0 = greedy, with --eval_rollouts 1", low=0)
+    eval_top_p: float = arg(0.8, "of evaluation; 1 = off", above=0, high=1)
+    eval_top_k: int = arg(20, "of evaluation; 0 = off", low=0)
+    grader_workers: int = arg(2, "processes for answers that need math-verify", low=1)
+    grader_timeout: float = arg(5.0, "seconds per answer; past it the response counts as wrong", above=0)
 
 
 # What the adversaries see and may do. "paper": Config's defaults, as the paper's text and scripts have it. "tuned":
@@ -152,8 +152,8 @@ PRESETS = {
     "qwen3-8b": ("paper", dict(model="Qwen/Qwen3-8B-Base")),
 }
 # What a resumed run may change; config.json records when it did. The rest would make it another experiment.
-MAY_CHANGE = ("steps", "out_dir", "save_every", "keep", "eval_every", "grader_workers", "grader_timeout", "microbatch_tokens",
-              "max_rollouts", "gpu_memory_utilization", "gradient_checkpointing", "learning_rate")
+MAY_CHANGE = ("steps", "out_dir", "save_every", "keep", "eval_every", "grader_workers", "grader_timeout", "threads",
+              "microbatch_tokens", "max_rollouts", "gpu_memory_utilization", "gradient_checkpointing", "learning_rate")
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Config, str, bool]:
@@ -170,11 +170,13 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, str, bool]:
                              "auto = tuned for the built-in tasks, else paper")
     parser.add_argument("--resume", action="store_true",
                         help="go on from the last checkpoint in out_dir; may change: " + ", ".join(MAY_CHANGE))
+    group = parser
     for f in dataclasses.fields(Config):
+        group = parser.add_argument_group(f.metadata["heading"]) if f.metadata["heading"] else group
         parse = {bool: _boolean, str: str, int: int, float: float}[type(f.default)]
-        parser.add_argument(f"--{f.name}", type=parse, choices=f.metadata["choices"], default=argparse.SUPPRESS,
-                            metavar=None if f.metadata["choices"] else f.name.upper(),
-                            help=f"{f.metadata['help']} [{f.default!r}]".replace("%", "%%"))
+        group.add_argument(f"--{f.name}", type=parse, choices=f.metadata["choices"], default=argparse.SUPPRESS,
+                           metavar=None if f.metadata["choices"] else f.name.upper(),
+                           help=f"{f.metadata['help']} [{f.default!r}]".replace("%", "%%"))
     given = vars(parser.parse_args(argv))
     preset, adversary, resume = given.pop("preset"), given.pop("adversary"), given.pop("resume")
     if preset == "auto":
@@ -194,31 +196,22 @@ def _boolean(text: str) -> bool:
 
 
 def check(cfg: Config) -> None:
-    """Raises ValueError for values that cannot work together, naming the flag."""
-    positive = ("prompts_per_step", "rollouts_per_prompt", "minibatch_prompts", "microbatch_tokens", "max_rollouts",
-                "max_prompt_tokens", "max_response_tokens", "eval_rollouts", "temperature", "learning_rate",
-                "grad_clip", "advantage_clip", "max_mismatch", "grader_timeout", "grader_workers")
-    for name in positive:
-        if not getattr(cfg, name) > 0:
-            raise ValueError(f"--{name} must be positive, got {getattr(cfg, name)}")
-    not_negative = ("steps", "seed", "save_every", "keep", "eval_every", "kl_beta", "importance_cap", "warmup_steps",
-                    "weight_decay", "train_problems", "eval_problems", "eval_temperature")
-    for name in not_negative:
-        if not getattr(cfg, name) >= 0:
-            raise ValueError(f"--{name} must not be negative, got {getattr(cfg, name)}")
-    ranges = {"eval_top_p": (1e-6, 1), "eps_low": (0, 1), "eps_high": (0, np.inf), "beta1": (0, 1), "beta2": (0, 1),
-              "unseen_rate": (0, 1), "gpu_memory_utilization": (0.01, 1), "adam_eps": (0, np.inf)}
-    for name, (low, high) in ranges.items():
-        if not low <= getattr(cfg, name) <= high:
-            raise ValueError(f"--{name} must be from {low} to {high}, got {getattr(cfg, name)}")
+    """Raises ValueError, naming the flag, for a value outside its bounds and for values that cannot work together."""
+    for f in dataclasses.fields(cfg):
+        value, bounds = getattr(cfg, f.name), f.metadata
+        for holds, what in ((bounds["low"] is None or value >= bounds["low"], f"at least {bounds['low']}"),
+                            (bounds["above"] is None or value > bounds["above"], f"above {bounds['above']}"),
+                            (bounds["high"] is None or value <= bounds["high"], f"at most {bounds['high']}")):
+            if not holds:  # nor does a comparison with NaN
+                raise ValueError(f"--{f.name} must be {what}, got {value}")
     if cfg.eval_temperature == 0 and cfg.eval_rollouts > 1:
         raise ValueError("--eval_temperature 0 gives the same response every time: use it with --eval_rollouts 1")
     if not cfg.steps and not cfg.eval_first:
         raise ValueError("--steps 0 only evaluates the base, which --eval_first false forbids")
-    if cfg.allocation == "weights" and cfg.mode in ("rollout", "both") and not UTILITIES[cfg.rollout_utility].by_share:
-        raise ValueError(f"--allocation weights draws {cfg.rollouts_per_prompt} rollouts of every prompt, so "
-                         f"--rollout_utility {cfg.rollout_utility} would only ever see that arm; take one that is known "
-                         f"for every arm: {', '.join(name for name, u in UTILITIES.items() if u.by_share)}")
     if cfg.minibatch_prompts > cfg.prompts_per_step:
         raise ValueError(f"--minibatch_prompts {cfg.minibatch_prompts} is more than --prompts_per_step "
                          f"{cfg.prompts_per_step}")
+    if cfg.allocation == "weights" and cfg.mode in ("rollout", "both") and not UTILITIES[cfg.rollout_utility].by_share:
+        raise ValueError(f"--allocation weights draws {cfg.rollouts_per_prompt} rollouts of every prompt, so "
+                         f"--rollout_utility {cfg.rollout_utility} would only ever see that arm; take one that is "
+                         f"known for every arm: {', '.join(name for name, u in UTILITIES.items() if u.by_share)}")

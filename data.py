@@ -45,6 +45,7 @@ class Problem:
     prompt: str
     answer: str
     style: str = "math"  # where a response states its answer, a key of reward.STYLES
+    kind: str = ""  # what evaluations tell apart; "" = nothing
 
 
 # ---- loading

@@ -4,14 +4,9 @@
     python eval.py --model out/arithmetic-prompt-0/model --benchmarks arithmetic
     python eval.py --regrade out/base/eval_samples.jsonl
 
-    mean@m  the mean share of right responses among the m drawn for each problem
-    pass@k  the chance that at least one of k responses is right, estimated without bias from the m >= k drawn:
-            1 - C(m - c, k) / C(m, k) for c right ones
-    [a, b]  95% interval: percentiles of the bootstrap over problems
-
-A response cut at the length limit counts as wrong, as in training. `train.py --eval_every` uses the same functions.
-The folder holds eval_samples.jsonl, a line a response, and eval.json. An interrupted evaluation goes on where it was;
-with torchrun the problems are shared out, and the figures do not depend on the number of processes.
+The figures are those of metrics.py, as in `train.py --eval_every`; a response cut at the length limit counts as wrong,
+as in training. The folder holds eval_samples.jsonl, a line a response, and eval.json. An interrupted evaluation goes on
+where it was; with torchrun the problems are dealt out, and the figures do not depend on the number of processes.
 """
 
 import argparse
@@ -28,16 +23,16 @@ import numpy as np
 from tqdm import tqdm
 
 import tasks
-from data import HUB_SETS, SUFFIXES, Problem, encode_prompts, load_problems, stop_token_ids
+from config import PROMPT_SUFFIX
+from data import HUB_SETS, SUFFIXES, Problem, encode_prompts
 from metrics import figures
-from model import ModelConfig, fetch
+from policy import Policy
 from ranks import Ranks, RunError, say
 from reward import Grader
 from rollout import Sampling, choose_engine, draw_together, make_engine, rollout_seed
 from runfolder import environment, portable, replace_text, write_json
 
 PAPER_BENCHMARKS = ("math500", "aime24", "aime25", "amc23", "minerva", "olympiad", "gpqa")
-PROMPT_SUFFIX = " Let's think step by step and output the final answer within \\boxed{}."
 CHUNK = 64  # problems that a rank draws between two writes to eval_samples.jsonl
 PAPER = Path(__file__).parent / "results" / "paper.json"  # its Table 1
 
@@ -77,14 +72,11 @@ def read_samples(path: Path) -> list[Sample]:
 
 
 def grade(samples: list[Sample], grader: Grader) -> list[Sample]:
-    """The samples with verdicts of the grader as it is now; one cut at the length limit is wrong, whatever it says."""
-    whole = [s for s in samples if s.finish != "length"]
-    grades = iter(grader.grade([s.response for s in whole], [s.gold for s in whole], [s.style for s in whole]))
-    graded = []
-    for s in samples:
-        right, extracted, timed_out = (False, None, False) if s.finish == "length" else next(grades)
-        graded.append(dataclasses.replace(s, right=right, extracted=extracted, timed_out=timed_out))
-    return graded
+    """The samples with verdicts of the grader as it is now."""
+    grades = grader.grade([s.response for s in samples], [s.gold for s in samples], [s.style for s in samples],
+                          cut=[s.finish == "length" for s in samples])
+    return [dataclasses.replace(s, right=g.right, extracted=g.extracted, timed_out=g.timed_out)
+            for s, g in zip(samples, grades, strict=True)]
 
 
 def summary(samples: list[Sample]) -> dict[str, dict]:
@@ -149,17 +141,14 @@ def load_benchmarks(names: Iterable[str], tokenizer, args) -> tuple[list[Benchma
     found, missing = [], {}
     for name in names:
         try:
-            if name in tasks.TASKS:
-                problems, record, suffix = tasks.problems(name, "heldout", 500), {"source": name}, ""
-            else:
-                (problems, record), suffix = load_problems(name), args.prompt_suffix
+            problems, record = tasks.load(name, split="heldout", limit=args.problems)
         except (ConnectionError, FileNotFoundError) as error:
             missing[portable(name)] = str(error)
             say(f"WARNING: {name} is left out. {error}")
             continue
         problems, prompts, counts = encode_prompts(
-            problems[: args.problems or None], tokenizer, suffix=suffix, chat_template=args.chat_template,
-            max_tokens=args.max_prompt_tokens)
+            problems, tokenizer, suffix="" if name.partition(":")[0] in tasks.TASKS else args.prompt_suffix,
+            chat_template=args.chat_template, max_tokens=args.max_prompt_tokens)
         if counts["too_long"]:
             say(f"{name}: {counts['too_long']} problems over {args.max_prompt_tokens} tokens are left out")
         label = Path(name).stem if name.endswith(SUFFIXES) else name
@@ -178,7 +167,7 @@ def draw_samples(benchmarks: list[Benchmark], path: Path, engine, ranks: Ranks, 
     finished = len(done) // (chunk * k) * chunk  # problems of whole chunks
     if len(done) == len(work) * k:
         finished = len(work)
-    finished = int(ranks.share(np.array([finished * (ranks.rank == 0)]))[0])
+    finished = int(ranks.merge(np.array([finished * (ranks.rank == 0)]))[0])
     samples = done[: finished * k]
     if ranks.rank == 0:
         replace_text(path, "".join(json.dumps(dataclasses.asdict(s)) + "\n" for s in samples))
@@ -186,13 +175,11 @@ def draw_samples(benchmarks: list[Benchmark], path: Path, engine, ranks: Ranks, 
     for start in range(finished, len(work), chunk):
         part = work[start : start + chunk]
         seed_P = [rollout_seed(seed, -1, b.problems[p].id) for b, p in part]
-        tokens, _, offsets, truncated = draw_together(
-            engine, ranks, [b.prompts[p] for b, p in part], [k] * len(part), seed_P, sampling, np.ones(len(part)))
+        batch = draw_together(engine, ranks, [b.prompts[p] for b, p in part], [k] * len(part), seed_P, sampling)
         if ranks.rank == 0:
-            responses = tokenizer.batch_decode([x.tolist() for x in np.split(tokens, offsets[1:-1])],
-                                               skip_special_tokens=True)
+            responses = batch.texts(tokenizer)
             drawn = [Sample(b.name, b.problems[p].id, j, b.problems[p].answer, b.problems[p].style, responses[r], None,
-                            False, False, int(offsets[r + 1] - offsets[r]), "length" if truncated[r] else "stop")
+                            False, False, int(batch.lengths[r]), "length" if batch.truncated[r] else "stop")
                      for r, (b, p, j) in enumerate((b, p, j) for b, p in part for j in range(k))]
             samples += grade(drawn, grader)
             with open(path, "a", encoding="utf-8") as file:
@@ -283,41 +270,31 @@ def begin(out: Path, settings: dict, ranks: Ranks) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    import torch
-    from transformers import AutoTokenizer
-
     ranks = Ranks()
-    folder = tasks.base_model(args.model) if args.model in tasks.TASKS else fetch(args.model, args.revision)
-    context = ModelConfig.from_hf(json.loads((folder / "config.json").read_text())).max_position_embeddings
+    policy = Policy.open(args.model, revision=args.revision, dtype=args.dtype, device=ranks.device)
+    context = policy.config.max_position_embeddings
     args.max_prompt_tokens = args.max_prompt_tokens or min(3200, context // 2)
     args.max_response_tokens = args.max_response_tokens or min(4096, context - args.max_prompt_tokens)
-    if args.max_prompt_tokens + args.max_response_tokens > context:
-        raise ValueError(f"--max_prompt_tokens + --max_response_tokens is more than the model's context, {context}")
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    generation = folder / "generation_config.json"
-    stop_ids = stop_token_ids(tokenizer, generation_config=json.loads(generation.read_text()) if generation.exists()
-                              else None)
-    benchmarks, missing = load_benchmarks(args.benchmarks, tokenizer, args)
+    policy.check_context(args.max_prompt_tokens, args.max_response_tokens)
+    benchmarks, missing = load_benchmarks(args.benchmarks, policy.tokenizer, args)
     if not benchmarks:
         raise ValueError("no benchmark could be loaded")
     kind, why = choose_engine(args.engine, ranks.device)
     say(f"engine: {kind}. {why}")
-    dtype = {"auto": torch.bfloat16 if ranks.device.type == "cuda" else torch.float32, "bfloat16": torch.bfloat16,
-             "float32": torch.float32}[args.dtype]
     names = ("k", "temperature", "top_p", "top_k", "seed", "max_prompt_tokens", "max_response_tokens", "prompt_suffix",
              "chat_template")
-    settings = {"model": portable(args.model), "folder": folder.name, "engine": kind, "dtype": str(dtype)[6:],
-                **{name: getattr(args, name) for name in names},
+    settings = {"model": portable(args.model), "folder": policy.folder.name, "engine": kind,
+                "dtype": str(policy.dtype)[6:], **{name: getattr(args, name) for name in names},
                 "benchmarks": {b.name: {"problems": len(b.problems), **b.record} for b in benchmarks}}
     out = args.out or Path("out") / f"eval-{Path(args.model).name}"
     begin(out, settings, ranks)
-    engine = make_engine(kind, folder, dtype=dtype, device=ranks.device, max_prompt_tokens=args.max_prompt_tokens,
-                         max_response_tokens=args.max_response_tokens, max_rollouts=args.max_rollouts, seed=args.seed,
-                         gpu_memory_utilization=args.gpu_memory_utilization)
-    sampling = Sampling(args.max_response_tokens, args.temperature, args.top_p, args.top_k, stop_ids)
+    engine = make_engine(kind, policy.folder, dtype=policy.dtype, device=ranks.device, seed=args.seed,
+                         max_prompt_tokens=args.max_prompt_tokens, max_response_tokens=args.max_response_tokens,
+                         max_rollouts=args.max_rollouts, gpu_memory_utilization=args.gpu_memory_utilization)
+    sampling = Sampling(args.max_response_tokens, args.temperature, args.top_p, args.top_k, policy.stop_ids)
     with Grader(workers=args.grader_workers, timeout=args.grader_timeout) as grader:
-        samples = draw_samples(benchmarks, out / "eval_samples.jsonl", engine, ranks, tokenizer, sampling, k=args.k,
-                               seed=args.seed, grader=grader)
+        samples = draw_samples(benchmarks, out / "eval_samples.jsonl", engine, ranks, policy.tokenizer, sampling,
+                               k=args.k, seed=args.seed, grader=grader)
     if ranks.rank == 0:
         rows = summary(samples)
         write_json(out / "eval.json", {"settings": settings, "missing": missing, "environment": environment(),

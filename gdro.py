@@ -394,7 +394,7 @@ class RolloutGDRO:
 
 
 class JointChoice:
-    """(19): max sum_b value[b, k_b] over one arm k_b a bin, for every total of extra rollouts sum_b count[b] k_b at once.
+    """(19): max sum_b value[b, k_b] over one arm k_b a bin, for every total sum_b count[b] k_b of extra rollouts.
 
     With `spread`, a bin may also stand between two arms: r of its m prompts at arm k + 1, the others at k, worth
     value_k + (r/m) (value_{k+1} - value_k). Plain dynamic programming over the bins: an optimum for t extra rollouts is

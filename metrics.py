@@ -12,8 +12,6 @@ from math import comb
 
 import numpy as np
 
-from data import Problem
-
 
 def pass_at_k(correct: np.ndarray, drawn: int, k: int) -> np.ndarray:
     """Unbiased pass@k of problems with `correct` (P,) right responses of `drawn`, (P,). Needs k <= drawn."""
@@ -61,7 +59,7 @@ class Evaluation:
     passes: dict[int, float]  # k -> pass@k, for the powers of two up to rollouts
     response_tokens_mean: float
     truncated_frac: float
-    by_kind: dict[str, list[float]]  # what precedes ":" in an id, if there are at most 20 -> [problems, mean, pass@k]
+    by_kind: dict[str, list[float]]  # kind of problem -> [problems, mean, pass@k]
     intervals: dict[str, list[float]] = field(default_factory=dict)  # "mean@16" and so on -> [low, high], 95%
 
     @property
@@ -70,18 +68,16 @@ class Evaluation:
         return min(8, max(self.passes))
 
     @classmethod
-    def of(cls, step: int, problems: list[Problem], right: np.ndarray, response_tokens_mean: float,
+    def of(cls, step: int, kinds: list[str], right: np.ndarray, response_tokens_mean: float,
            truncated_frac: float) -> "Evaluation":
-        """right: (P, rollouts) bool."""
+        """kinds: of the P problems, "" = of none in particular; right: (P, rollouts) bool."""
         found = figures([right])
         passes = {int(name.removeprefix("pass@")): f[0] for name, f in found.items() if name.startswith("pass@")}
         headline = pass_at_k(right.sum(axis=1), right.shape[1], min(8, max(passes)))
-        kinds = np.array([p.id.split(":")[0] if ":" in p.id else "all" for p in problems])
-        if len(set(kinds)) > 20:  # ids that merely contain a colon
-            kinds[:] = "all"
-        by_kind = {str(kind): [int((kinds == kind).sum()), float(right[kinds == kind].mean()),
-                               float(headline[kinds == kind].mean())] for kind in dict.fromkeys(kinds)}
-        return cls(step, len(problems), right.shape[1], float(right.mean()), passes, response_tokens_mean,
+        kind_P = np.array([kind or "all" for kind in kinds])
+        by_kind = {str(kind): [int((kind_P == kind).sum()), float(right[kind_P == kind].mean()),
+                               float(headline[kind_P == kind].mean())] for kind in dict.fromkeys(kind_P)}
+        return cls(step, len(kinds), right.shape[1], float(right.mean()), passes, response_tokens_mean,
                    truncated_frac, by_kind, {name: f[1:] for name, f in found.items()})
 
     def to_json(self) -> dict:

@@ -212,31 +212,34 @@ class KVCache:
             cache[:, : len(rows), : self.longest] = cache[:, rows, : self.longest]
         self.k, self.v = self.k[:, : len(rows)], self.v[:, : len(rows)]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Appends one token a slot, k and v (slots, Hkv, d), and attends from it: q (slots, H, d) -> (slots, H, d)."""
-        S, H, d = q.shape
-        heads = self.config.num_key_value_heads
-        rows, at = self._rows, self._at
-        self.k[layer, rows, at], self.v[layer, rows, at] = k.reshape(-1, d), v.reshape(-1, d)
-        seen = slice(0, self.longest + 1)
-        scores = torch.bmm(q.reshape(S * heads, H // heads, d), self.k[layer, :, seen].transpose(1, 2)) * d**-0.5
-        p = (scores.float() + self._mask).softmax(dim=-1).to(v.dtype)  # (S * Hkv, G, L)
-        return torch.bmm(p, self.v[layer, :, seen]).view(S, H, d)
-
-    def begin_step(self) -> Tensor:
-        """Prepares indices and mask for one token a slot; returns the tokens' positions, (slots,)."""
-        if self.longest >= self.max_len:
-            raise ValueError(f"the KV cache is full: {self.max_len} tokens")
-        heads = self.config.num_key_value_heads
-        self._rows = torch.arange(len(self.length) * heads, device=self.length.device)
-        self._at = self.length.repeat_interleave(heads)
-        future = torch.arange(self.longest + 1, device=self._at.device) > self._at[:, None]  # (slots * Hkv, L)
-        self._mask = torch.zeros(future.shape, device=self._at.device).masked_fill_(future, -torch.inf)[:, None]
-        return self.length
-
-    def end_step(self) -> None:
+    def advance(self) -> None:
+        """Every slot has been fed one token."""
         self.length = self.length + 1
         self.longest += 1
+
+
+class CachedAttention:
+    """One decoding step: one new token a slot attends to what the cache holds of it, to which it is appended."""
+
+    def __init__(self, cache: KVCache):
+        if cache.longest >= cache.max_len:
+            raise ValueError(f"the KV cache is full: {cache.max_len} tokens")
+        self.cache, self.positions = cache, cache.length  # (slots,)
+        heads = cache.config.num_key_value_heads
+        self.rows = torch.arange(len(cache.length) * heads, device=cache.length.device)
+        self.at = cache.length.repeat_interleave(heads)
+        future = torch.arange(cache.longest + 1, device=self.at.device) > self.at[:, None]  # (slots * Hkv, L)
+        self.mask = torch.zeros(future.shape, device=self.at.device).masked_fill_(future, -torch.inf)[:, None]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (slots, H, d), k and v (slots, Hkv, d) -> (slots, H, d)."""
+        S, H, d = q.shape
+        heads, keys, values = k.shape[1], self.cache.k[layer], self.cache.v[layer]  # (slots * Hkv, L, d)
+        keys[self.rows, self.at], values[self.rows, self.at] = k.reshape(-1, d), v.reshape(-1, d)
+        seen = slice(0, self.mask.shape[-1])
+        scores = torch.bmm(q.reshape(S * heads, H // heads, d), keys[:, seen].transpose(1, 2)) * d**-0.5
+        p = (scores.float() + self.mask).softmax(dim=-1).to(v.dtype)  # (S * Hkv, G, L)
+        return torch.bmm(p, values[:, seen]).view(S, H, d)
 
 
 class Transformer(nn.Module):
@@ -257,12 +260,12 @@ class Transformer(nn.Module):
         """The output matrix, (V, D)."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def _run(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """tokens, positions (T,) -> hidden states after the last norm (T, D)."""
+    def forward(self, tokens: Tensor, attend: PackedAttention | CachedAttention) -> Tensor:
+        """tokens (T,), packed or one a slot -> hidden states after the last norm (T, D)."""
         x = self.model.embed_tokens(tokens)  # (T, D)
         half = self.config.head_dim // 2
         plane = torch.arange(half, device=x.device, dtype=torch.float32)
-        angle = positions.float()[:, None] * self.config.rope_theta ** (-plane / half)  # (T, d/2), float32
+        angle = attend.positions.float()[:, None] * self.config.rope_theta ** (-plane / half)  # (T, d/2), float32
         cos, sin = angle.cos().to(x.dtype)[:, None], angle.sin().to(x.dtype)[:, None]  # (T, 1, d/2)
         for i, layer in enumerate(self.model.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -270,10 +273,6 @@ class Transformer(nn.Module):
             else:
                 x = layer(x, cos, sin, attend, i)
         return self.model.norm(x)
-
-    def forward(self, tokens: Tensor, packed: PackedAttention) -> Tensor:
-        """Packed tokens (T,) -> hidden states (T, D); with `packed.kv` the keys and values are kept there."""
-        return self._run(tokens, packed.positions, packed)
 
     def logprobs(self, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int, targets: Tensor, *,
                  temperature: float = 1.0, entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -295,8 +294,8 @@ class Transformer(nn.Module):
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Feeds one token a slot, (slots,), and returns the logits of the next, (slots, V) float32."""
-        hidden = self._run(tokens, cache.begin_step(), cache.attend)
-        cache.end_step()
+        hidden = self(tokens, CachedAttention(cache))
+        cache.advance()
         return self.logits(hidden)
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
-"""The processes of a run: what they share, how work is dealt out among them, and what they run on.
+"""The processes of a run: how work is dealt out among them, and how their results meet.
 
-With torchrun every rank holds the results of all; work is shared out by its cost, and results meet in one collective: a
+With torchrun every rank holds the results of all; work is dealt out by its cost, and results meet in one collective: a
 sum of arrays in which each rank filled its own places and left zeros elsewhere, which is exact.
 """
 
@@ -36,7 +36,7 @@ class Ranks:
             # A rank that dies should fail the others within minutes, not after the default half hour of silence.
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=15))
 
-    def share(self, array: np.ndarray) -> np.ndarray:
+    def merge(self, array: np.ndarray) -> np.ndarray:
         """Sum over ranks of arrays in which each rank filled its own places and left zeros elsewhere. Exact."""
         if self.world == 1:
             return array
@@ -56,12 +56,12 @@ class Ranks:
         """Raises when the ranks do not hold the same 63-bit digest."""
         mine = np.zeros(self.world, np.int64)
         mine[self.rank] = digest
-        all_digests = self.share(mine)
+        all_digests = self.merge(mine)
         if len(set(all_digests.tolist())) > 1:
             raise RunError(f"ranks disagree on {what}: digests {all_digests.tolist()}")
 
 
-def share_out(cost: np.ndarray, ranks: int) -> np.ndarray:
+def deal(cost: np.ndarray, ranks: int) -> np.ndarray:
     """Which rank does which piece of work, (n,): the costliest first, each to the rank with least so far."""
     load, owner = np.zeros(ranks), np.zeros(len(cost), int)
     for i in np.argsort(-cost, kind="stable"):

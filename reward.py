@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from equivalence import (
@@ -256,14 +257,18 @@ class Grader:
         self.failures = 0
         self._cache: dict[tuple[str | None, str], bool | str] = {}
 
-    def grade(self, responses: list[str], answers: list[str], styles: list[str]) -> list[Grade]:
+    def grade(self, responses: list[str], answers: list[str], styles: list[str],
+              cut: Sequence[bool] | None = None) -> list[Grade]:
         """One verdict a response; R texts, R gold answers and R keys of STYLES, else ValueError.
 
-        Equal (extracted, gold) pairs are decided once, now and later.
+        `cut`: which responses ended at the length limit (none if not given); those are wrong, whatever they say. Equal
+        (extracted, gold) pairs are decided once, now and later.
         """
         if unknown := set(styles) - STYLES.keys():
             raise ValueError(f"unknown answer style {sorted(unknown)}; there are {', '.join(STYLES)}")
-        pairs = [(extract(r, style), gold) for r, gold, style in zip(responses, answers, styles, strict=True)]
+        cut = [False] * len(responses) if cut is None else cut
+        pairs = [(None if over else extract(r, style), gold)
+                 for r, gold, style, over in zip(responses, answers, styles, cut, strict=True)]
         verdicts = {p: self._cache[p] if p in self._cache else compare(*p) for p in dict.fromkeys(pairs)}
         hard = self._grade([p for p, verdict in verdicts.items() if verdict is None])
         verdicts |= hard

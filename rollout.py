@@ -21,7 +21,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from model import KVCache, PackedAttention, Transformer
-from ranks import Ranks, share_out
+from ranks import Ranks, deal
 
 # vLLM warns here of what is meant: no tokenizer, eager on CPU, reseeding (undone below), layers without own weights.
 NOISY_LOGGERS = ("vllm.renderers.base", "vllm.v1.worker.cpu_worker", "vllm.engine.arg_utils", "vllm.config.vllm",
@@ -79,6 +79,11 @@ class Batch:
 
     def response(self, r: int) -> np.ndarray:
         return self.tokens[self.offsets[r] : self.offsets[r + 1]]
+
+    def texts(self, tokenizer) -> list[str]:
+        """The R responses as text, special tokens left out."""
+        return tokenizer.batch_decode([self.response(r).tolist() for r in range(len(self.owner))],
+                                      skip_special_tokens=True)
 
     def cost(self) -> np.ndarray:
         """Tokens that each rollout takes in a packed row, (R,)."""
@@ -347,87 +352,91 @@ class TorchEngine:
 
 
 class _Decoding:
-    """One generate() call: R rollouts through S slots. Idle slots write to a spare row R of the outputs."""
+    """One generate() call: R rollouts through S slots. An idle slot feeds a spare row R of the outputs."""
 
     def __init__(self, engine: TorchEngine, prompts, n_P, seed_P, sampling: Sampling):
-        self.model, self.device, self.sampling, self.prompts = engine.model, engine.device, sampling, prompts
         if not all(prompts):
             raise ValueError("a prompt has 0 tokens")
+        self.model, self.sampling, self.prompts = engine.model, sampling, prompts
         self.owner_R = np.repeat(np.arange(len(prompts)), n_P)
-        R, T = len(self.owner_R), sampling.max_tokens
+        R, T, device = len(self.owner_R), sampling.max_tokens, engine.device
         index_R = np.concatenate([np.arange(n) for n in n_P]) if R else np.zeros(0, int)
         uniform = np.empty((R + 1, T), np.float32)  # what draws token t of rollout r
         for r in range(R):
             stream = np.random.Philox(key=[int(seed_P[self.owner_R[r]]), int(index_R[r])])
             uniform[r] = np.random.Generator(stream).random(T, dtype=np.float32)
-        self.uniform = torch.from_numpy(uniform).to(self.device)
-        self.tokens = torch.zeros((R + 1, T), dtype=torch.int32, device=self.device)
-        self.logprobs = torch.zeros((R + 1, T), dtype=torch.float32, device=self.device)
-        self.length = torch.zeros(R + 1, dtype=torch.long, device=self.device)
-        self.stopped = torch.zeros(R + 1, dtype=torch.bool, device=self.device)
-        self.stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.long, device=self.device)
+        self.uniform = torch.from_numpy(uniform).to(device)
+        self.tokens = torch.zeros((R + 1, T), dtype=torch.int32, device=device)
+        self.logprobs = torch.zeros((R + 1, T), dtype=torch.float32, device=device)
+        self.length = torch.zeros(R + 1, dtype=torch.long, device=device)
+        self.stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.long, device=device)
         longest = max((len(prompts[i]) for i in set(self.owner_R.tolist())), default=0)
         S = min(engine.slots(longest + T), max(R, 1))
-        self.cache = KVCache(engine.model.config, S, longest + T, dtype=engine.dtype, device=self.device)
-        self.logits = torch.zeros((S, engine.model.config.vocab_size), device=self.device)
-        self.rollout_S = torch.full((S,), R, device=self.device)
-        self.R, self.T, self.next, self.free, self.unfinished = R, T, 0, S, R
+        self.cache = KVCache(engine.model.config, S, longest + T, dtype=engine.dtype, device=device)
+        self.logits = torch.zeros((S, engine.model.config.vocab_size), device=device)
+        self.rollout_S = torch.full((S,), R, device=device)
+        self.begun = 0  # rollouts that have had a slot
+
+    @property
+    def busy(self) -> torch.Tensor:
+        """The slots that decode a rollout."""
+        return (self.rollout_S != len(self.owner_R)).nonzero().squeeze(1)
+
+    @property
+    def unfinished(self) -> int:
+        return len(self.owner_R) - self.begun + len(self.busy)
 
     def refill(self) -> None:
         """Starts queued rollouts once an eighth of the slots is free; with none queued, closes the ranks instead."""
-        slots = len(self.rollout_S)
-        if self.next < self.R and self.free >= min(max(1, slots // 8), self.R - self.next):
-            empty = (self.rollout_S == self.R).nonzero().squeeze(1)
+        slots, waiting, busy = len(self.rollout_S), len(self.owner_R) - self.begun, self.busy
+        free = slots - len(busy)
+        if waiting and free >= min(max(1, slots // 8), waiting):
+            empty = (self.rollout_S == len(self.owner_R)).nonzero().squeeze(1)
             take, tokens = [], 0
-            while self.next < self.R and len(take) < len(empty) and tokens < TorchEngine.PREFILL_TOKENS:
-                if not take or self.owner_R[take[-1]] != self.owner_R[self.next]:
-                    tokens += len(self.prompts[self.owner_R[self.next]])
-                take.append(self.next)
-                self.next += 1
-            self._prefill(empty[: len(take)], torch.tensor(take, device=self.device))
-            self.free -= len(take)
+            for r in range(self.begun, min(self.begun + free, len(self.owner_R))):
+                if tokens >= TorchEngine.PREFILL_TOKENS:
+                    break
+                if not take or self.owner_R[take[-1]] != self.owner_R[r]:
+                    tokens += len(self.prompts[self.owner_R[r]])
+                take.append(r)
+            self._prefill(empty[: len(take)], torch.tensor(take, device=empty.device))
+            self.begun += len(take)
             self.cache.release(empty[len(take) :])  # passed over: they must not grow past the cache's end
-        elif self.next == self.R and 4 * self.free >= slots:
-            busy = (self.rollout_S != self.R).nonzero().squeeze(1)
+        elif not waiting and 4 * free >= slots:
             self.cache.keep(busy)
-            self.rollout_S, self.logits, self.free = self.rollout_S[busy], self.logits[busy], 0
+            self.rollout_S, self.logits = self.rollout_S[busy], self.logits[busy]
 
     def _prefill(self, slots: torch.Tensor, rollouts: torch.Tensor) -> None:
         prompt, source = np.unique(self.owner_R[rollouts.cpu().numpy()], return_inverse=True)
         lengths = torch.tensor([len(self.prompts[i]) for i in prompt])
-        cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0))).to(self.device)
-        tokens = torch.tensor([t for i in prompt for t in self.prompts[i]], device=self.device)
+        cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0))).to(slots.device)
+        tokens = torch.tensor([t for i in prompt for t in self.prompts[i]], device=slots.device)
         packed = PackedAttention(cu_seqlens, int(lengths.max()), keep_kv=True)
         hidden = self.model(tokens, packed)
-        source = torch.from_numpy(source).to(self.device)
+        source = torch.from_numpy(source).to(slots.device)
         self.cache.fill(slots, source, packed)
         self.logits[slots] = self.model.logits(hidden[cu_seqlens[1:] - 1])[source]  # one prefill serves all rollouts
         self.rollout_S[slots] = rollouts
 
     def step(self) -> int:
         """Draws one token in every slot, retires the finished rollouts, feeds the others. Returns how many finished."""
-        r = self.rollout_S
-        t = self.length[r].clamp(max=self.T - 1)
+        r, (spare, T) = self.rollout_S, (len(self.owner_R), self.tokens.shape[1])
+        t = self.length[r].clamp(max=T - 1)
         token, logprob = draw(self.logits, self.uniform[r, t], self.sampling)
         self.tokens[r, t], self.logprobs[r, t] = token.int(), logprob
         self.length[r] = t + 1
-        stop = torch.isin(token, self.stop_ids)
-        self.stopped[r] = stop
-        done = ((stop | (t + 1 == self.T)) & (r != self.R)).nonzero().squeeze(1)
+        done = ((torch.isin(token, self.stop_ids) | (t + 1 == T)) & (r != spare)).nonzero().squeeze(1)
         if len(done):
-            self.rollout_S[done] = self.R
+            self.rollout_S[done] = spare
             self.cache.release(done)
-            self.free += len(done)
-            self.unfinished -= len(done)
-        if self.unfinished and self.free < len(self.rollout_S):
+        if len(self.busy):
             self.logits = self.model.decode(token, self.cache)
         return len(done)
 
     def rollouts(self) -> list[Rollout]:
-        tokens, logprobs = self.tokens.cpu().numpy(), self.logprobs.cpu().numpy()
-        length, stopped = self.length.tolist(), self.stopped.tolist()
-        return [Rollout(tokens[r, : length[r]].copy(), logprobs[r, : length[r]].copy(), not stopped[r])
-                for r in range(self.R)]
+        tokens, logprobs, length = (x.cpu().numpy() for x in (self.tokens, self.logprobs, self.length))
+        return [Rollout(tokens[r, :n].copy(), logprobs[r, :n].copy(), tokens[r, n - 1] not in self.sampling.stop_ids)
+                for r, n in enumerate(length[:-1])]
 
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
@@ -452,16 +461,14 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tup
     return token, logp.gather(1, token.unsqueeze(1)).squeeze(1)
 
 
-def draw_together(engine, ranks: Ranks, prompts: list[list[int]], n_P, seed_P: list[int], sampling,
-                  expected_P) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Rollouts of all prompts, each rank drawing its share with its own engine, then known to all.
+def draw_together(engine, ranks: Ranks, prompts: list[list[int]], n_P, seed_P: list[int], sampling: Sampling,
+                  expected_P: np.ndarray | None = None) -> Batch:
+    """Rollouts of all prompts, each rank drawing its part with its own engine, then known to all.
 
-    n_P (P,) rollouts of each prompt; expected_P (P,) response tokens expected of one, to share out the work. Returns
-    tokens (N,) int64 and the sampler's log-probs (N,) float32 of all responses end to end, their borders (R + 1,), and
-    which were cut at the length limit, (R,) bool; R = sum(n_P), prompt-major.
+    n_P (P,) rollouts of each prompt; expected_P (P,) response tokens expected of one, to deal out the work evenly.
     """
-    lengths_P = np.array([len(p) for p in prompts])
-    rank_P = share_out(np.asarray(n_P) * (lengths_P + expected_P), ranks.world)
+    expected_P = np.array([len(p) for p in prompts]) + (1 if expected_P is None else expected_P)
+    rank_P = deal(np.asarray(n_P) * expected_P, ranks.world)
     owner_R = np.repeat(np.arange(len(prompts)), n_P)
     mine_P, mine_R = np.flatnonzero(rank_P == ranks.rank), np.flatnonzero(rank_P[owner_R] == ranks.rank)
     drawn = engine.generate([prompts[p] for p in mine_P], [int(n_P[p]) for p in mine_P], [seed_P[p] for p in mine_P],
@@ -470,10 +477,10 @@ def draw_together(engine, ranks: Ranks, prompts: list[list[int]], n_P, seed_P: l
     length_R, truncated_R = np.zeros(len(owner_R), np.int64), np.zeros(len(owner_R), np.int64)
     for r, rollout in zip(mine_R, drawn, strict=True):
         length_R[r], truncated_R[r] = len(rollout.tokens), rollout.truncated
-    length_R, truncated_R = ranks.share(length_R), ranks.share(truncated_R)
+    length_R, truncated_R = ranks.merge(length_R), ranks.merge(truncated_R)
     offsets = np.concatenate(([0], length_R.cumsum()))
     tokens, logp = np.zeros(offsets[-1], np.int64), np.zeros(offsets[-1], np.float32)
     for r, rollout in zip(mine_R, drawn, strict=True):
         place = slice(offsets[r], offsets[r + 1])
         tokens[place], logp[place] = rollout.tokens, rollout.logprobs
-    return ranks.share(tokens), ranks.share(logp), offsets, truncated_R.astype(bool)
+    return Batch(prompts, owner_R, offsets, ranks.merge(tokens), ranks.merge(logp), truncated_R.astype(bool))

@@ -10,12 +10,17 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from config import MAY_CHANGE, Config
 from metrics import Evaluation
@@ -53,6 +58,7 @@ def jsonable(x):
         x = x.item()
     return None if isinstance(x, float) and x != x else x
 
+
 def write_json(path: Path, content) -> None:
     """Written aside and renamed into place: a reader sees the old file or the new one, whole."""
     replace_text(path, json.dumps(content, indent=1) + "\n")
@@ -67,20 +73,32 @@ def replace_text(path: Path, text: str) -> None:
 # ------------------------------------------------------------------------------------------------ the folder
 
 
+TENSORS, ARRAYS, STATE = "optimizer.safetensors", "adversaries.npz", "state.json"  # in checkpoint/step_N/
+
+
+class Checkpoint(NamedTuple):
+    """Everything needed to go on exactly. No pickle, and no random state, because there is none: every draw is a
+    function of (seed, step, prompt id)."""
+
+    tensors: dict[str, torch.Tensor]  # master weights and the optimiser's moments
+    arrays: dict[str, np.ndarray]  # bins and adversaries
+    state: dict  # JSON: next_step, optimizer_steps, evaluations
+
+
 class RunFolder:
-    """config.json, metrics.jsonl, samples.jsonl, eval.json, checkpoint/step_N/, model/. Written by the first rank."""
+    """One run on disk."""
 
     def __init__(self, cfg: Config):
         self.path = Path(cfg.out_dir)
         self.config = {k: portable(v) for k, v in dataclasses.asdict(cfg).items() if k != "out_dir"}
 
-    def open(self, resume: bool) -> tuple[list[Path], dict | None]:
-        """The checkpoints to go on from, the newest first, and what the run had loaded, None if there was none.
+    def open(self, resume: bool) -> dict | None:
+        """What the run to be gone on with had loaded, None to begin one.
 
         Raises FileExistsError for a folder in use, ValueError for changed settings.
         """
         if not (self.path / "config.json").exists():
-            return [], None
+            return None
         if not resume:
             raise FileExistsError(f"{self.path} holds a run already: add --resume to go on with it, or choose another "
                                   "--out_dir")
@@ -90,7 +108,7 @@ class RunFolder:
             was = ", ".join(f"--{k} {saved.get(k)}" for k in differing)
             raise ValueError(f"--resume with other settings: this run has {was}. "
                              f"Only these may change: {', '.join(MAY_CHANGE)}")
-        return self.checkpoints(), saved["loaded"]
+        return saved["loaded"]
 
     def checkpoints(self) -> list[Path]:
         """checkpoint/step_N/, the newest first."""
@@ -113,14 +131,6 @@ class RunFolder:
         settings = {"preset": preset, **self.config}
         write_json(self.path / "config.json", {**settings, "loaded": record, "environment": environment()})
 
-    def truncate(self, step: int) -> None:
-        """Drops what was logged for steps from `step` on: they will be done again."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            path = self.path / name
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < step]
-            replace_text(path, "".join(kept))
-
     def append(self, name: str, lines: list[dict]) -> None:
         with open(self.path / name, "a") as file:
             file.write("".join(json.dumps(x) + "\n" for x in lines))
@@ -128,93 +138,71 @@ class RunFolder:
     def write_evaluations(self, evaluations: list[Evaluation]) -> None:
         write_json(self.path / "eval.json", [e.to_json() for e in evaluations])
 
-
-def save_checkpoint(trainer, folder: RunFolder, evaluations: list[Evaluation]) -> None:
-    """Everything needed to go on exactly: written aside, renamed into place, then older ones removed. No pickle.
-
-    No random state is saved because there is none: every draw is a function of (seed, step, prompt id).
-    """
-    from safetensors.torch import save_file
-
-    final = folder.path / "checkpoint" / f"step_{trainer.next_step}"
-    aside = final.with_suffix(".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_file(trainer.optimizer.tensors(), aside / "optimizer.safetensors")
-    parts = {"bins": trainer.bins, "prompt": trainer.prompt_gdro, "rollout": trainer.rollout_gdro}
-    arrays = {f"{name}/{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
-    np.savez(aside / "adversaries.npz", expected_tokens=trainer.expected_tokens_B, **arrays)
-    state = {"next_step": trainer.next_step, "optimizer_steps": trainer.optimizer.count,
-             "evaluations": [e.to_json() for e in evaluations]}
-    (aside / "state.json").write_text(json.dumps(state))
-    shutil.rmtree(final, ignore_errors=True)
-    aside.rename(final)
-    if trainer.cfg.keep:
-        for old in folder.checkpoints()[trainer.cfg.keep :]:
+    def save(self, checkpoint: Checkpoint, keep: int) -> None:
+        """Written aside, renamed into place, then all but the `keep` newest removed (0: none)."""
+        final = self.path / "checkpoint" / f"step_{checkpoint.state['next_step']}"
+        aside = final.with_suffix(".partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_file(checkpoint.tensors, aside / TENSORS)
+        np.savez(aside / ARRAYS, **checkpoint.arrays)
+        (aside / STATE).write_text(json.dumps(checkpoint.state))
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        for old in self.checkpoints()[keep:] if keep else []:
             shutil.rmtree(old)
 
+    def newest_whole(self) -> Checkpoint:
+        """The newest checkpoint that is whole; says which were not. Raises ValueError when none is."""
+        for path in self.checkpoints():
+            try:
+                checkpoint = read_checkpoint(path)
+            except ValueError as error:
+                say(f"WARNING: {error}")
+                continue
+            say(f"resuming from {path.name}")
+            return checkpoint
+        raise ValueError(f"{self.path / 'checkpoint'} holds no checkpoint that is whole; delete it to begin anew")
 
-def restore(trainer, folder: RunFolder, checkpoints: list[Path]) -> list[Evaluation]:
-    """Goes back to the newest checkpoint that is whole, on every rank; says which were not.
+    def forget_after(self, step: int) -> None:
+        """Drops what was logged and saved of steps from `step` on: they are done again."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.path / name
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < step]
+            replace_text(path, "".join(kept))
+        for path in self.checkpoints():
+            if int(path.name.removeprefix("step_")) > step:  # damaged, or it would have been gone on from
+                shutil.rmtree(path)
 
-    Raises ValueError when none is.
-    """
-    for path in checkpoints:
+    @contextmanager
+    def full_disk_explained(self, needed: int):
+        """Turns "no space left" into a RunError that says what is kept, what is needed (bytes) and how to go on."""
         try:
-            evaluations = load_checkpoint(trainer, path)
-        except ValueError as error:
-            say(f"WARNING: {error}")
-            continue
-        say(f"resuming from {path.name}")
-        return evaluations
-    raise ValueError(f"{folder.path / 'checkpoint'} holds no checkpoint that is whole; delete it to begin anew")
+            yield
+        except (OSError, SafetensorError) as error:
+            if not _means_full(error):
+                raise
+            for unfinished in (self.path / "checkpoint").glob("*.partial"):
+                shutil.rmtree(unfinished)
+            kept = [p.name for p in self.checkpoints()]
+            raise RunError(f"no space left in {self.path}; {kept[0] if kept else 'no checkpoint'} is kept. Free "
+                           f"{needed / 2**20:.0f} MiB, then go on with --resume") from error
 
 
-def load_checkpoint(trainer, path: Path) -> list[Evaluation]:
-    """Restores what save_checkpoint wrote. Raises ValueError, with the trainer as it was, for a damaged one."""
-    from zipfile import BadZipFile
-    from zlib import error as ZlibError
+def _means_full(error: Exception) -> bool:
+    """safetensors has an exception of its own, with the number in its text alone."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
+def read_checkpoint(path: Path) -> Checkpoint:
+    """What `RunFolder.save` wrote. Raises ValueError for a damaged one."""
     try:
-        state = json.loads((path / "state.json").read_text())
-        tensors = load_file(path / "optimizer.safetensors")
-        with np.load(path / "adversaries.npz", allow_pickle=False) as arrays:
-            saved = {k: arrays[k] for k in arrays.files}
-    except (SafetensorError, BadZipFile, ZlibError, ValueError, FileNotFoundError, EOFError) as error:
+        state = json.loads((path / STATE).read_text())
+        tensors = load_file(path / TENSORS)
+        with np.load(path / ARRAYS, allow_pickle=False) as arrays:
+            return Checkpoint(tensors, {k: arrays[k] for k in arrays.files}, state)
+    except (SafetensorError, BadZipFile, zlib.error, ValueError, FileNotFoundError, EOFError) as error:
         raise ValueError(f"the checkpoint {path.name} is damaged ({error})") from error
-    trainer.optimizer.load(tensors, state["optimizer_steps"])
-    for name, part in (("bins", trainer.bins), ("prompt", trainer.prompt_gdro), ("rollout", trainer.rollout_gdro)):
-        part.load_state_dict({k.split("/")[1]: v for k, v in saved.items() if k.startswith(name + "/")})
-    trainer.expected_tokens_B, trainer.next_step = saved["expected_tokens"], state["next_step"]
-    return [Evaluation.from_json(e) for e in state["evaluations"]]
-
-
-@contextmanager
-def full_disk_explained(trainer, folder: RunFolder):
-    """Turns "no space left" into a RunError that says what is kept, what is needed and how to go on."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:  # safetensors has an exception of its own, with the number in its text
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT) if isinstance(error, OSError) else "os error 28" in str(error)
-        if not full:
-            raise
-        for unfinished in (folder.path / "checkpoint").glob("*.partial"):
-            shutil.rmtree(unfinished)
-        kept = folder.checkpoints()
-        needed = 3 * trainer.optimizer.master.nbytes / 2**20  # master and two moments
-        raise RunError(f"no space left in {folder.path} after step {trainer.next_step}; "
-                       f"{f'{kept[0].name} is kept' if kept else 'no checkpoint was written yet'}. Free the {needed:.0f} "
-                       "MiB that a checkpoint takes (and a third of that for model/), then go on with --resume") from error
-
-
-def save_model(trainer, path: Path) -> None:
-    """The policy as a Hugging Face folder with its tokenizer."""
-    trainer.model.save_pretrained(path)
-    trainer.tokenizer.save_pretrained(path)
-    generation = trainer.generation_config or {"eos_token_id": list(trainer.stop_ids)}  # else others never stop
-    (path / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

@@ -15,8 +15,8 @@ What reinforcement learning has to find is not how, but that.
 The problems and the base model are pure functions of the constants below, never of a run's --seed.
 """
 
+import dataclasses
 import hashlib
-import inspect
 import json
 import math
 from collections.abc import Callable
@@ -27,18 +27,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Problem
+from data import Problem, load_problems
 from model import ModelConfig, Transformer
 
 PAD, END = "<pad>", "<end>"
 HELD_BACK = 1200  # problems of each split that the corpus leaves out
 SPLITS = ("train", "heldout", "development")  # settings are chosen on development problems, reported on held-out ones
+SIZES = {"train": 640, "heldout": 500, "development": 500}  # problems of a split where no number is given
 
 
 @dataclass(frozen=True)
 class Kind:
     mark: str  # the character that opens a worked solution
-    share: float  # of worked solutions among the exams
+    worked: float  # share of worked solutions among the exams
     make: Callable[[np.random.Generator], tuple[str, str, int]]  # question, steps, answer
     disguise: Callable[[str, np.random.Generator], str] | None = None  # the question as the textbook has it
 
@@ -126,8 +127,8 @@ def sum_of_squares(rng: np.random.Generator) -> tuple[str, str, int]:
 #     31524~ad,be=   24531                 a guess
 #     31524~ad,be=   W21534,24531:24531    worked: the row after each move
 #
-# Moves on a row of five digits. Positions are the letters a to e, always two that are not neighbours; the sign after the
-# row says what is done there. A wrong move sometimes leads to the right row, more often than a guess.
+# Moves on a row of five digits. Positions are the letters a to e, always two that are not neighbours; the sign after
+# the row says what is done there. A wrong move sometimes leads to the right row, more often than a guess.
 
 LENGTH, SIGNS = 5, "~<>^@#"
 
@@ -192,8 +193,10 @@ TASKS = {
 
 @dataclass(frozen=True)
 class BaseSettings:
-    """How the base model is made."""
+    """How the base model is made. Raise `recipe` with every change of the corpus, the model or its training: it is part
+    of the name under which a base is kept."""
 
+    recipe: int = 1
     seed: int = 0
     steps: int = 1200
     lines_per_step: int = 96
@@ -223,10 +226,21 @@ def problems(task: str, split: str, count: int) -> list[Problem]:
             continue
         split_of[question] = SPLITS[len(split_of) // len(names) % len(SPLITS)]
         if split_of[question] == split:
-            found.append(Problem(f"{kind}:{question[:-1]}", question, str(answer), "gsm8k"))
+            found.append(Problem(f"{kind}:{question[:-1]}", question, str(answer), "gsm8k", kind))
         if len(found) == count:
             return found
     raise ValueError(f"there are not {count} distinct problems")
+
+
+def load(source: str, *, split: str, limit: int = 0, revision: str | None = None) -> tuple[list[Problem], dict]:
+    """The first `limit` problems (0: all, or SIZES) of a built-in TASK[:SPLIT] or of what `data.load_problems` takes,
+    and the record of what they are. `split`: of a built-in task that names none."""
+    task, _, own = source.partition(":")
+    if task in TASKS:
+        split = own or split
+        return problems(task, split, limit or SIZES.get(split, 0)), {"source": task, "split": split}
+    found, record = load_problems(source, revision=revision)
+    return found[: limit or None], record
 
 
 def _line(kinds: list[Kind], rng: np.random.Generator, held_back: set[str]) -> tuple[str, str]:
@@ -240,7 +254,7 @@ def _line(kinds: list[Kind], rng: np.random.Generator, held_back: set[str]) -> t
     worked = f"{steps}:{answer}"
     if rng.random() < 0.5:
         return shown + kind.mark, worked  # textbook
-    if rng.random() < kind.share:
+    if rng.random() < kind.worked:
         return question, kind.mark + worked  # exam
     low = 10 ** (len(str(answer)) - 1)
     return question, str(rng.integers(low, 10 * low) if low > 1 else rng.integers(10))
@@ -262,17 +276,15 @@ def tokenizer(task: str):
 def base_model(task: str, settings: BaseSettings | None = None, *, cache: Path | None = None) -> Path:
     """The Hugging Face folder of the base model, trained on first use (about two minutes on two cores).
 
-    Kept in `cache` (default: cache/ beside this file) under a key of the settings, of the corpus (its first lines) and
-    of the training code. Concurrent callers wait for the first one.
+    Kept in `cache` (default: cache/ beside this file) under a key of the settings. Concurrent callers wait for the
+    first one.
     """
     from filelock import FileLock
 
     settings = settings or BaseSettings()
     cache = cache or Path(__file__).parent / "cache"
-    rng = np.random.default_rng(settings.seed)
-    corpus = [_line(list(TASKS[task].kinds.values()), rng, set()) for _ in range(500)]
-    recipe = json.dumps([settings.__dict__, TASKS[task].characters, corpus, inspect.getsource(_train_base)])
-    folder = cache / f"{task}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    key = hashlib.sha256(json.dumps(dataclasses.asdict(settings)).encode()).hexdigest()[:12]
+    folder = cache / f"{task}-{key}"
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
@@ -286,8 +298,11 @@ def base_model(task: str, settings: BaseSettings | None = None, *, cache: Path |
 def _train_base(task: str, settings: BaseSettings) -> Transformer:
     """Next-character training from nothing on the corpus; AdamW with a cosine schedule."""
     words, kinds = tokenizer(task), list(TASKS[task].kinds.values())
-    config = ModelConfig("qwen3", len(words), settings.hidden_size, 3 * settings.hidden_size, settings.layers, 4, 2, 32,
-                         10_000.0, 1e-6, True, 256)
+    config = ModelConfig(
+        model_type="qwen3", vocab_size=len(words), hidden_size=settings.hidden_size,
+        intermediate_size=3 * settings.hidden_size, num_hidden_layers=settings.layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, rope_theta=10_000.0, rms_norm_eps=1e-6, tie_word_embeddings=True,
+        max_position_embeddings=256)
     model = Transformer(config)
     model.init_weights(torch.Generator().manual_seed(settings.seed))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.1)

@@ -10,14 +10,12 @@ is shared out by tokens, and results meet in one collective: a sum of arrays in 
 
 import dataclasses
 import hashlib
-import json
-import shutil
 import signal
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,42 +23,18 @@ from tqdm import tqdm
 
 import tasks
 from config import Config, check, parse_args
-from data import Problem, batch_order, encode_prompts, load_problems, stop_token_ids
-from gdro import (
-    SIGNALS,
-    DifficultyBins,
-    PromptGDRO,
-    RolloutGDRO,
-    bin_shares,
-    errors_by,
-    means_by,
-)
+from data import Problem, batch_order, encode_prompts
+from gdro import SIGNALS, DifficultyBins, PromptGDRO, RolloutGDRO, bin_shares, errors_by, means_by
 from kernels import group_advantage, grpo_token_loss
 from metrics import Evaluation, table
-from model import ModelConfig, Transformer, fetch
-from ranks import Ranks, RunError, say, share_out
+from model import Transformer
+from policy import Policy
+from ranks import Ranks, RunError, deal, say
 from reward import Grader
-from rollout import (
-    Batch,
-    Sampling,
-    TorchEngine,
-    VLLMEngine,
-    choose_engine,
-    draw_together,
-    make_engine,
-    rollout_seed,
-)
-from runfolder import (
-    RunFolder,
-    full_disk_explained,
-    jsonable,
-    portable,
-    restore,
-    save_checkpoint,
-    save_model,
-)
+from rollout import Batch, Sampling, choose_engine, draw_together, make_engine, rollout_seed
+from runfolder import Checkpoint, RunFolder, jsonable, portable
 
-MEASURE_EVERY = 4  # entropy and mismatch are measured on the first rollout of every fourth prompt of a batch
+MEASURE_EVERY = 2  # entropy and mismatch are measured on the first rollout of every second prompt of a batch
 
 # ------------------------------------------------------------------------------------------------ packing
 
@@ -130,18 +104,13 @@ class MasterAdamW:
             p.register_post_accumulate_grad_hook(self._accumulate)
             start = place.stop
         self.master.data.copy_(self.weights)
-        self.adam = torch.optim.AdamW([self.master], lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
-                                      eps=cfg.adam_eps, weight_decay=cfg.weight_decay, fused=True)
-        self.base_rate, self.warmup, self.grad_clip, self.count = cfg.learning_rate, cfg.warmup_steps, cfg.grad_clip, 0
+        self.adam = torch.optim.AdamW([self.master], lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
+        self.grad_clip, self.count = cfg.grad_clip, 0
 
     @staticmethod
     def _accumulate(p: torch.Tensor) -> None:
         p.main_grad.add_(p.grad)
         p.grad = None
-
-    @property
-    def learning_rate(self) -> float:
-        return self.base_rate * min(1.0, (self.count + 1) / max(1, self.warmup))
 
     @torch.no_grad()
     def step(self, ranks: Ranks, where: str) -> float:
@@ -156,12 +125,15 @@ class MasterAdamW:
             raise RunError(f"{where}: the gradient norm is {norm}; the weights are those before this update. "
                            "--resume goes on from the last checkpoint, with a lower --learning_rate for instance")
         gradient.mul_(min(1.0, self.grad_clip / (norm + 1e-6)))
-        self.adam.param_groups[0]["lr"] = self.learning_rate
         self.adam.step()
         self.count += 1
         self.weights.copy_(self.master)
         gradient.zero_()
         return norm
+
+    def checkpoint_bytes(self) -> int:
+        """What `tensors` take once there are moments."""
+        return 3 * self.master.nbytes
 
     def tensors(self) -> dict[str, torch.Tensor]:
         state = self.adam.state.get(self.master, {})
@@ -223,6 +195,44 @@ def adversaries(cfg: Config) -> tuple[DifficultyBins, PromptGDRO, RolloutGDRO]:
     return bins, prompt, rollout
 
 
+@dataclass(frozen=True)
+class Decision:
+    """What bins and adversaries decide about a batch, from what earlier steps saw."""
+
+    bin_P: np.ndarray  # difficulty bin of each prompt
+    allocated_P: np.ndarray  # rollouts that Rollout-GDRO gives it
+    n_P: np.ndarray  # rollouts that it gets: the same, or n_bar with --allocation weights
+    weight_P: np.ndarray  # what multiplies its advantages
+    weight_B: np.ndarray  # the same by bin
+    score_B: np.ndarray  # Prompt-GDRO's scores behind the weights
+    mu: float  # Rollout-GDRO's shadow price (21)
+    price: float | None  # the marginal value of a rollout in its joint choice
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step saw of its prompts."""
+
+    reward_P: np.ndarray  # mean reward of a prompt's rollouts
+    correct_P: np.ndarray  # how many of them were right
+    loss_P: np.ndarray  # (7), from unweighted advantages
+    signals: dict[str, np.ndarray]  # what Prompt-GDRO may be shown: name -> (P,)
+    constant_P: np.ndarray  # whether its rollouts all scored alike
+    tokens_B: np.ndarray  # mean response tokens by bin, NaN where it is absent
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the optimiser steps of a batch did."""
+
+    surrogate_R: np.ndarray  # J of (5), from weighted advantages
+    kl_R: np.ndarray
+    loss: float  # this and the norm: means over the optimiser steps
+    grad_norm: float
+    clip_frac: float  # tokens whose gradient the clip removed
+    idle_frac: float  # tokens whose gradient is exactly 0
+
+
 class Trainer:
     """Everything a run holds. `step` is the algorithm."""
 
@@ -232,84 +242,58 @@ class Trainer:
         self.cfg, self.ranks, self.device, self.pinned = cfg, ranks, ranks.device, loaded or {}
         self.bins, self.prompt_gdro, self.rollout_gdro = adversaries(cfg)
         self.record: dict = {}  # what was loaded, for config.json
-        folder = self._load_model()
-        self._load_data(folder)
+        self._load_model()
+        self._load_data()
         self.optimizer = MasterAdamW(self.model, cfg)
-        self.engine = self._make_engine(folder)
+        self.engine = make_engine(
+            self.record["engine"], self.policy.folder, dtype=self.policy.dtype, device=self.device,
+            max_prompt_tokens=cfg.max_prompt_tokens, max_response_tokens=cfg.max_response_tokens,
+            max_rollouts=cfg.max_rollouts, seed=cfg.seed, gpu_memory_utilization=cfg.gpu_memory_utilization)
         self.grader = Grader(workers=cfg.grader_workers, timeout=cfg.grader_timeout)
-        self.expected_tokens_B = np.full(self.bins.num_bins, 1.0)  # response tokens by bin, to share out generation
+        self.expected_tokens_B = np.full(self.bins.num_bins, 1.0)  # response tokens by bin, to deal out generation
         self.next_step = 0
 
     # -- setting up
 
-    def _load_model(self) -> Path:
+    def _load_model(self) -> None:
         cfg = self.cfg
-        if cfg.model in tasks.TASKS:
-            folder = tasks.base_model(cfg.model)
-        else:
-            folder = fetch(cfg.model, self.pinned.get("model", {}).get("folder", cfg.model_revision))
-        self.dtype = {"auto": torch.bfloat16 if self.device.type == "cuda" else torch.float32,
-                      "bfloat16": torch.bfloat16, "float32": torch.float32}[cfg.dtype]
-        self.engine_kind, why = choose_engine(cfg.engine, self.device)
-        say(f"engine: {self.engine_kind}. {why}")
-        check_memory(folder, cfg, self.device, self.dtype, self.engine_kind)
-        self.model = Transformer.from_pretrained(folder, dtype=self.dtype, device=self.device)
+        revision = self.pinned.get("model", {}).get("folder", cfg.model_revision)
+        self.policy = Policy.open(cfg.model, revision=revision, dtype=cfg.dtype, device=self.device,
+                                  stop_tokens=cfg.stop_tokens)
+        self.policy.check_context(cfg.max_prompt_tokens, cfg.max_response_tokens)
+        engine, why = choose_engine(cfg.engine, self.device)
+        say(f"engine: {engine}. {why}")
+        self.policy.check_memory(self.device, with_reference=bool(cfg.kl_beta), engine=engine,
+                                 utilization=cfg.gpu_memory_utilization)
+        load = partial(Transformer.from_pretrained, self.policy.folder, dtype=self.policy.dtype, device=self.device)
+        self.model = load()
         self.model.gradient_checkpointing = cfg.gradient_checkpointing
-        self.reference = None
-        if cfg.kl_beta:
-            self.reference = Transformer.from_pretrained(folder, dtype=self.dtype, device=self.device)
-            self.reference.requires_grad_(False)
-        longest, needed = self.model.config.max_position_embeddings, cfg.max_prompt_tokens + cfg.max_response_tokens
-        if needed > longest:
-            raise ValueError(f"--max_prompt_tokens + --max_response_tokens is {needed} and the model's context is "
-                             f"{longest}")
-        # A hub snapshot's folder is named by its commit, a built-in base's by the hash of its recipe; the head's
-        # hash tells apart local folders that share a name.
+        self.reference = load().requires_grad_(False) if cfg.kl_beta else None
+        # The folder's name is a commit or a recipe's hash; the head's hash tells apart folders that share a name.
         head = hashlib.blake2b(self.model.head.detach().cpu().view(torch.uint8).numpy(), digest_size=8).hexdigest()
-        self.record |= {"model": {"name": portable(cfg.model), "folder": folder.name, "head": head},
-                        "engine": self.engine_kind}
-        return folder
+        self.record |= {"model": {"name": portable(cfg.model), "folder": self.policy.folder.name, "head": head},
+                        "engine": engine}
 
-    def _load_data(self, folder: Path) -> None:
-        from transformers import AutoTokenizer
-
+    def _load_data(self) -> None:
         cfg = self.cfg
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        generation = folder / "generation_config.json"
-        self.generation_config = json.loads(generation.read_text()) if generation.exists() else None
-        self.stop_ids = stop_token_ids(self.tokenizer, generation_config=self.generation_config,
-                                       override=cfg.stop_tokens)
-        self.problems, self.prompts = self._encode("train", cfg.train_data, cfg.train_revision, cfg.train_problems, 640)
-        self.eval_set = self._encode("eval", cfg.eval_data, cfg.eval_revision, cfg.eval_problems, 500)
+        self.problems, self.prompts = self._encode("train", cfg.train_data, cfg.train_revision, cfg.train_problems)
+        self.eval_set = self._encode("heldout", cfg.eval_data, cfg.eval_revision, cfg.eval_problems)
         batch_order(len(self.problems), cfg.prompts_per_step, cfg.seed, 0)  # raises when there are too few
 
-    def _encode(self, name: str, source: str, revision: str, limit: int,
-                built_in: int) -> tuple[list[Problem], list[list[int]]]:
-        cfg = self.cfg
-        task, _, split = source.partition(":")
-        if task in tasks.TASKS:
-            split = split or ("train" if name == "train" else "heldout")
-            problems, record = tasks.problems(task, split, limit or built_in), {"source": task, "split": split}
-        else:
-            commit = self.pinned.get(f"{name}_data", {}).get("revision")
-            problems, record = load_problems(source, revision=commit or (None if revision == "main" else revision))
+    def _encode(self, split: str, source: str, revision: str, limit: int) -> tuple[list[Problem], list[list[int]]]:
+        cfg, name = self.cfg, "train_data" if split == "train" else "eval_data"
+        commit = self.pinned.get(name, {}).get("revision") or (None if revision == "main" else revision)
+        problems, record = tasks.load(source, split=split, limit=limit, revision=commit)
         problems, tokens, counts = encode_prompts(
-            problems[: limit or None], self.tokenizer, suffix=cfg.prompt_suffix, chat_template=cfg.chat_template,
+            problems, self.policy.tokenizer, suffix=cfg.prompt_suffix, chat_template=cfg.chat_template,
             max_tokens=cfg.max_prompt_tokens)
         if cfg.answer_style != "auto":
             problems = [dataclasses.replace(p, style=cfg.answer_style) for p in problems]
-        self.record[f"{name}_data"] = {**record, "encoded": counts, "problems": len(problems),
-                                       "styles": sorted({p.style for p in problems})}
+        self.record[name] = {**record, "encoded": counts, "problems": len(problems),
+                             "styles": sorted({p.style for p in problems})}
         dropped = f", {counts['too_long']} over {cfg.max_prompt_tokens} tokens dropped" if counts["too_long"] else ""
         say(f"{name}: {len(problems)} problems{dropped}")
         return problems, tokens
-
-    def _make_engine(self, folder: Path) -> VLLMEngine | TorchEngine:
-        cfg = self.cfg
-        return make_engine(self.engine_kind, folder, dtype=self.dtype, device=self.device,
-                           max_prompt_tokens=cfg.max_prompt_tokens, max_response_tokens=cfg.max_response_tokens,
-                           max_rollouts=cfg.max_rollouts, seed=cfg.seed,
-                           gpu_memory_utilization=cfg.gpu_memory_utilization)
 
     # -- one step
 
@@ -318,112 +302,129 @@ class Trainer:
         cfg, clock = self.cfg, Clock(self.device)
         index_P = batch_order(len(self.problems), cfg.prompts_per_step, cfg.seed, step)
         problems, prompts = [self.problems[i] for i in index_P], [self.prompts[i] for i in index_P]
-        ids_P, P, B = [p.id for p in problems], len(problems), self.bins.num_bins
+        ids_P = [p.id for p in problems]
 
         with clock("adversary"):
-            bin_P = self.bins.lookup(ids_P)  # (P,) from what earlier steps saw
-            n_P = self.rollout_gdro.allocate(bin_P)  # (P,)
-            weight_P = self.prompt_gdro.weights(bin_P)  # (P,)
-            share_B, allocated_B = bin_shares(bin_P, B), means_by(bin_P, n_P, B)
-            acted_on = {"score": self.prompt_gdro.score_B, "weight": self.prompt_gdro.weights_by_bin(bin_P),
-                        "allocated": allocated_B}
-            mu = self.rollout_gdro.mu
-            if cfg.allocation == "weights":
-                weight_P = weight_P * n_P / cfg.rollouts_per_prompt
-                acted_on["weight"] *= np.where(share_B > 0, allocated_B / cfg.rollouts_per_prompt, 1.0)
-                n_P = np.full_like(n_P, cfg.rollouts_per_prompt)
-
-        sampling = Sampling(cfg.max_response_tokens, cfg.temperature, stop_ids=self.stop_ids)
-        seed_P = [rollout_seed(cfg.seed, step, i) for i in ids_P]
+            decided = self.decide(ids_P)
         with clock("generate"):
-            batch = self.sample(prompts, n_P, seed_P, sampling, self.expected_tokens_B[bin_P])
+            sampling = Sampling(cfg.max_response_tokens, cfg.temperature, stop_ids=self.policy.stop_ids)
+            seed_P = [rollout_seed(cfg.seed, step, i) for i in ids_P]
+            batch = draw_together(self.engine, self.ranks, prompts, decided.n_P, seed_P, sampling,
+                                  self.expected_tokens_B[decided.bin_P])
             self.engine.sleep()
         with clock("reward"):
             reward_R, timeouts, texts = self.grade(batch, problems)
         with clock("advantage"):
-            offsets_P = np.concatenate(([0], n_P.cumsum()))
-            rewards, offsets, weights = (torch.from_numpy(x).to(self.device) for x in (reward_R, offsets_P, weight_P))
-            advantage_R, constant_P = (x.cpu().numpy() for x in group_advantage(
-                rewards, offsets, weights, clip=cfg.advantage_clip, std_normalize=cfg.std_normalize))
-        with clock("logprob"):
-            # Without a KL term a rollout of advantage 0 adds exactly 0 to loss, statistics and gradient: it is left out.
+            advantage_R, constant_P = self.advantages(reward_R, decided)
+            # Without a KL term a rollout of advantage 0 adds exactly 0 to loss, statistics and gradient: left out.
             acts_R = (advantage_R != 0) | bool(cfg.kl_beta)
-            # A fixed sample, whatever the rewards: entropy and mismatch must not depend on who has an advantage.
-            measured_R = np.isin(np.arange(len(batch.owner)), offsets_P[:-1:MEASURE_EVERY])
-            old_N, ref_N, entropy_N = self.behaviour(batch, acts_R, measured_R)
-            measured_N = np.repeat(measured_R, batch.lengths)
-            mismatch_N = self.check_mismatch(batch.sampler_logp, old_N, measured_N, step)
+        with clock("logprob"):
+            old_N, ref_N, measured = self.behaviour(batch, acts_R, step)
         with clock("update"):
-            update = self.update(batch, n_P, advantage_R, acts_R, old_N, ref_N, step)
+            update = self.update(batch, decided.n_P, advantage_R, acts_R, old_N, ref_N, step)
         with clock("sync"):
             self.engine.load_weights(self.model.named_parameters())
-
         with clock("adversary"):
-            # (7) in unweighted advantages: the clipped surrogate (5) is linear in a positive weight.
-            loss_R = -update["surrogate_R"] / weight_P[batch.owner] + cfg.kl_beta * update["kl_R"]
-            loss_P, reward_P = means_by(batch.owner, loss_R, P), means_by(batch.owner, reward_R, P)
-            correct_P = np.bincount(batch.owner, weights=reward_R > 0, minlength=P).astype(int)
-            tokens_B = means_by(bin_P[batch.owner], batch.lengths, B)
-            signals = {name: signal(loss_P, reward_P, n_P) for name, signal in SIGNALS.items()}
-            self._end_step(ids_P, bin_P, n_P, loss_P, signals[cfg.prompt_signal], correct_P, tokens_B,
-                           update["grad_norm"])
+            outcome = self.outcome(decided, batch, reward_R, constant_P, update)
+            self._end_step(ids_P, decided, outcome, update.grad_norm)
 
-        line = {
-            "step": step, "mode": cfg.mode, "seed": cfg.seed, "seconds": clock.total(),
-            "reward_mean": reward_P.mean(), "solved_frac": (correct_P > 0).mean(),
-            "zero_std_frac": constant_P.mean(), "zero_std_rollouts_frac": constant_P[batch.owner].mean(),
-            **batch.stats(), "entropy": entropy_N[measured_N].mean(),
-            **{k: update[k] for k in ("loss", "kl", "clip_frac", "idle_frac", "grad_norm", "lr")},
-            "mismatch": {"mean": mismatch_N.mean(), "max": mismatch_N.max()},
-            "measured": {"rollouts": measured_R.sum(), "tokens": measured_N.sum()}, "reward_timeouts": timeouts,
-            "shadow_price": mu, "shadow_price_dp": self.rollout_gdro.shadow_price_dp,
-            "bins": {"share": share_B, "reward": means_by(bin_P, reward_P, B), **acted_on,
-                     "rollouts": means_by(bin_P, n_P, B), "tokens": tokens_B},
-            "signals": {name: {"mean": means_by(bin_P, value_P, B), "error": errors_by(bin_P, value_P, B)}
-                        for name, value_P in signals.items()},
-            "surrogate_abs": [np.abs(loss_P[start : start + cfg.minibatch_prompts]).mean()
-                              for start in range(0, P, cfg.minibatch_prompts)],
-            "eval": None}
-        samples = [{"step": step, "id": ids_P[p], "bin": bin_P[p], "n": n_P[p], "weight": weight_P[p],
-                    "answer": problems[p].answer, "reward": reward_R[r], "truncated": batch.truncated[r],
-                    "prompt": problems[p].prompt, "response": texts[r]} for p, r in enumerate(offsets_P[:-1][:4])]
+        line = {"step": step, "mode": cfg.mode, "seed": cfg.seed, "seconds": clock.total(), "reward_timeouts": timeouts,
+                **batch.stats(), **measured, **self.log_line(decided, outcome, update), "eval": None}
+        first_P = decided.n_P.cumsum() - decided.n_P  # each prompt's first rollout
+        samples = [{"step": step, "id": ids_P[p], "bin": decided.bin_P[p], "n": decided.n_P[p],
+                    "weight": decided.weight_P[p], "answer": problems[p].answer, "reward": reward_R[r],
+                    "truncated": batch.truncated[r], "prompt": problems[p].prompt, "response": texts[r]}
+                   for p, r in enumerate(first_P[:4])]
         return jsonable(line), jsonable(samples)
 
-    def _end_step(self, ids_P, bin_P, n_P, loss_P, signal_P, correct_P, tokens_B, grad_norm) -> None:
+    def decide(self, ids_P: list[str]) -> Decision:
+        """How many rollouts each prompt gets and how much its advantages weigh. Changes nothing."""
+        bin_P = self.bins.lookup(ids_P)
+        allocated_P, weight_B = self.rollout_gdro.allocate(bin_P), self.prompt_gdro.weights_by_bin(bin_P)
+        n_P, weight_P = allocated_P, weight_B[bin_P]
+        if self.cfg.allocation == "weights":
+            n_bar = self.cfg.rollouts_per_prompt
+            factor_B = means_by(bin_P, allocated_P / n_bar, self.bins.num_bins)
+            n_P, weight_P = np.full_like(allocated_P, n_bar), weight_P * allocated_P / n_bar
+            weight_B = weight_B * np.where(np.isnan(factor_B), 1.0, factor_B)
+        return Decision(bin_P, allocated_P, n_P, weight_P, weight_B, self.prompt_gdro.score_B, self.rollout_gdro.mu,
+                        self.rollout_gdro.shadow_price_dp)
+
+    def outcome(self, decided: Decision, batch: Batch, reward_R, constant_P, update: Update) -> Outcome:
+        """What the step has to tell the adversaries."""
+        # (7) in unweighted advantages: the clipped surrogate (5) is linear in a positive weight.
+        loss_R = -update.surrogate_R / decided.weight_P[batch.owner] + self.cfg.kl_beta * update.kl_R
+        P = len(decided.bin_P)
+        loss_P, reward_P = means_by(batch.owner, loss_R, P), means_by(batch.owner, reward_R, P)
+        return Outcome(
+            reward_P, np.bincount(batch.owner, weights=reward_R > 0, minlength=P).astype(int), loss_P,
+            {name: signal(loss_P, reward_P, decided.n_P) for name, signal in SIGNALS.items()}, constant_P,
+            means_by(decided.bin_P[batch.owner], batch.lengths, self.bins.num_bins))
+
+    def _end_step(self, ids_P: list[str], decided: Decision, outcome: Outcome, grad_norm: float) -> None:
         """The one place where adversaries and bins change; the same on every rank, which is checked."""
-        self.prompt_gdro.update(bin_P, signal_P)
-        self.rollout_gdro.update(bin_P, n_P, loss_P, correct_P)
-        self.bins.update(ids_P, correct_P, n_P)
-        self.expected_tokens_B = np.where(np.isnan(tokens_B), self.expected_tokens_B, tokens_B)
+        self.prompt_gdro.update(decided.bin_P, outcome.signals[self.cfg.prompt_signal])
+        self.rollout_gdro.update(decided.bin_P, decided.n_P, outcome.loss_P, outcome.correct_P)
+        self.bins.update(ids_P, outcome.correct_P, decided.n_P)
+        self.expected_tokens_B = np.where(np.isnan(outcome.tokens_B), self.expected_tokens_B, outcome.tokens_B)
         touched = (self.prompt_gdro.score_B, self.rollout_gdro.log_prob_BK(), self.bins.lookup(ids_P),
                    self.expected_tokens_B, np.array([self.rollout_gdro.mu, grad_norm]))
         digest = hashlib.blake2b(b"".join(a.tobytes() for a in touched), digest_size=8).digest()
         self.ranks.assert_equal(int.from_bytes(digest, "big") >> 1, "the adversaries' state after this step")
 
-    def sample(self, prompts: list[list[int]], n_P, seed_P: list[int], sampling: Sampling, expected_P) -> Batch:
-        """Rollouts of all prompts on all ranks: each rank draws its share, then all hold everything."""
-        tokens, logp, offsets, truncated_R = draw_together(self.engine, self.ranks, prompts, n_P, seed_P, sampling,
-                                                           expected_P)
-        return Batch(prompts, np.repeat(np.arange(len(prompts)), n_P), offsets, tokens, logp, truncated_R)
+    def log_line(self, decided: Decision, outcome: Outcome, update: Update) -> dict:
+        """What metrics.jsonl says of a step beyond its rollouts; by bin, B entries each, NaN for an absent bin."""
+        cfg, B, constant_P = self.cfg, self.bins.num_bins, outcome.constant_P
+
+        def mean_B(value_P: np.ndarray) -> np.ndarray:
+            return means_by(decided.bin_P, value_P, B)
+
+        return {
+            "reward_mean": outcome.reward_P.mean(), "solved_frac": (outcome.correct_P > 0).mean(),
+            "zero_std_frac": constant_P.mean(), "zero_std_rollouts_frac": constant_P @ decided.n_P / decided.n_P.sum(),
+            "loss": update.loss, "kl": float(update.kl_R.mean()), "clip_frac": update.clip_frac,
+            "idle_frac": update.idle_frac, "grad_norm": update.grad_norm, "lr": cfg.learning_rate,
+            "shadow_price": decided.mu, "shadow_price_dp": decided.price,
+            "bins": {"share": bin_shares(decided.bin_P, B), "reward": mean_B(outcome.reward_P),
+                     "score": decided.score_B, "weight": decided.weight_B, "allocated": mean_B(decided.allocated_P),
+                     "rollouts": mean_B(decided.n_P), "tokens": outcome.tokens_B},
+            "signals": {name: {"mean": mean_B(value_P), "error": errors_by(decided.bin_P, value_P, B)}
+                        for name, value_P in outcome.signals.items()},
+            "surrogate_abs": [np.abs(outcome.loss_P[start : start + cfg.minibatch_prompts]).mean()
+                              for start in range(0, len(outcome.loss_P), cfg.minibatch_prompts)]}
+
+    # -- its parts
 
     def grade(self, batch: Batch, problems: list[Problem]) -> tuple[np.ndarray, int, list[str]]:
-        """Rewards in {-1, +1} (R,) float64, time-outs, texts. Each rank grades its share; a cut response is wrong."""
-        texts = self.tokenizer.batch_decode([batch.response(r).tolist() for r in range(len(batch.owner))],
-                                            skip_special_tokens=True)
-        mine_R = np.arange(len(texts)) % self.ranks.world == self.ranks.rank
-        ask = np.flatnonzero(mine_R & ~batch.truncated)
-        asked = [problems[batch.owner[r]] for r in ask]
-        grades = self.grader.grade([texts[r] for r in ask], [p.answer for p in asked], [p.style for p in asked])
-        reward_R = np.where(mine_R, -1.0, 0.0)
-        reward_R[ask] = [g.reward for g in grades]
+        """Rewards in {-1, +1} (R,) float64, time-outs, texts. Each rank grades its part."""
+        texts = batch.texts(self.policy.tokenizer)
+        mine = np.arange(self.ranks.rank, len(texts), self.ranks.world)
+        asked = [problems[p] for p in batch.owner[mine]]
+        grades = self.grader.grade([texts[r] for r in mine], [p.answer for p in asked], [p.style for p in asked],
+                                   cut=batch.truncated[mine])
+        reward_R = np.zeros(len(texts))
+        reward_R[mine] = [g.reward for g in grades]
         timeouts = np.array([sum(g.timed_out for g in grades)])
-        return self.ranks.share(reward_R), int(self.ranks.share(timeouts)[0]), texts
+        return self.ranks.merge(reward_R), int(self.ranks.merge(timeouts)[0]), texts
+
+    def advantages(self, reward_R: np.ndarray, decided: Decision) -> tuple[np.ndarray, np.ndarray]:
+        """(3) times (16), (R,), and which prompts' rollouts all scored alike, (P,) bool."""
+        offsets_P = np.concatenate(([0], decided.n_P.cumsum()))
+        rewards, offsets, weights = (torch.from_numpy(x).to(self.device)
+                                     for x in (reward_R, offsets_P, decided.weight_P))
+        advantage, constant = group_advantage(rewards, offsets, weights, clip=self.cfg.advantage_clip,
+                                              std_normalize=self.cfg.std_normalize)
+        return advantage.cpu().numpy(), constant.cpu().numpy()
 
     @torch.no_grad()
-    def behaviour(self, batch: Batch, acts_R: np.ndarray, measured_R: np.ndarray):
+    def behaviour(self, batch: Batch, acts_R: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray | None, dict]:
         """Log-probs (N,) of the response tokens under the policy that drew them and under the base (None without a KL
-        term), and the policy's entropy, (N,). Taken where they are needed, 0 elsewhere: the policy's log-probs for
-        rollouts that act or are measured, the base's for those that act, the entropy for those that are measured."""
+        term), and what was measured of the policy. Taken where they are needed, 0 elsewhere.
+
+        Measured is the first rollout of every MEASURE_EVERY-th prompt, whatever its reward: entropy and mismatch must
+        not depend on who has an advantage.
+        """
+        measured_R = np.diff(batch.owner, prepend=-1) * (batch.owner % MEASURE_EVERY == 0) > 0
         old_N, ref_N, entropy_N = out = np.zeros((3, len(batch.tokens)), np.float32)
         for wanted_R, measure in ((measured_R, True), (acts_R & ~measured_R, False)):
             for micro in micro_batches(batch, self.mine(batch, wanted_R), self.cfg.microbatch_tokens, self.device):
@@ -435,13 +436,17 @@ class Trainer:
                 old_N[micro.places] = logp.cpu().numpy()
                 if self.reference is not None:
                     ref_N[micro.places] = self.logprobs(self.reference, micro).cpu().numpy()
-        old_N, ref_N, entropy_N = self.ranks.share(out)
-        return old_N, ref_N if self.reference is not None else None, entropy_N
+        old_N, ref_N, entropy_N = self.ranks.merge(out)
+        measured_N = np.repeat(measured_R, batch.lengths)
+        mismatch_N = self.check_mismatch(batch.sampler_logp, old_N, measured_N, step)
+        return old_N, ref_N if self.reference is not None else None, {
+            "entropy": entropy_N[measured_N].mean(), "mismatch": {"mean": mismatch_N.mean(), "max": mismatch_N.max()},
+            "measured": {"rollouts": measured_R.sum(), "tokens": measured_N.sum()}}
 
     def mine(self, batch: Batch, wanted_R: np.ndarray) -> np.ndarray:
         """This rank's part of the wanted rollouts, dealt out by tokens."""
         rollouts = np.flatnonzero(wanted_R)
-        return rollouts[share_out(batch.cost()[rollouts], self.ranks.world) == self.ranks.rank]
+        return rollouts[deal(batch.cost()[rollouts], self.ranks.world) == self.ranks.rank]
 
     def logprobs(self, model: Transformer, micro: Micro, *, entropy: bool = False):
         return model.logprobs(micro.tokens, micro.cu_seqlens, micro.max_seqlen, micro.targets,
@@ -452,9 +457,9 @@ class Trainer:
         rounding."""
         for whose, logp_N in (("sampler", sampler_N), ("trainer", old_N)):
             if bad := int((~np.isfinite(logp_N)).sum()):
-                raise RunError(f"step {step}: {bad} of {len(logp_N)} log-probs of the {whose} are not finite numbers: its "
-                               "forward pass breaks down. Nothing was updated; --dtype float32, or the other --engine, "
-                               "tells whether the weights or the arithmetic are at fault")
+                raise RunError(f"step {step}: {bad} of {len(logp_N)} log-probs of the {whose} are not finite numbers: "
+                               "its forward pass breaks down. Nothing was updated; --dtype float32, or the other "
+                               "--engine, tells whether the weights or the arithmetic are at fault")
         mismatch_N = np.abs(sampler_N - old_N)[measured_N]
         if mismatch_N.mean() > self.cfg.max_mismatch:
             raise RunError(
@@ -474,7 +479,7 @@ class Trainer:
         }[self.cfg.averaging]
         return np.where(inside, weight_R, 0.0)
 
-    def update(self, batch: Batch, n_P, advantage_R: np.ndarray, acts_R: np.ndarray, old_N, ref_N, step: int) -> dict:
+    def update(self, batch: Batch, n_P, advantage_R: np.ndarray, acts_R: np.ndarray, old_N, ref_N, step: int) -> Update:
         """The optimiser steps of one batch, one a mini-batch of prompts; every weight is fixed before any split."""
         cfg, P, R = self.cfg, len(n_P), len(batch.owner)
         stats = np.zeros((4, R))  # surrogate J, KL, clipped and busy tokens: each rank fills its rollouts
@@ -490,16 +495,14 @@ class Trainer:
                 loss_sum += out.loss.item()
                 busy = micro.offsets.diff() - out.idle
                 stats[:, micro.rollouts] = torch.stack((out.surrogate, out.kl, out.clipped, busy)).cpu().numpy()
-            losses.append(float(self.ranks.share(loss_sum)[0]))
+            losses.append(float(self.ranks.merge(loss_sum)[0]))
             if not np.isfinite(losses[-1]):
                 raise RunError(f"step {step}: the loss is {losses[-1]}; the weights are those before this update")
-            rate = self.optimizer.learning_rate
             norms.append(self.optimizer.step(self.ranks, f"step {step}"))
-        stats = self.ranks.share(stats)
-        return {"surrogate_R": stats[0], "kl_R": stats[1], "kl": float(stats[1].mean()), "loss": float(np.mean(losses)),
-                "clip_frac": float(stats[2].sum() / len(batch.tokens)),
-                "idle_frac": float(1 - stats[3].sum() / len(batch.tokens)),
-                "grad_norm": float(np.mean(norms)), "lr": rate}
+        stats = self.ranks.merge(stats)
+        tokens = len(batch.tokens)
+        return Update(stats[0], stats[1], float(np.mean(losses)), float(np.mean(norms)),
+                      clip_frac=float(stats[2].sum() / tokens), idle_frac=float(1 - stats[3].sum() / tokens))
 
     def token_loss(self, batch: Batch, micro: Micro, advantage_R: np.ndarray, weight_R, old_N, ref_N):
         cfg = self.cfg
@@ -521,30 +524,29 @@ class Trainer:
         """mean@k and pass@k on the held-out problems with the current weights; seeds do not depend on the step."""
         cfg, (problems, prompts) = self.cfg, self.eval_set
         sampling = Sampling(cfg.max_response_tokens, cfg.eval_temperature, cfg.eval_top_p, cfg.eval_top_k,
-                            self.stop_ids)
-        n_P = np.full(len(problems), cfg.eval_rollouts)
+                            self.policy.stop_ids)
         seed_P = [rollout_seed(cfg.seed, -1, p.id) for p in problems]
-        batch = self.sample(prompts, n_P, seed_P, sampling, np.ones(len(problems)))
+        batch = draw_together(self.engine, self.ranks, prompts, [cfg.eval_rollouts] * len(problems), seed_P, sampling)
         reward_R, _, _ = self.grade(batch, problems)
-        return Evaluation.of(step, problems, reward_R.reshape(len(problems), -1) > 0, float(batch.lengths.mean()),
-                             float(batch.truncated.mean()))
+        return Evaluation.of(step, [p.kind for p in problems], reward_R.reshape(len(problems), -1) > 0,
+                             float(batch.lengths.mean()), float(batch.truncated.mean()))
 
+    # -- going on
 
-def check_memory(folder: Path, cfg: Config, device: torch.device, dtype: torch.dtype, engine: str) -> None:
-    """Refuses, before anything is loaded, a model whose replicated training state and engine cannot fit one GPU."""
-    if device.type != "cuda":
-        return
-    parameters = ModelConfig.from_hf(json.loads((folder / "config.json").read_text())).num_parameters()
-    # weights, one micro-batch's gradients, the reference; float32 master, gradient and two moments
-    training = parameters * (dtype.itemsize * (3 if cfg.kl_beta else 2) + 16)
-    free, total = torch.cuda.mem_get_info()
-    sampling = int(cfg.gpu_memory_utilization * total) if engine == "vllm" else parameters * dtype.itemsize
-    if training + sampling > 0.95 * free:
-        raise ValueError(
-            f"{parameters / 1e9:.1f}B parameters need {training / 2**30:.0f} GiB a GPU for training (replicated, not "
-            f"sharded, for now) and {sampling / 2**30:.0f} GiB for the {engine} engine; {free / 2**30:.0f} of "
-            f"{total / 2**30:.0f} GiB are free. Take a smaller model, a lower --gpu_memory_utilization (vLLM), or "
-            "--kl_beta 0, which saves the reference")
+    def checkpoint(self, evaluations: list[Evaluation]) -> Checkpoint:
+        parts = {"bins": self.bins, "prompt": self.prompt_gdro, "rollout": self.rollout_gdro}
+        arrays = {f"{name}/{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
+        return Checkpoint(self.optimizer.tensors(), {**arrays, "expected_tokens": self.expected_tokens_B},
+                          {"next_step": self.next_step, "optimizer_steps": self.optimizer.count,
+                           "evaluations": [e.to_json() for e in evaluations]})
+
+    def restore(self, saved: Checkpoint) -> list[Evaluation]:
+        """Takes over what `checkpoint` gave; the evaluations until then."""
+        self.optimizer.load(saved.tensors, saved.state["optimizer_steps"])
+        for name, part in (("bins", self.bins), ("prompt", self.prompt_gdro), ("rollout", self.rollout_gdro)):
+            part.load_state_dict({k.split("/")[1]: v for k, v in saved.arrays.items() if k.startswith(name + "/")})
+        self.expected_tokens_B, self.next_step = saved.arrays["expected_tokens"], saved.state["next_step"]
+        return [Evaluation.from_json(e) for e in saved.state["evaluations"]]
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -568,24 +570,21 @@ class StopSignal:
 def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, list[Evaluation]]:
     """Everything loaded and checked, the run folder begun or reopened, the weights in the engine."""
     ranks, folder = Ranks(), RunFolder(cfg)
-    checkpoints, loaded = folder.open(resume)
-    trainer = Trainer(cfg, ranks, loaded)
-    evaluations: list[Evaluation] = []
-    if checkpoints:
-        evaluations = restore(trainer, folder, checkpoints)
+    trainer = Trainer(cfg, ranks, folder.open(resume))
+    resumed, evaluations = bool(folder.checkpoints()), []
+    if resumed:
+        evaluations = trainer.restore(folder.newest_whole())
     elif resume:
         say(f"--resume: {folder.path} has no checkpoint yet, starting from the beginning")
     # Also a barrier: nobody writes before everybody has looked.
     ranks.assert_equal(trainer.next_step, "the step to begin with; is out_dir a folder that all nodes share?")
     if ranks.rank == 0:
-        if not checkpoints:
-            folder.start(preset, jsonable(trainer.record))
-        else:
-            for damaged in checkpoints[: [p.name for p in checkpoints].index(f"step_{trainer.next_step}")]:
-                shutil.rmtree(damaged)  # its steps are done again
+        if resumed:
             folder.go_on(trainer.next_step, jsonable(trainer.record))
             folder.write_evaluations(evaluations)
-        folder.truncate(trainer.next_step)
+        else:
+            folder.start(preset, jsonable(trainer.record))
+        folder.forget_after(trainer.next_step)
     trainer.engine.load_weights(trainer.model.named_parameters())
     return trainer, folder, evaluations
 
@@ -611,7 +610,7 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
         trainer.next_step += 1
         done = trainer.next_step
         last = done == cfg.steps
-        asked = bool(trainer.ranks.share(np.array([stop.asked]))[0])  # all ranks stop, or none
+        asked = bool(trainer.ranks.merge(np.array([stop.asked]))[0])  # all ranks stop, or none
         if last or (not asked and cfg.eval_every and done % cfg.eval_every == 0):
             line["eval"] = evaluate()
         if first:
@@ -625,7 +624,7 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
         bar.set_postfix(reward=f"{line['reward_mean']:+.3f}", solved=f"{line['solved_frac']:.2f}",
                         tokens=f"{line['response_tokens_mean']:.0f}", mismatch=f"{line['mismatch']['mean']:.0e}")
         if first and (asked or last or (cfg.save_every and done % cfg.save_every == 0)):
-            save_checkpoint(trainer, folder, evaluations)
+            folder.save(trainer.checkpoint(evaluations), cfg.keep)
     bar.close()
     return trainer.next_step >= cfg.steps
 
@@ -633,15 +632,15 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
 def nothing_to_learn(lines: list[dict], cfg: Config) -> str | None:
     """What to look at when none of these steps could teach anything, or None."""
     if all(line["truncated_frac"] == 1 for line in lines):
-        return (f"WARNING: every response of the first {len(lines)} steps was cut at {cfg.max_response_tokens} tokens and "
-                "counts as wrong. Does the model end its responses? Look at samples.jsonl, --stop_tokens, "
+        return (f"WARNING: every response of the first {len(lines)} steps was cut at {cfg.max_response_tokens} tokens "
+                "and counts as wrong. Does the model end its responses? Look at samples.jsonl, --stop_tokens, "
                 "--chat_template, --max_response_tokens")
     if all(line["zero_std_frac"] == 1 for line in lines):
         same = {line["solved_frac"] for line in lines}
         what = {0.0: "no response was right", 1.0: "every response was right"}.get(
             same.pop() if len(same) == 1 else None, "all rollouts of a prompt scored alike")
-        return (f"WARNING: in the first {len(lines)} steps {what}: all advantages are 0 and nothing is learned. Look at "
-                "samples.jsonl: does a response say its answer where --answer_style looks, does --prompt_suffix or "
+        return (f"WARNING: in the first {len(lines)} steps {what}: all advantages are 0 and nothing is learned. Look "
+                "at samples.jsonl: does a response say its answer where --answer_style looks, does --prompt_suffix or "
                 "--chat_template ask for it, are the problems of the right difficulty?")
     return None
 
@@ -653,10 +652,10 @@ def main() -> None:
     except (ValueError, OSError, RunError) as error:  # what was given; a later ValueError is a bug and keeps its trace
         sys.exit(f"train.py: {error}")
     try:
-        with trainer.grader, full_disk_explained(trainer, folder):
+        with trainer.grader, folder.full_disk_explained(trainer.optimizer.checkpoint_bytes()):
             complete = train(trainer, folder, evaluations)
             if complete and trainer.ranks.rank == 0:
-                save_model(trainer, folder.path / "model")
+                trainer.policy.save(trainer.model, folder.path / "model")
     except RunError as error:
         sys.exit(f"train.py: {error}")
     if complete:

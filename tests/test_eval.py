@@ -109,7 +109,7 @@ def test_a_benchmark_that_cannot_be_had_is_named_and_the_others_go_on(base, tmp_
     def gated(name, **_):
         raise ConnectionError(f"cannot load {name}: log in (`hf auth login`)")
 
-    monkeypatch.setattr(eval_module, "load_problems", gated)
+    monkeypatch.setattr(tasks, "load_problems", gated)
     args = flags(base, tmp_path)
     args[args.index("arithmetic")] = "gpqa,arithmetic"
     evaluate(parse_args([*args, "--problems", "10"]))

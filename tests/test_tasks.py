@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import tasks
 from data import encode_prompts
@@ -155,3 +156,15 @@ def test_concurrent_first_uses_train_the_base_once(tmp_path):
     assert outputs[0][0] == outputs[1][0] and (Path(outputs[0][0].strip()) / "model.safetensors").exists()
     assert sorted("20/20" in err for _, err in outputs) == [False, True]  # only one showed the training bar
     assert [p.suffix for p in tmp_path.iterdir() if p.is_dir()] == [""]
+
+
+@pytest.mark.parametrize("task, loss", [("arithmetic", 3.06017), ("permutations", 3.41001)])
+def test_the_recipe_number_stands_for_this_corpus_this_model_and_this_training(task, loss):
+    """Where this fails, the base models have changed: raise BaseSettings.recipe, then the numbers here."""
+    settings = tasks.BaseSettings(steps=20, lines_per_step=8, hidden_size=32, layers=1)
+    assert settings.recipe == 1
+    model, words = tasks._train_base(task, settings), tasks.tokenizer(task)
+    problem = tasks.problems(task, "train", 1)[0]
+    tokens = torch.tensor(words.encode(problem.prompt + problem.answer))
+    logp = model.logprobs(tokens, torch.tensor([0, len(tokens)]), len(tokens), torch.arange(1, len(tokens)))
+    assert -logp.mean().item() == pytest.approx(loss, rel=1e-4)

@@ -18,18 +18,10 @@ import tasks
 import train as train_module
 from config import PRESETS, Config, check, parse_args
 from model import Transformer
-from train import (
-    MasterAdamW,
-    Ranks,
-    RunError,
-    Trainer,
-    _micro,
-    check_memory,
-    micro_batches,
-    nothing_to_learn,
-    set_up,
-    share_out,
-)
+from policy import Policy
+from ranks import Ranks, RunError, deal
+from rollout import Batch
+from train import MasterAdamW, Trainer, _micro, micro_batches, nothing_to_learn, set_up
 
 ROOT = Path(__file__).parents[1]
 
@@ -179,35 +171,35 @@ def test_leaving_out_rollouts_of_advantage_0_changes_nothing_but_the_work(base, 
 
 
 def test_entropy_and_mismatch_are_of_a_fixed_sample_and_old_log_probs_taken_where_needed(base, tmp_path):
-    asked = {}
+    taken = {}
     for kl_beta in (0.0, 1e-30):
         trainer = trainer_of(base, tmp_path, kl_beta=kl_beta)
         behaviour, seen = trainer.behaviour, []
 
-        def record(batch, acts_R, measured_R, behaviour=behaviour, seen=seen):
-            everything = np.ones(96, bool)
-            seen.append((batch, acts_R, measured_R, behaviour(batch, acts_R, measured_R),
-                         behaviour(batch, everything, everything)))
-            return seen[-1][3]
+        def record(batch, acts_R, step, behaviour=behaviour, seen=seen):
+            found = behaviour(batch, acts_R, step)
+            seen.append((batch, acts_R, found[0], behaviour(batch, np.ones(96, bool), step)[0]))
+            return found
 
         trainer.behaviour = record
         line, _ = trainer.step(0)
-        (batch, acts_R, measured_R, (old_N, _, _), (everywhere_N, _, entropy_N)), = seen
-        asked[kl_beta] = acts_R.sum()
-        assert np.flatnonzero(measured_R).tolist() == [0, 16, 32, 48, 64, 80]  # first of 4 of every 4th of 24 prompts
-        assert line["measured"] == {"rollouts": 6, "tokens": int(batch.lengths[measured_R].sum())}
+        (batch, acts_R, old_N, everywhere_N), = seen
+        measured_R = np.isin(np.arange(96), range(0, 96, 8))  # the first of 4 of every second of 24 prompts
         known_N = np.repeat(acts_R | measured_R, batch.lengths)
         assert np.allclose(old_N[known_N], everywhere_N[known_N], atol=1e-5) and not old_N[~known_N].any()
-        measured_N = np.repeat(measured_R, batch.lengths)
-        assert line["entropy"] == pytest.approx(entropy_N[measured_N].mean(), rel=1e-5)
-    assert 0 < asked[0.0] < asked[1e-30] == 96
+        measured_N, taken[kl_beta] = np.repeat(measured_R, batch.lengths), acts_R.sum()
+        assert line["measured"] == {"rollouts": 12, "tokens": measured_N.sum()}
+        mismatch_N = np.abs(batch.sampler_logp - old_N)[measured_N]
+        assert line["mismatch"] == {"mean": pytest.approx(mismatch_N.mean()), "max": pytest.approx(mismatch_N.max())}
+        assert line["entropy"] > 0
+    assert 0 < taken[0.0] < taken[1e-30] == 96
 
 
 def test_token_weights_are_the_three_ways_of_averaging(base, tmp_path):
     trainer = trainer_of(base, tmp_path, mode="rollout")
     n_P = np.array([2, 3, 4, 3])
     offsets = np.concatenate(([0], np.arange(1, 13).cumsum()))
-    batch = train_module.Batch([[1]] * 4, np.repeat(np.arange(4), n_P), offsets, np.zeros(78, int),
+    batch = Batch([[1]] * 4, np.repeat(np.arange(4), n_P), offsets, np.zeros(78, int),
                                np.zeros(78, np.float32), np.zeros(12, bool))
     inside = np.array([0, 2])
     length = batch.lengths
@@ -226,7 +218,7 @@ def test_micro_batches_hold_every_rollout_once_with_its_own_tokens():
     offsets = np.concatenate(([0], lengths.cumsum()))
     prompts = [list(range(1, 2 + p)) for p in range(4)]
     tokens = rng.integers(0, 50, offsets[-1])
-    batch = train_module.Batch(prompts, np.repeat(np.arange(4), n_P), offsets, tokens,
+    batch = Batch(prompts, np.repeat(np.arange(4), n_P), offsets, tokens,
                                np.zeros(len(tokens), np.float32), np.zeros(len(lengths), bool))
     seen = []
     for micro in micro_batches(batch, np.arange(len(lengths)), 40, torch.device("cpu")):
@@ -240,9 +232,9 @@ def test_micro_batches_hold_every_rollout_once_with_its_own_tokens():
     assert sorted(seen) == list(range(len(lengths)))
 
 
-def test_work_is_shared_out_evenly():
+def test_work_is_dealt_out_evenly():
     cost = np.random.default_rng(0).integers(1, 100, 200)
-    owner = share_out(cost, 3)
+    owner = deal(cost, 3)
     loads = [cost[owner == r].sum() for r in range(3)]
     assert max(loads) - min(loads) <= cost.max() and sum(loads) == cost.sum()
 
@@ -384,24 +376,18 @@ def test_a_diverged_run_stops_with_the_step_and_a_remedy(base, tmp_path):
 
 
 @pytest.mark.parametrize("whose", ["sampler", "trainer"])
-def test_log_probs_that_are_no_numbers_are_not_blamed_on_stale_weights(base, tmp_path, whose):
+def test_log_probs_that_are_no_numbers_are_not_blamed_on_stale_weights(base, tmp_path, monkeypatch, whose):
     trainer = trainer_of(base, tmp_path)
-    sample, behaviour = trainer.sample, trainer.behaviour
+    if whose == "trainer":
+        trainer.model.model.norm.weight.data[0] = torch.nan
+    draw = train_module.draw_together
 
-    def broken_sample(*args):
-        batch = sample(*args)
-        batch.sampler_logp[-1] = np.nan
+    def broken(*args):
+        batch = draw(*args)
+        batch.sampler_logp[-1] = np.nan if whose == "sampler" else batch.sampler_logp[-1]
         return batch
 
-    def broken_behaviour(*args):
-        old_N, *rest = behaviour(*args)
-        old_N[:] = np.nan
-        return old_N, *rest
-
-    if whose == "sampler":
-        trainer.sample = broken_sample
-    else:
-        trainer.behaviour = broken_behaviour
+    monkeypatch.setattr(train_module, "draw_together", broken)
     with pytest.raises(RunError, match=f"log-probs of the {whose} are not finite numbers") as error:
         trainer.step(0)
     assert "stale" not in str(error.value)
@@ -453,13 +439,14 @@ def test_stale_sampler_weights_are_caught_on_the_step_where_they_happen(base, tm
 # ---- bad input
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(prompts_per_step=0), "--prompts_per_step must be positive"),
+    (dict(prompts_per_step=0), "--prompts_per_step must be at least 1, got 0"),
+    (dict(learning_rate="nan"), "--learning_rate must be above 0, got nan"),
     (dict(minibatch_prompts=25), "--minibatch_prompts 25 is more than --prompts_per_step 24"),
     (dict(train_problems=5), "prompts_per_step=24 must be from 1 to the number of problems, 5"),
     (dict(n_min=5, mode="rollout"), "n_min <= n_bar"),
     (dict(bin_edges="0.5,0.4"), "bin edges must ascend"),
     (dict(bin_edges="a,b"), "--bin_edges must be numbers"),
-    (dict(eval_top_p=0), "--eval_top_p must be from"),
+    (dict(eval_top_p=0), "--eval_top_p must be above 0"), (dict(eps_low=2), "--eps_low must be at most 1"),
     (dict(eval_temperature=0), "use it with --eval_rollouts 1"),
     (dict(mode="rollout", allocation="weights", rollout_utility="surrogate"), "--rollout_utility surrogate would only"),
     (dict(max_response_tokens=1000), "and the model's context is 256"),
@@ -534,8 +521,8 @@ def test_a_full_disk_says_what_is_kept_and_how_to_go_on(base, tmp_path):
     (out / "full").symlink_to("/dev/full")
     (out / "full").replace(out / "metrics.jsonl")
     output = finish(process, 1)
-    assert re.search(r"train.py: no space left in .* after step \d+; step_2 is kept. Free the \d+ MiB", output)
-    assert "--resume" in output and "Traceback" not in output
+    assert re.search(r"train.py: no space left in .*; step_2 is kept. Free \d+ MiB, then go on with --resume", output)
+    assert "Traceback" not in output
     (out / "metrics.jsonl").unlink()
     (out / "metrics.jsonl").write_text(whole)
     finish(launch(base, out, "--resume", steps=3))
@@ -556,18 +543,18 @@ def test_presets_are_valid_and_the_papers_values_stand(tmp_path):
     assert cfg.bin_success == "any"
 
 
-def test_what_cannot_fit_a_gpu_says_so_before_it_starts(base, tmp_path, monkeypatch):
+def test_what_cannot_fit_a_gpu_says_so_before_it_starts(base, monkeypatch):
+    policy = Policy.open(str(base), revision=None, dtype="bfloat16", device=torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**20, 2**20))
-    cfg, _, _ = parse_args(flags(base, tmp_path))
     for engine in ("vllm", "torch"):
         with pytest.raises(ValueError, match="GiB a GPU for training"):
-            check_memory(base, cfg, torch.device("cuda"), torch.bfloat16, engine)
+            policy.check_memory(torch.device("cuda"), with_reference=False, engine=engine, utilization=0.5)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**30))
-    check_memory(base, cfg, torch.device("cuda"), torch.bfloat16, "vllm")
+    policy.check_memory(torch.device("cuda"), with_reference=True, engine="vllm", utilization=0.5)
 
 
 def test_a_single_rollout_packs(base):
-    batch = train_module.Batch([[5, 6]], np.zeros(1, int), np.array([0, 1]), np.array([1]), np.zeros(1, np.float32),
+    batch = Batch([[5, 6]], np.zeros(1, int), np.array([0, 1]), np.array([1]), np.zeros(1, np.float32),
                                np.zeros(1, bool))
     micro = _micro(batch, np.array([0]), torch.device("cpu"))
     assert micro.tokens.tolist() == [5, 6, 1] and micro.targets.tolist() == [2]

@@ -1,0 +1,71 @@
+"""A policy as it lies on disk, with its tokenizer and what ends a response: built-in, a local folder or a hub id.
+
+What `train.py` and `eval.py` both need to know of a model before its weights are loaded.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import tasks
+from data import stop_token_ids
+from model import ModelConfig, Transformer, fetch
+
+
+@dataclass(frozen=True)
+class Policy:
+    folder: Path  # a hub snapshot's is named by its commit, a built-in base's by the hash of its recipe
+    config: ModelConfig
+    dtype: torch.dtype  # of the weights in a forward pass
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
+    generation: dict  # its generation_config.json, or one that names the stop tokens: else others never stop
+
+    @classmethod
+    def open(cls, name: str, *, revision: str | None, dtype: str, device: torch.device,
+             stop_tokens: str = "auto") -> "Policy":
+        """`name`: a key of tasks.TASKS, a folder or a hub id; `dtype`: "auto" = bfloat16 on CUDA, float32 elsewhere.
+
+        Raises FileNotFoundError for a model that cannot be had, ValueError for one that this code cannot run.
+        """
+        folder = tasks.base_model(name) if name in tasks.TASKS else fetch(name, revision)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        saved = folder / "generation_config.json"
+        generation = json.loads(saved.read_text()) if saved.exists() else None
+        stop_ids = stop_token_ids(tokenizer, generation_config=generation, override=stop_tokens)
+        if dtype == "auto":
+            dtype = "bfloat16" if device.type == "cuda" else "float32"
+        return cls(folder, ModelConfig.from_hf(json.loads((folder / "config.json").read_text())),
+                   getattr(torch, dtype), tokenizer, stop_ids, generation or {"eos_token_id": list(stop_ids)})
+
+    def check_context(self, max_prompt_tokens: int, max_response_tokens: int) -> None:
+        """Raises ValueError where a prompt and a response may not fit together."""
+        needed, longest = max_prompt_tokens + max_response_tokens, self.config.max_position_embeddings
+        if needed > longest:
+            raise ValueError(f"--max_prompt_tokens + --max_response_tokens is {needed} and the model's context is "
+                             f"{longest}")
+
+    def check_memory(self, device: torch.device, *, with_reference: bool, engine: str, utilization: float) -> None:
+        """Refuses, before anything is loaded, a model whose replicated training state and engine cannot fit one GPU."""
+        if device.type != "cuda":
+            return
+        parameters = self.config.num_parameters()
+        # weights, one micro-batch's gradients, the reference; float32 master, gradient and two moments
+        training = parameters * (self.dtype.itemsize * (2 + with_reference) + 16)
+        free, total = torch.cuda.mem_get_info()
+        sampling = int(utilization * total) if engine == "vllm" else parameters * self.dtype.itemsize
+        if training + sampling > 0.95 * free:
+            raise ValueError(
+                f"{parameters / 1e9:.1f}B parameters need {training / 2**30:.0f} GiB a GPU for training (replicated, "
+                f"not sharded, for now) and {sampling / 2**30:.0f} GiB for the {engine} engine; {free / 2**30:.0f} of "
+                f"{total / 2**30:.0f} GiB are free. Take a smaller model, a lower --gpu_memory_utilization (vLLM), or "
+                "--kl_beta 0, which saves the reference")
+
+    def save(self, model: Transformer, path: Path) -> None:
+        """The weights of `model` as a Hugging Face folder with this policy's tokenizer."""
+        model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+        (path / "generation_config.json").write_text(json.dumps(self.generation, indent=2) + "\n")
