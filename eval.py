@@ -55,6 +55,7 @@ class Sample:
     timed_out: bool  # the grader gave up: counts as wrong
     tokens: int
     finish: str  # "stop", or "length" for a response cut at the limit: counts as wrong
+    failed: bool = False  # math-verify raised an exception over it: counts as wrong
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -75,7 +76,7 @@ def grade(samples: list[Sample], grader: Grader) -> list[Sample]:
     """The samples with verdicts of the grader as it is now."""
     grades = grader.grade([s.response for s in samples], [s.gold for s in samples], [s.style for s in samples],
                           cut=[s.finish == "length" for s in samples])
-    return [dataclasses.replace(s, right=g.right, extracted=g.extracted, timed_out=g.timed_out)
+    return [dataclasses.replace(s, right=g.right, extracted=g.extracted, timed_out=g.timed_out, failed=g.failed)
             for s, g in zip(samples, grades, strict=True)]
 
 
@@ -89,7 +90,7 @@ def summary(samples: list[Sample]) -> dict[str, dict]:
                       "tokens_mean": float(np.mean([s.tokens for s in of])),
                       "truncated_frac": float(np.mean([s.finish == "length" for s in of])),
                       "no_answer_frac": float(np.mean([s.extracted is None for s in of])),
-                      "grader_timeouts": sum(s.timed_out for s in of)}
+                      "grader_timeouts": sum(s.timed_out for s in of), "grader_failures": sum(s.failed for s in of)}
 
     for name in dict.fromkeys(s.benchmark for s in samples):
         of = [s for s in samples if s.benchmark == name]

@@ -234,6 +234,7 @@ class Grade(NamedTuple):
     right: bool
     extracted: str | None  # the answer found, None if there is none
     timed_out: bool  # not graded in time, or two workers died of it; counts as wrong
+    failed: bool = False  # math-verify raised an exception over it; counts as wrong
 
     @property
     def reward(self) -> float:
@@ -242,8 +243,6 @@ class Grade(NamedTuple):
 
 class Grader:
     """Grades responses; no answer can hold it for longer than `timeout` seconds. A context manager.
-
-    `failures` counts the responses so far that were wrong because math-verify raised an exception over them.
 
     workers: processes, started when first needed. timeout: seconds for one answer, hard: its worker is killed and
     replaced. Use it from the main thread: workers die with the thread that started them.
@@ -254,7 +253,6 @@ class Grader:
             raise ValueError(f"{workers=}, {timeout=}: both must be positive")
         self.num_workers, self.timeout = workers, timeout
         self._workers: list[_Worker] = []
-        self.failures = 0
         self._cache: dict[tuple[str | None, str], bool | str] = {}
 
     def grade(self, responses: list[str], answers: list[str], styles: list[str],
@@ -276,8 +274,7 @@ class Grader:
         self._cache |= {p: verdict for p, verdict in hard.items() if verdict is not None}
         while len(self._cache) > MAX_CACHE:
             del self._cache[next(iter(self._cache))]  # the oldest
-        self.failures += sum(verdicts[p] == FAILED for p in pairs)
-        return [Grade(verdicts[p] is True, p[0], verdicts[p] is None) for p in pairs]
+        return [Grade(verdicts[p] is True, p[0], verdicts[p] is None, verdicts[p] == FAILED) for p in pairs]
 
     def _grade(self, jobs: list[tuple[str, str]]) -> dict[tuple[str, str], bool | str | None]:
         """job -> verdict; FAILED where math-verify raised, None where the deadline passed or two workers died of it."""

@@ -313,7 +313,7 @@ class Trainer:
                                   self.expected_tokens_B[decided.bin_P])
             self.engine.sleep()
         with clock("reward"):
-            reward_R, timeouts, texts = self.grade(batch, problems)
+            reward_R, unclear, texts = self.grade(batch, problems)
         with clock("advantage"):
             advantage_R, constant_P = self.advantages(reward_R, decided)
             # Without a KL term a rollout of advantage 0 adds exactly 0 to loss, statistics and gradient: left out.
@@ -328,8 +328,8 @@ class Trainer:
             outcome = self.outcome(decided, batch, reward_R, constant_P, update)
             self._end_step(ids_P, decided, outcome, update.grad_norm)
 
-        line = {"step": step, "mode": cfg.mode, "seed": cfg.seed, "seconds": clock.total(), "reward_timeouts": timeouts,
-                **batch.stats(), **measured, **self.log_line(decided, outcome, update), "eval": None}
+        line = {"step": step, "mode": cfg.mode, "seed": cfg.seed, "seconds": clock.total(),
+                **batch.stats(), **unclear, **measured, **self.log_line(decided, outcome, update), "eval": None}
         first_P = decided.n_P.cumsum() - decided.n_P  # each prompt's first rollout
         samples = [{"step": step, "id": ids_P[p], "bin": decided.bin_P[p], "n": decided.n_P[p],
                     "weight": decided.weight_P[p], "answer": problems[p].answer, "reward": reward_R[r],
@@ -395,8 +395,8 @@ class Trainer:
 
     # -- its parts
 
-    def grade(self, batch: Batch, problems: list[Problem]) -> tuple[np.ndarray, int, list[str]]:
-        """Rewards in {-1, +1} (R,) float64, time-outs, texts. Each rank grades its part."""
+    def grade(self, batch: Batch, problems: list[Problem]) -> tuple[np.ndarray, dict, list[str]]:
+        """Rewards in {-1, +1} (R,) float64, how many are -1 for want of a verdict, texts. Each rank grades its part."""
         texts = batch.texts(self.policy.tokenizer)
         mine = np.arange(self.ranks.rank, len(texts), self.ranks.world)
         asked = [problems[p] for p in batch.owner[mine]]
@@ -404,8 +404,9 @@ class Trainer:
                                    cut=batch.truncated[mine])
         reward_R = np.zeros(len(texts))
         reward_R[mine] = [g.reward for g in grades]
-        timeouts = np.array([sum(g.timed_out for g in grades)])
-        return self.ranks.merge(reward_R), int(self.ranks.merge(timeouts)[0]), texts
+        timeouts, failures = self.ranks.merge(np.array([sum(g.timed_out for g in grades),
+                                                        sum(g.failed for g in grades)]))
+        return self.ranks.merge(reward_R), {"reward_timeouts": timeouts, "reward_failures": failures}, texts
 
     def advantages(self, reward_R: np.ndarray, decided: Decision) -> tuple[np.ndarray, np.ndarray]:
         """(3) times (16), (R,), and which prompts' rollouts all scored alike, (P,) bool."""

@@ -45,7 +45,8 @@ def test_an_evaluation_writes_every_response_and_the_figures(evaluated):
     lines = [json.loads(x) for x in (evaluated / "eval_samples.jsonl").read_text().splitlines()]
     saved = json.loads((evaluated / "eval.json").read_text())
     assert len(lines) == 600 and list(lines[0]) == ["benchmark", "id", "sample", "gold", "style", "response",
-                                                   "extracted", "right", "timed_out", "tokens", "finish"]
+                                                   "extracted", "right", "timed_out", "tokens", "finish",
+                                                   "failed"]
     row = saved["figures"]["arithmetic"]
     assert row["mean@4"][0] == pytest.approx(np.mean([x["right"] for x in lines])) and 0 < row["mean@4"][0] < 1
     assert row["truncated_frac"] == np.mean([x["finish"] == "length" for x in lines])

@@ -286,14 +286,21 @@ FAILS = r"\boxed{i < 1}", r"(0,1) \cup (2,3)"  # sympy: TypeError, invalid compa
 
 def test_an_exception_in_math_verify_is_counted_quiet_and_wrong_and_its_worker_lives(capfd):
     with Grader(workers=1, timeout=60) as grader:
-        assert scores(grader, [r"\boxed{\sqrt{8}}"], [r"2\sqrt{2}"]) == ([1.0], 0) and grader.failures == 0
+        assert scores(grader, [r"\boxed{\sqrt{8}}"], [r"2\sqrt{2}"]) == ([1.0], 0)
         process = grader._workers[0].process
         others = (r"\boxed{\sqrt{12}}", r"2\sqrt{3}"), (r"\boxed{\sqrt{7}}", r"\sqrt{5}")
-        assert scores(grader, *zip(FAILS, others[0], FAILS, others[1], strict=True)) == ([-1.0, 1.0, -1.0, -1.0], 0)
-        assert grader.failures == 2  # two responses, asked about once
-        assert scores(grader, [FAILS[0]], [FAILS[1]]) == ([-1.0], 0) and grader.failures == 3
+        answers, golds = zip(FAILS, others[0], FAILS, others[1], strict=True)
+        assert scores(grader, answers, golds) == ([-1.0, 1.0, -1.0, -1.0], 0)
+        for _ in range(2):  # asked about once, counted every time
+            failed = [g.failed for g in grader.grade(answers, golds, ["math"] * 4)]
+            assert failed == [True, False, True, False]
         assert [w.process for w in grader._workers] == [process] and process.poll() is None
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_response_that_was_cut_is_wrong_whatever_it_says(grader):
+    grades = grader.grade([r"\boxed{5}"] * 2, ["5"] * 2, ["math"] * 2, cut=[False, True])
+    assert [(g.right, g.extracted, g.timed_out) for g in grades] == [(True, "5", False), (False, None, False)]
 
 
 def test_equal_pairs_are_asked_once(grader, monkeypatch):
