@@ -538,7 +538,7 @@ def check_counts(bin_P, n_P, *, total, n_min, n_max, budget):
 def test_the_budget_is_spent_exactly_within_bounds_and_by_bin(budget):
     rng = np.random.default_rng(7)
     fractional = 0
-    for _ in range(2500):
+    for _ in range(600):
         bins, prompts = rng.integers(1, 11), rng.integers(1, 48)
         n_min = int(rng.integers(1, 4))
         n_max = n_min + int(rng.integers(0, 11))
@@ -551,7 +551,7 @@ def test_the_budget_is_spent_exactly_within_bounds_and_by_bin(budget):
                                n_bar=n_bar, budget=budget, utility=rng.choice(list(UTILITIES)))
         bin_P = rng.choice(bins, prompts, p=rng.dirichlet(np.full(bins, 0.5)))
         check_counts(bin_P, compute.allocate(bin_P), total=total, n_min=n_min, n_max=n_max, budget=budget)
-    assert fractional == 0 if budget == "exact" else fractional > 1000
+    assert fractional == 0 if budget == "exact" else fractional > 240
 
 
 @pytest.mark.parametrize("prompts, total", [(100, 435), (1000, 4001), (7, 29)])
@@ -918,15 +918,15 @@ def test_any_two_adversaries_run_together_and_resume_from_any_step(utility, budg
         return (DifficultyBins([0.2, 0.5, 0.8], history=4, success=success), PromptGDRO(4, mean_one=mean_one),
                 RolloutGDRO(4, n_max=8, utility=utility, budget=budget, seed=5))
 
-    running, skill = fresh(), rng.random(40)
+    running, skill = fresh(), rng.random(24)
     visited = set()
-    for _ in range(50):
+    for _ in range(15):  # a prompt is in half of them: more often than the history is long
         resumed = fresh()
         for old, new in zip(running, resumed, strict=True):
             state = old.state_dict()
             assert all(isinstance(a, np.ndarray) and a.dtype != object for a in state.values())
             new.load_state_dict(through_npz(state))
-        chosen = rng.choice(40, 12, replace=False)
+        chosen = rng.choice(24, 12, replace=False)
         ids, noise_P, seed = [f"p{i}" for i in chosen], rng.normal(size=12), int(rng.integers(1 << 30))
         steps = []
         for bins, data, compute in (running, resumed):
