@@ -1,4 +1,5 @@
-"""Where the kernels run, and tiny random Hugging Face checkpoints for the tests of the model and of the engine."""
+"""Where the kernels run, tiny random Hugging Face checkpoints for the tests of the model and of the engine, and a small
+base model that has learned something, for the tests of training and evaluation."""
 
 import functools
 from pathlib import Path
@@ -11,7 +12,16 @@ if not torch.cuda.is_available():  # the kernels go through Triton's interpreter
         environment.setenv("TRITON_INTERPRET", "1")
         import kernels  # noqa: F401
 
+import tasks  # noqa: E402  (it imports the kernels)
+
 VOCAB = 61
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """A small model that gets some sums of two digits right: enough for gradients. Trained once, about ten seconds."""
+    settings = tasks.BaseSettings(steps=250, lines_per_step=48, hidden_size=64, layers=2)
+    return tasks.base_model("arithmetic", settings, cache=tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

@@ -17,12 +17,6 @@ ROOT = Path(__file__).parents[1]
 
 # ---- the command
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    settings = tasks.BaseSettings(steps=250, lines_per_step=32, hidden_size=64, layers=2)
-    return tasks.base_model("arithmetic", settings, cache=tmp_path_factory.mktemp("cache"))
-
-
 def flags(base: Path, out: Path, *more: str) -> list[str]:
     return ["--model", str(base), "--benchmarks", "arithmetic", "--engine", "torch", "--k", "4", "--problems", "150",
             "--max_prompt_tokens", "32", "--max_response_tokens", "24", "--temperature", "1", "--top_p", "1", "--top_k",

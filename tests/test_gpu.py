@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import tasks
 from config import parse_args
 from kernels import group_advantage, grpo_token_loss, linear_logprob
 from model import PackedAttention, Transformer
@@ -20,12 +19,6 @@ from train import MasterAdamW
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    settings = tasks.BaseSettings(steps=100, lines_per_step=32, hidden_size=64, layers=2)
-    return tasks.base_model("arithmetic", settings, cache=tmp_path_factory.mktemp("cache"))
 
 
 def packed_batch(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

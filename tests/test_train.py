@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-import tasks
 import train as train_module
 from config import PRESETS, Config, check, parse_args
 from model import Transformer
@@ -26,14 +25,26 @@ from train import MasterAdamW, Trainer, _micro, micro_batches, nothing_to_learn,
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A run in this process takes Ctrl-C and SIGTERM over."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
-def base(tmp_path_factory) -> Path:
-    """A small model that gets some sums of two digits right, its training problems: enough for gradients."""
-    settings = tasks.BaseSettings(steps=250, lines_per_step=48, hidden_size=64, layers=2)
-    cache = tmp_path_factory.mktemp("cache")
-    sums = [{"question": f"{a}+{b}=", "answer": a + b} for a in range(10) for b in range(10)]
-    (cache / "sums.jsonl").write_text("".join(json.dumps(x) + "\n" for x in sums))
-    return tasks.base_model("arithmetic", settings, cache=cache)
+def base(base) -> Path:
+    """With training problems beside it, some of which it gets right."""
+    sums(base.parent / "sums.jsonl")
+    return base
+
+
+def sums(path: Path, *, up_to: int = 9) -> Path:
+    rows = [{"question": f"{a}+{b}=", "answer": a + b} for a in range(up_to + 1) for b in range(10)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def flags(base: Path, out: Path, **changes) -> list[str]:
@@ -45,7 +56,7 @@ def flags(base: Path, out: Path, **changes) -> list[str]:
 
 def launch(base: Path, out: Path, *extra: str, processes: int = 1, **changes) -> subprocess.Popen:
     """train.py as a user starts it."""
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29533"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(torchrun if processes > 1 else []), "train.py", *flags(base, out, **changes), *extra]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
@@ -56,6 +67,14 @@ def finish(process: subprocess.Popen, status: int = 0) -> str:
     output, _ = process.communicate(timeout=240)
     assert process.returncode == status, output
     return output
+
+
+def main(base: Path, out: Path, *extra: str, **changes) -> int | str:
+    """train.py in this process: its exit status, or the words with which it gives up."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", ["train.py", *flags(base, out, **changes), *extra])
+        train_module.main()
+    return end.value.code
 
 
 def log(out: Path) -> list[dict]:
@@ -239,10 +258,9 @@ def test_work_is_dealt_out_evenly():
     assert max(loads) - min(loads) <= cost.max() and sum(loads) == cost.sum()
 
 
-@pytest.mark.parametrize("mode", ["both"])
-def test_two_processes_equal_one(base, tmp_path, mode):
-    options = dict(mode=mode, kl_beta=0.01, rollout_utility="variance", steps=4)
-    finish(launch(base, tmp_path / "one", **options))
+def test_two_processes_equal_one(base, tmp_path):
+    options = dict(mode="both", kl_beta=0.01, rollout_utility="variance", steps=4)
+    assert main(base, tmp_path / "one", **options) == 0
     output = finish(launch(base, tmp_path / "two", processes=2, **options))
     assert "pass@2" in output
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
@@ -270,9 +288,18 @@ def close(a, b) -> None:
 
 # ---- nothing is lost
 
-def test_killed_and_resumed_run_writes_what_the_unbroken_run_wrote(base, tmp_path):
+@pytest.fixture
+def one_thread():
+    """As in what is launched, so that sums come out bit for bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_killed_and_resumed_run_writes_what_the_unbroken_run_wrote(base, tmp_path, one_thread, capsys):
     options = dict(mode="both", steps=7, save_every=3, rollout_budget="dual", kl_beta=0.01, eval_every=2)
-    finish(launch(base, tmp_path / "unbroken", **options))
+    assert main(base, tmp_path / "unbroken", **options) == 0
     process = launch(base, tmp_path / "killed", **options)
     deadline = time.time() + 120
     metrics = tmp_path / "killed" / "metrics.jsonl"
@@ -283,8 +310,9 @@ def test_killed_and_resumed_run_writes_what_the_unbroken_run_wrote(base, tmp_pat
     process.communicate()
     with open(metrics, "a") as file:
         file.write('{"step": 5, "cut sho')  # as a kill in mid-write leaves it
-    output = finish(launch(base, tmp_path / "killed", "--resume", **options))
-    assert "resuming from step_3" in output or "resuming from step_6" in output
+    capsys.readouterr()
+    assert main(base, tmp_path / "killed", "--resume", **options) == 0
+    assert re.search("resuming from step_[36]", capsys.readouterr().out)
     assert log(tmp_path / "killed") == log(tmp_path / "unbroken")
     assert all(line["grad_norm"] > 0 for line in log(tmp_path / "unbroken"))
     for name in ("samples.jsonl", "eval.json", "model/model.safetensors"):
@@ -307,13 +335,14 @@ def test_a_stop_signal_finishes_the_step_and_saves(base, tmp_path, number):
     assert (tmp_path / "run" / "checkpoint" / f"step_{done}" / "optimizer.safetensors").exists()
 
 
-def test_a_finished_run_can_be_extended_and_its_model_loads_elsewhere(base, tmp_path):
+def test_a_finished_run_can_be_extended_and_its_model_loads_elsewhere(base, tmp_path, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = tmp_path / "run"
-    output = finish(launch(base, out, steps=2, mode="prompt"))
-    assert re.search(r"\| 6 held-out problems x 2 \| step 0 \| step 2 \|", output) and "| pass@2 |" in output
-    finish(launch(base, out, "--resume", steps=3, mode="prompt", learning_rate=1e-4))
+    assert main(base, out, steps=2, mode="prompt") == 0
+    output = capsys.readouterr().out
+    assert "| 6 held-out problems x 2 | step 0 | step 2 |" in output and "| pass@2 |" in output
+    assert main(base, out, "--resume", steps=3, mode="prompt", learning_rate=1e-4) == 0
     resumed = json.loads((out / "config.json").read_text())["resumed"]
     assert resumed == [{"step": 2, "changed": {"steps": 3, "learning_rate": 1e-4}}] and log(out)[2]["lr"] == 1e-4
     assert [line["step"] for line in log(out)] == [0, 1, 2]
@@ -371,8 +400,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(base
 
 
 def test_a_diverged_run_stops_with_the_step_and_a_remedy(base, tmp_path):
-    output = finish(launch(base, tmp_path / "run", steps=5, learning_rate=1e30), 1)
-    assert re.search(r"train.py: step [01]: ", output) and "Traceback" not in output
+    output = main(base, tmp_path / "run", steps=5, learning_rate=1e30)
+    assert re.match(r"train.py: step [01]: .*--", output)
 
 
 @pytest.mark.parametrize("whose", ["sampler", "trainer"])
@@ -393,12 +422,14 @@ def test_log_probs_that_are_no_numbers_are_not_blamed_on_stale_weights(base, tmp
     assert "stale" not in str(error.value)
 
 
-def test_a_run_that_cannot_learn_says_where_to_look(base, tmp_path):
+def test_a_run_that_cannot_learn_says_where_to_look(base, tmp_path, capsys):
     hopeless = tmp_path / "hopeless.jsonl"
     hopeless.write_text("".join(json.dumps({"question": f"{a}+1=", "answer": "none"}) + "\n" for a in range(30)))
-    output = finish(launch(base, tmp_path / "a", steps=4, train_data=hopeless, train_problems=0))
+    assert main(base, tmp_path / "a", steps=4, train_data=hopeless, train_problems=0) == 0
+    output = capsys.readouterr().out
     assert output.count("WARNING: in the first 3 steps no response was right") == 1 and "--answer_style" in output
-    output = finish(launch(base, tmp_path / "b", steps=4, max_response_tokens=1, stop_tokens="r"))
+    assert main(base, tmp_path / "b", steps=4, max_response_tokens=1, stop_tokens="r") == 0
+    output = capsys.readouterr().out
     assert output.count("WARNING: every response of the first 3 steps was cut at 1 tokens") == 1
     assert nothing_to_learn(log(tmp_path / "b")[:3], Config()) and "--stop_tokens" in output
     lines = [{"truncated_frac": 1.0, "zero_std_frac": 1.0, "solved_frac": 0.0}] * 2
@@ -468,15 +499,15 @@ def test_unknown_and_abbreviated_flags_are_refused(capsys):
     assert "--learning_rat" in capsys.readouterr().err
 
 
-def test_a_used_folder_other_settings_and_a_damaged_checkpoint_are_refused(base, tmp_path):
+def test_a_used_folder_other_settings_and_other_problems_are_refused(base, tmp_path):
     out = tmp_path / "run"
-    finish(launch(base, out, steps=2))
-    assert "add --resume" in finish(launch(base, out, steps=2), 1)
-    message = finish(launch(base, out, "--resume", steps=3, temperature=0.5), 1)
+    assert main(base, out, steps=2) == 0
+    message = finish(launch(base, out, steps=2), 1)
+    assert "run holds a run already: add --resume" in message and "Traceback" not in message
+    message = main(base, out, "--resume", steps=3, temperature=0.5)
     assert "--temperature 1.0" in message and "Only these may change: steps" in message
-    easier = tmp_path / "sums.jsonl"  # the same name, other problems
-    easier.write_text("".join((base.parent / "sums.jsonl").read_text().splitlines(keepends=True)[:72]))
-    assert "--resume with another train_data" in finish(launch(base, out, "--resume", steps=3, train_data=easier), 1)
+    fewer = sums(tmp_path / "sums.jsonl", up_to=7)  # under the same name
+    assert "--resume with another train_data" in main(base, out, "--resume", steps=3, train_data=fewer)
 
 
 DAMAGE = {"optimizer.safetensors": lambda whole: whole[:1000], "adversaries.npz": lambda whole: whole[:-50],
@@ -513,7 +544,7 @@ def test_as_many_checkpoints_are_kept_as_asked(base, tmp_path, keep, kept):
 def test_a_full_disk_says_what_is_kept_and_how_to_go_on(base, tmp_path):
     """/dev/full refuses every byte, as a full disk does."""
     out = tmp_path / "run"
-    finish(launch(base, out, steps=2))
+    assert main(base, out, steps=2) == 0
     process = launch(base, out, "--resume", steps=500, save_every=0)
     while (whole := (out / "metrics.jsonl").read_text()).count("\n") < 3:
         assert process.poll() is None
@@ -525,12 +556,13 @@ def test_a_full_disk_says_what_is_kept_and_how_to_go_on(base, tmp_path):
     assert "Traceback" not in output
     (out / "metrics.jsonl").unlink()
     (out / "metrics.jsonl").write_text(whole)
-    finish(launch(base, out, "--resume", steps=3))
+    assert main(base, out, "--resume", steps=3) == 0
     assert [line["step"] for line in log(out)] == [0, 1, 2]
 
 
-def test_resume_without_a_checkpoint_says_so_and_begins(base, tmp_path):
-    assert "has no checkpoint yet" in finish(launch(base, tmp_path / "new", "--resume", steps=1))
+def test_resume_without_a_checkpoint_says_so_and_begins(base, tmp_path, capsys):
+    assert main(base, tmp_path / "new", "--resume", steps=1) == 0 and len(log(tmp_path / "new")) == 1
+    assert "has no checkpoint yet" in capsys.readouterr().out
 
 
 def test_presets_are_valid_and_the_papers_values_stand(tmp_path):
