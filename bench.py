@@ -6,6 +6,7 @@ engine     TorchEngine against transformers' generate on the arithmetic base mod
 step       a whole training step of the arithmetic preset, by phase, in every mode
 
 By name only:
+threads    CPU: a step with one thread, one a core, and one a core that sleeps while it waits, alone and beside others
 grader     verdicts a second with two workers beside math-verify alone, and the longest delay by 2,000 hostile strings
 kernels    CUDA, under 8 minutes: every kernel against plain torch, torch.compile and the installed ones of other
            projects. CPU, under 3 minutes: the torch references against whole logits, seconds and memory
@@ -16,7 +17,10 @@ sm90       needs Triton but no GPU: what the compiler makes of every kernel for 
 import argparse
 import itertools
 import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,6 +32,7 @@ import torch
 
 import model
 import tasks
+import train
 from config import parse_args
 from gdro import BUDGETS, UTILITIES, DifficultyBins, PromptGDRO, RolloutGDRO
 from kernels.bench import VOCABULARY, bench_kernels, bench_sm90, forget_peak, in_fresh_process, resident_mib
@@ -139,6 +144,30 @@ def bench_step(steps: int = 6) -> list[dict]:
     return rows
 
 
+def bench_threads(steps: int = 9) -> list[dict]:
+    """Median and worst seconds of a step of the arithmetic preset: one thread of PyTorch, one a core, and one a core
+    that sleeps while it waits (libgomp's spin otherwise), alone and beside a process on every core but one, and all."""
+    cores, rows = os.cpu_count(), []
+    ways = {"1 thread": {"OMP_NUM_THREADS": "1"}, f"{cores} threads": {"OMP_NUM_THREADS": str(cores)},
+            f"{cores} threads, passive": {"OMP_NUM_THREADS": str(cores), "OMP_WAIT_POLICY": "passive"}}
+    for beside in sorted({0, cores - 1, cores}):
+        busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(beside)]
+        for what, changed in ways.items():
+            with tempfile.TemporaryDirectory() as out:
+                subprocess.run(
+                    [sys.executable, str(Path(__file__).with_name("train.py")), "--preset", "arithmetic", "--engine",
+                     "torch", "--threads", "0", "--steps", str(steps + 1), "--eval_problems", "8", "--eval_every", "0",
+                     "--out_dir", f"{out}/run"], env={**os.environ, **changed}, check=True, capture_output=True)
+                lines = Path(out, "run", "metrics.jsonl").read_text().splitlines()
+            seconds = [json.loads(line)["seconds"]["total"] for line in lines][1:]
+            rows.append({"what": what, "busy processes beside": beside, "median s a step": statistics.median(seconds),
+                         "worst s": max(seconds)})
+        for process in busy:
+            process.kill()
+            process.wait()
+    return rows
+
+
 def whole_logits(hidden, weight, targets, *, temperature=1.0, entropy=False, main_grad=None):
     """linear_logprob as it is mostly written: logits of the whole batch, and autograd. Leaves main_grad to the hook."""
     log_p = (hidden @ weight.T / temperature).log_softmax(dim=1)
@@ -173,7 +202,8 @@ def memory_of_a_step(folder: Path, whole: bool) -> dict:
         return np.random.default_rng(0).choice([-1.0, 1.0], len(rewards)), timeouts, texts
 
     trainer.grade = toss
-    for name in ("sample", "behaviour", "update"):
+    train.draw_together = watched("sample", train.draw_together)
+    for name in ("behaviour", "update"):
         setattr(trainer, name, watched(name, getattr(trainer, name)))
     with trainer.grader:
         line, _ = trainer.step(0)
@@ -183,13 +213,16 @@ def memory_of_a_step(folder: Path, whole: bool) -> dict:
 def bench_memory() -> list[dict]:
     """One step of the arithmetic preset, 64 rollouts, on a tiny random Qwen3 with the vocabulary of a real one.
 
-    `behaviour` computes log-probs and entropies without gradients, `update` is forward, backward and AdamW; `sample`
+    `behaviour` takes log-probs and entropies without gradients, `update` is forward, backward and AdamW; `sample`
     has one row of logits a rollout in either form. `peak` is of the process, `on top` beyond what it held when the
     phase began. The loss is 0 in both: the policy is still the one that drew, and advantages have mean 0. Raises
     AssertionError where the two forms do not agree to 1e-4.
     """
     with tempfile.TemporaryDirectory() as folder:
-        config = model.ModelConfig("qwen3", VOCABULARY, 64, 192, 2, 4, 2, 16, 10_000.0, 1e-6, True, 256)
+        config = model.ModelConfig(
+            model_type="qwen3", vocab_size=VOCABULARY, hidden_size=64, intermediate_size=192, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=16, rope_theta=10_000.0, rms_norm_eps=1e-6,
+            tie_word_embeddings=True, max_position_embeddings=256)
         tiny = model.Transformer(config)
         tiny.init_weights(torch.Generator().manual_seed(0))
         tiny.save_pretrained(folder)
@@ -286,8 +319,8 @@ def versions(*names: str) -> dict[str, str]:
     return found
 
 
-BENCHES = {"adversary": bench_adversary, "engine": bench_engine, "step": bench_step, "grader": bench_grader,
-           "kernels": bench_kernels, "memory": bench_memory, "sm90": bench_sm90}
+BENCHES = {"adversary": bench_adversary, "engine": bench_engine, "step": bench_step, "threads": bench_threads,
+           "grader": bench_grader, "kernels": bench_kernels, "memory": bench_memory, "sm90": bench_sm90}
 WITHOUT_NAMES = ("adversary", "engine", "step")
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import plots
+import logs
+import tables as tabulated
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -17,28 +18,28 @@ PROSE = " ".join(README.split())
 
 @functools.cache
 def tables() -> str:
-    return plots.tables()
+    return tabulated.tables()
 
 
 @functools.cache
 def study() -> dict:
-    return plots.study()
+    return logs.study()
 
 
-def gain(task: str, row: str, figure=plots.headline) -> tuple[float, float, float]:
+def gain(task: str, row: str, figure=logs.headline) -> tuple[float, float, float]:
     """Paired difference to GRPO in points, with its interval."""
     rows = study()[task]
-    return plots.interval(100 * plots.paired(rows[row], rows["grpo"], figure))
+    return logs.interval(100 * logs.paired(rows[row], rows["grpo"], figure))
 
 
-def points(task: str, row: str, figure=plots.headline) -> str:
+def points(task: str, row: str, figure=logs.headline) -> str:
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*gain(task, row, figure))
 
 
 def relative(task: str, row: str) -> str:
     rows = study()[task]
-    _, baseline = plots.pairs(rows[row], rows["grpo"])
-    return f"{gain(task, row)[0] / np.mean([plots.headline(r.last()) for r in baseline]):+.0f}%"
+    _, baseline = logs.pairs(rows[row], rows["grpo"])
+    return f"{gain(task, row)[0] / np.mean([logs.headline(r.last()) for r in baseline]):+.0f}%"
 
 
 def cell(table: str, row: str, column: str) -> str:
@@ -53,7 +54,7 @@ def cell(table: str, row: str, column: str) -> str:
 
 
 def kinds(task: str, kind: str) -> dict[str, str]:
-    return {mode: cell(f"pass@8 by kind: {task}", kind, mode) for mode in ("base", *plots.MODES)}
+    return {mode: cell(f"pass@8 and pass@1 by kind: {task}", kind, f"{mode}, pass@8") for mode in ("base", *logs.MODES)}
 
 
 @functools.cache
@@ -70,7 +71,7 @@ def found() -> dict[str, str]:
     rows = study()[a]
     for row in ("prompt", "rollout"):
         four = [r for r in rows[row] if r.seed < 4]
-        out[f"{row}_4"] = plots.spread(100 * plots.paired(four, rows["grpo"], plots.headline), signed=True)
+        out[f"{row}_4"] = tabulated.spread(100 * logs.paired(four, rows["grpo"], logs.headline), signed=True)
     from study import PARTS
 
     sensitivity = {row.name: gain(a, row.name) for row in PARTS["Sensitivity"]}
@@ -79,15 +80,16 @@ def found() -> dict[str, str]:
     assert max(sensitivity, key=sensitivity.get) == "prompt-no-mean-1"
     means = sorted(mean for mean, _, _ in sensitivity.values())
     out["sens_min"], out["sens_max"] = f"{means[0]:+.1f}", f"{means[-1]:+.1f}"
-    alone = np.mean(100 * plots.paired([r for r in rows["prompt"] if r.seed < 4], rows["grpo"], plots.headline))
+    alone = np.mean(100 * logs.paired([r for r in rows["prompt"] if r.seed < 4], rows["grpo"], logs.headline))
     assert all(sensitivity[f"prompt-{r}"][0] < alone for r in ("eta-0.65", "class-share", "any-of-n"))
     for name, kind in {"st": "several_terms", "add": "addition", "sq": "sum_of_squares"}.items():
         out |= {f"{name}_{mode}": value for mode, value in kinds(a, kind).items()}
     out |= {f"left_{mode}": value for mode, value in kinds("permutations", "left").items()}
-    after = [float(out[f"sq_{mode}"]) for mode in plots.MODES]
+    after = [float(out[f"sq_{mode}"]) for mode in logs.MODES]
     out["sq_min"], out["sq_max"] = f"{min(after):.1f}", f"{max(after):.1f}"
     weights = "What weights and bins became: arithmetic"
-    out["pw_min"], out["pw_max"] = (cell(weights, "paper-prompt", c) for c in ("least weight", "greatest weight"))
+    out["pw_min"], out["pw_max"] = (cell(weights, "paper-prompt", f"{c} ever applied")
+                                    for c in ("least", "greatest"))
     out["OUTER_ANY"], out["OUTER_RATE"] = (cell(weights, r, "prompts in outer two bins")
                                            for r in ("prompt-any-of-n", "prompt"))
     allocations = "What the allocations did: arithmetic"
@@ -101,13 +103,13 @@ def found() -> dict[str, str]:
     first, second = np.mean([r.series("surrogate_abs").mean(axis=0) for r in rows["grpo"]], axis=0)
     out["S0"], out["S1"] = f"{first:.0e}", f"{second:.0e}"
     for name, signal in (("SNR_S", "surrogate"), ("SNR_R", "reward")):
-        ratios = np.concatenate([plots.noise_ratios(r, signal) for r in rows["grpo"]])
+        ratios = np.concatenate([logs.noise_ratios(r, signal) for r in rows["grpo"]])
         out[name] = f"{np.nanmedian(ratios):.2f}"
     return out
 
 
 def test_results_tables_md_is_what_plots_prints():
-    assert (ROOT / "results" / "TABLES.md").read_text() == plots.tables() + "\n", \
+    assert (ROOT / "results" / "TABLES.md").read_text() == tabulated.tables() + "\n", \
         "python plots.py --table > results/TABLES.md"
 
 
