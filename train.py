@@ -350,6 +350,67 @@ class Trainer:
         return Decision(bin_P, allocated_P, n_P, weight_P, weight_B, self.prompt_gdro.score_B, self.rollout_gdro.mu,
                         self.rollout_gdro.shadow_price_dp)
 
+    def advantages(self, reward_R: np.ndarray, decided: Decision) -> tuple[np.ndarray, np.ndarray]:
+        """(3) times (16), (R,), and which prompts' rollouts all scored alike, (P,) bool."""
+        offsets_P = np.concatenate(([0], decided.n_P.cumsum()))
+        rewards, offsets, weights = (torch.from_numpy(x).to(self.device)
+                                     for x in (reward_R, offsets_P, decided.weight_P))
+        advantage, constant = group_advantage(rewards, offsets, weights, clip=self.cfg.advantage_clip,
+                                              std_normalize=self.cfg.std_normalize)
+        return advantage.cpu().numpy(), constant.cpu().numpy()
+
+    def update(self, batch: Batch, n_P, advantage_R: np.ndarray, acts_R: np.ndarray, old_N, ref_N, step: int) -> Update:
+        """The optimiser steps of one batch, one a mini-batch of prompts; every weight is fixed before any split."""
+        cfg, P, R = self.cfg, len(n_P), len(batch.owner)
+        stats = np.zeros((4, R))  # surrogate J, KL, clipped and busy tokens: each rank fills its rollouts
+        losses, norms = [], []
+        self.model.train()
+        for start in range(0, P, cfg.minibatch_prompts):
+            prompts = np.arange(start, min(start + cfg.minibatch_prompts, P))
+            weight_R = self.token_weights(batch, n_P, prompts)
+            loss_sum, mine = np.zeros(1), self.mine(batch, acts_R & (weight_R > 0))
+            for micro in micro_batches(batch, mine, cfg.microbatch_tokens, self.device):
+                out = self.token_loss(batch, micro, advantage_R, weight_R, old_N, ref_N)
+                out.loss.backward()
+                loss_sum += out.loss.item()
+                busy = micro.offsets.diff() - out.idle
+                stats[:, micro.rollouts] = torch.stack((out.surrogate, out.kl, out.clipped, busy)).cpu().numpy()
+            losses.append(float(self.ranks.merge(loss_sum)[0]))
+            if not np.isfinite(losses[-1]):
+                raise RunError(f"step {step}: the loss is {losses[-1]}; the weights are those before this update")
+            norms.append(self.optimizer.step(self.ranks, f"step {step}"))
+        stats = self.ranks.merge(stats)
+        tokens = len(batch.tokens)
+        return Update(stats[0], stats[1], float(np.mean(losses)), float(np.mean(norms)),
+                      clip_frac=float(stats[2].sum() / tokens), idle_frac=float(1 - stats[3].sum() / tokens))
+
+    def token_weights(self, batch: Batch, n_P: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+        """Weight of one token of each rollout in the loss of the mini-batch `prompts`, (R,); they sum to 1 over it."""
+        inside = np.isin(batch.owner, prompts)
+        length_R = batch.lengths
+        weight_R = {
+            "prompt": 1 / (len(prompts) * n_P[batch.owner] * length_R),  # (5)-(7): responses, rollouts, prompts
+            "rollout": 1 / (inside.sum() * length_R),
+            "token": np.full(len(length_R), 1 / length_R[inside].sum()),
+        }[self.cfg.averaging]
+        return np.where(inside, weight_R, 0.0)
+
+    def token_loss(self, batch: Batch, micro: Micro, advantage_R: np.ndarray, weight_R, old_N, ref_N):
+        cfg = self.cfg
+
+        def put(x: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(x.astype(np.float32)).to(self.device)
+
+        correction = None
+        if cfg.importance_cap:
+            ratio = np.exp(old_N[micro.places] - batch.sampler_logp[micro.places])
+            correction = put(np.minimum(ratio, cfg.importance_cap))
+        return grpo_token_loss(
+            self.logprobs(self.model, micro), put(old_N[micro.places]),
+            put(advantage_R[micro.rollouts]), micro.offsets, put(weight_R[micro.rollouts]),
+            eps_low=cfg.eps_low, eps_high=cfg.eps_high, beta=cfg.kl_beta,
+            ref_logp=None if ref_N is None else put(ref_N[micro.places]), correction=correction)
+
     def outcome(self, decided: Decision, batch: Batch, reward_R, constant_P, update: Update) -> Outcome:
         """What the step has to tell the adversaries."""
         # (7) in unweighted advantages: the clipped surrogate (5) is linear in a positive weight.
@@ -372,28 +433,7 @@ class Trainer:
         digest = hashlib.blake2b(b"".join(a.tobytes() for a in touched), digest_size=8).digest()
         self.ranks.assert_equal(int.from_bytes(digest, "big") >> 1, "the adversaries' state after this step")
 
-    def log_line(self, decided: Decision, outcome: Outcome, update: Update) -> dict:
-        """What metrics.jsonl says of a step beyond its rollouts; by bin, B entries each, NaN for an absent bin."""
-        cfg, B, constant_P = self.cfg, self.bins.num_bins, outcome.constant_P
-
-        def mean_B(value_P: np.ndarray) -> np.ndarray:
-            return means_by(decided.bin_P, value_P, B)
-
-        return {
-            "reward_mean": outcome.reward_P.mean(), "solved_frac": (outcome.correct_P > 0).mean(),
-            "zero_std_frac": constant_P.mean(), "zero_std_rollouts_frac": constant_P @ decided.n_P / decided.n_P.sum(),
-            "loss": update.loss, "kl": float(update.kl_R.mean()), "clip_frac": update.clip_frac,
-            "idle_frac": update.idle_frac, "grad_norm": update.grad_norm, "lr": cfg.learning_rate,
-            "shadow_price": decided.mu, "shadow_price_dp": decided.price,
-            "bins": {"share": bin_shares(decided.bin_P, B), "reward": mean_B(outcome.reward_P),
-                     "score": decided.score_B, "weight": decided.weight_B, "allocated": mean_B(decided.allocated_P),
-                     "rollouts": mean_B(decided.n_P), "tokens": outcome.tokens_B},
-            "signals": {name: {"mean": mean_B(value_P), "error": errors_by(decided.bin_P, value_P, B)}
-                        for name, value_P in outcome.signals.items()},
-            "surrogate_abs": [np.abs(outcome.loss_P[start : start + cfg.minibatch_prompts]).mean()
-                              for start in range(0, len(outcome.loss_P), cfg.minibatch_prompts)]}
-
-    # -- its parts
+    # -- what a step calls
 
     def grade(self, batch: Batch, problems: list[Problem]) -> tuple[np.ndarray, dict, list[str]]:
         """Rewards in {-1, +1} (R,) float64, how many are -1 for want of a verdict, texts. Each rank grades its part."""
@@ -407,15 +447,6 @@ class Trainer:
         timeouts, failures = self.ranks.merge(np.array([sum(g.timed_out for g in grades),
                                                         sum(g.failed for g in grades)]))
         return self.ranks.merge(reward_R), {"reward_timeouts": timeouts, "reward_failures": failures}, texts
-
-    def advantages(self, reward_R: np.ndarray, decided: Decision) -> tuple[np.ndarray, np.ndarray]:
-        """(3) times (16), (R,), and which prompts' rollouts all scored alike, (P,) bool."""
-        offsets_P = np.concatenate(([0], decided.n_P.cumsum()))
-        rewards, offsets, weights = (torch.from_numpy(x).to(self.device)
-                                     for x in (reward_R, offsets_P, decided.weight_P))
-        advantage, constant = group_advantage(rewards, offsets, weights, clip=self.cfg.advantage_clip,
-                                              std_normalize=self.cfg.std_normalize)
-        return advantage.cpu().numpy(), constant.cpu().numpy()
 
     @torch.no_grad()
     def behaviour(self, batch: Batch, acts_R: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray | None, dict]:
@@ -444,15 +475,6 @@ class Trainer:
             "entropy": entropy_N[measured_N].mean(), "mismatch": {"mean": mismatch_N.mean(), "max": mismatch_N.max()},
             "measured": {"rollouts": measured_R.sum(), "tokens": measured_N.sum()}}
 
-    def mine(self, batch: Batch, wanted_R: np.ndarray) -> np.ndarray:
-        """This rank's part of the wanted rollouts, dealt out by tokens."""
-        rollouts = np.flatnonzero(wanted_R)
-        return rollouts[deal(batch.cost()[rollouts], self.ranks.world) == self.ranks.rank]
-
-    def logprobs(self, model: Transformer, micro: Micro, *, entropy: bool = False):
-        return model.logprobs(micro.tokens, micro.cu_seqlens, micro.max_seqlen, micro.targets,
-                              temperature=self.cfg.temperature, entropy=entropy)
-
     def check_mismatch(self, sampler_N: np.ndarray, old_N: np.ndarray, measured_N: np.ndarray, step: int) -> np.ndarray:
         """|log-prob of the sampler - log-prob of the trainer| of the measured tokens; raises when it is no longer
         rounding."""
@@ -469,57 +491,35 @@ class Trainer:
                 "stale or its arithmetic differs. Nothing was updated; try --engine torch to tell which")
         return mismatch_N
 
-    def token_weights(self, batch: Batch, n_P: np.ndarray, prompts: np.ndarray) -> np.ndarray:
-        """Weight of one token of each rollout in the loss of the mini-batch `prompts`, (R,); they sum to 1 over it."""
-        inside = np.isin(batch.owner, prompts)
-        length_R = batch.lengths
-        weight_R = {
-            "prompt": 1 / (len(prompts) * n_P[batch.owner] * length_R),  # (5)-(7): responses, rollouts, prompts
-            "rollout": 1 / (inside.sum() * length_R),
-            "token": np.full(len(length_R), 1 / length_R[inside].sum()),
-        }[self.cfg.averaging]
-        return np.where(inside, weight_R, 0.0)
+    def logprobs(self, model: Transformer, micro: Micro, *, entropy: bool = False):
+        return model.logprobs(micro.tokens, micro.cu_seqlens, micro.max_seqlen, micro.targets,
+                              temperature=self.cfg.temperature, entropy=entropy)
 
-    def update(self, batch: Batch, n_P, advantage_R: np.ndarray, acts_R: np.ndarray, old_N, ref_N, step: int) -> Update:
-        """The optimiser steps of one batch, one a mini-batch of prompts; every weight is fixed before any split."""
-        cfg, P, R = self.cfg, len(n_P), len(batch.owner)
-        stats = np.zeros((4, R))  # surrogate J, KL, clipped and busy tokens: each rank fills its rollouts
-        losses, norms = [], []
-        self.model.train()
-        for start in range(0, P, cfg.minibatch_prompts):
-            prompts = np.arange(start, min(start + cfg.minibatch_prompts, P))
-            weight_R = self.token_weights(batch, n_P, prompts)
-            loss_sum, mine = np.zeros(1), self.mine(batch, acts_R & (weight_R > 0))
-            for micro in micro_batches(batch, mine, cfg.microbatch_tokens, self.device):
-                out = self.token_loss(batch, micro, advantage_R, weight_R, old_N, ref_N)
-                out.loss.backward()
-                loss_sum += out.loss.item()
-                busy = micro.offsets.diff() - out.idle
-                stats[:, micro.rollouts] = torch.stack((out.surrogate, out.kl, out.clipped, busy)).cpu().numpy()
-            losses.append(float(self.ranks.merge(loss_sum)[0]))
-            if not np.isfinite(losses[-1]):
-                raise RunError(f"step {step}: the loss is {losses[-1]}; the weights are those before this update")
-            norms.append(self.optimizer.step(self.ranks, f"step {step}"))
-        stats = self.ranks.merge(stats)
-        tokens = len(batch.tokens)
-        return Update(stats[0], stats[1], float(np.mean(losses)), float(np.mean(norms)),
-                      clip_frac=float(stats[2].sum() / tokens), idle_frac=float(1 - stats[3].sum() / tokens))
+    def mine(self, batch: Batch, wanted_R: np.ndarray) -> np.ndarray:
+        """This rank's part of the wanted rollouts, dealt out by tokens."""
+        rollouts = np.flatnonzero(wanted_R)
+        return rollouts[deal(batch.cost()[rollouts], self.ranks.world) == self.ranks.rank]
 
-    def token_loss(self, batch: Batch, micro: Micro, advantage_R: np.ndarray, weight_R, old_N, ref_N):
-        cfg = self.cfg
+    def log_line(self, decided: Decision, outcome: Outcome, update: Update) -> dict:
+        """What metrics.jsonl says of a step beyond its rollouts; by bin, B entries each, NaN for an absent bin."""
+        cfg, B, constant_P = self.cfg, self.bins.num_bins, outcome.constant_P
 
-        def put(x: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(x.astype(np.float32)).to(self.device)
+        def mean_B(value_P: np.ndarray) -> np.ndarray:
+            return means_by(decided.bin_P, value_P, B)
 
-        correction = None
-        if cfg.importance_cap:
-            ratio = np.exp(old_N[micro.places] - batch.sampler_logp[micro.places])
-            correction = put(np.minimum(ratio, cfg.importance_cap))
-        return grpo_token_loss(
-            self.logprobs(self.model, micro), put(old_N[micro.places]),
-            put(advantage_R[micro.rollouts]), micro.offsets, put(weight_R[micro.rollouts]),
-            eps_low=cfg.eps_low, eps_high=cfg.eps_high, beta=cfg.kl_beta,
-            ref_logp=None if ref_N is None else put(ref_N[micro.places]), correction=correction)
+        return {
+            "reward_mean": outcome.reward_P.mean(), "solved_frac": (outcome.correct_P > 0).mean(),
+            "zero_std_frac": constant_P.mean(), "zero_std_rollouts_frac": constant_P @ decided.n_P / decided.n_P.sum(),
+            "loss": update.loss, "kl": float(update.kl_R.mean()), "clip_frac": update.clip_frac,
+            "idle_frac": update.idle_frac, "grad_norm": update.grad_norm, "lr": cfg.learning_rate,
+            "shadow_price": decided.mu, "shadow_price_dp": decided.price,
+            "bins": {"share": bin_shares(decided.bin_P, B), "reward": mean_B(outcome.reward_P),
+                     "score": decided.score_B, "weight": decided.weight_B, "allocated": mean_B(decided.allocated_P),
+                     "rollouts": mean_B(decided.n_P), "tokens": outcome.tokens_B},
+            "signals": {name: {"mean": mean_B(value_P), "error": errors_by(decided.bin_P, value_P, B)}
+                        for name, value_P in outcome.signals.items()},
+            "surrogate_abs": [np.abs(outcome.loss_P[start : start + cfg.minibatch_prompts]).mean()
+                              for start in range(0, len(outcome.loss_P), cfg.minibatch_prompts)]}
 
     def evaluate(self, step: int) -> Evaluation:
         """mean@k and pass@k on the held-out problems with the current weights; seeds do not depend on the step."""
@@ -570,6 +570,8 @@ class StopSignal:
 
 def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, list[Evaluation]]:
     """Everything loaded and checked, the run folder begun or reopened, the weights in the engine."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
     ranks, folder = Ranks(), RunFolder(cfg)
     trainer = Trainer(cfg, ranks, folder.open(resume))
     resumed, evaluations = bool(folder.checkpoints()), []
