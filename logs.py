@@ -215,8 +215,12 @@ def pairs(runs: list[Run], baseline: list[Run]) -> tuple[list[Run], list[Run]]:
 
 
 def paired(runs: list[Run], baseline: list[Run], figure: Callable[[dict], float]) -> np.ndarray:
-    """Differences of a figure of the last evaluations, seed by seed, (S,)."""
+    """Differences of a figure of the last evaluations, seed by seed, (S,). Raises ValueError for runs that began from
+    different base models: a base moves the figures more than any mode."""
     kept, other = pairs(runs, baseline)
+    for a, b in zip(kept, other, strict=True):
+        if a.config["loaded"]["model"] != b.config["loaded"]["model"]:
+            raise ValueError(f"{a.name} and {b.name} began from different base models and cannot be compared")
     return np.array([figure(a.last()) - figure(b.last()) for a, b in zip(kept, other, strict=True)])
 
 

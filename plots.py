@@ -20,7 +20,7 @@ import numpy as np
 
 import logs
 from logs import MODES, Missing, Run, headline, headline_k, interval, paired, present, square_root_law, study, tail
-from study import BASELINES, PARTS
+from study import PARTS
 from tables import tables
 
 matplotlib.use("Agg")
@@ -344,17 +344,19 @@ def figure_9(models: Models):
 
 
 def figure_outcomes(tasks: dict[str, dict[str, list[Run]]]):
-    """Every row of the study: paired difference to GRPO in pass@8, or to the row that its part names; seeds are ticks,
-    bars 95% intervals."""
+    """Every row of the study: paired difference in pass@8 to the row that it is held against; seeds are ticks, bars 95%
+    intervals."""
     tasks = {task: rows for task, rows in tasks.items() if "grpo" in rows}
     if not tasks:
         raise Missing("no task of results/study has runs of GRPO")
-    names = list(dict.fromkeys(n for rows in tasks.values() for n in rows if rows[n][0].mode != "grpo"))
-    own = {row.name: BASELINES[part] for part in BASELINES for row in PARTS[part]}
+    against = {row.name: row.against for part in PARTS.values() for row in part}
+    names = [n for n in against
+             if any(len(paired(rows.get(n, []), rows.get(against[n], []), headline)) > 1 for rows in tasks.values())
+             and n != against[n]]
     figure, axes = plt.subplots(1, len(tasks), figsize=(PAGE, 0.16 * len(names) + 0.9), squeeze=False, sharey=True)
     for ax, (task, rows) in zip(axes[0], tasks.items(), strict=True):
         for y, name in enumerate(names):
-            differences = 100 * paired(rows.get(name, []), rows.get(own.get(name, "grpo"), []), headline)
+            differences = 100 * paired(rows.get(name, []), rows.get(against[name], []), headline)
             if not len(differences):
                 continue
             mean, low, high = interval(differences)
@@ -363,8 +365,8 @@ def figure_outcomes(tasks: dict[str, dict[str, list[Run]]]):
             ax.errorbar(mean, y, xerr=None if np.isnan(low) else [[mean - low], [high - mean]], fmt="o", color=colour,
                         markersize=3.5, elinewidth=1.2)
         ax.axvline(0, color=COLOURS["uniform"], linewidth=0.8)
-        panel(ax, task, x="pass@8 minus GRPO's, points")
-        ax.set_yticks(range(len(names)), [f"{n} (own GRPO)" if n in own else n for n in names])
+        panel(ax, task, x="pass@8 minus the baseline's, points")
+        ax.set_yticks(range(len(names)), [n if against[n] == "grpo" else f"{n} (minus {against[n]})" for n in names])
         ax.grid(axis="x", alpha=0.3, linewidth=0.5)
     axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
     return figure

@@ -40,6 +40,7 @@ class Row:
     seeds: int  # 0, 1, ...
     flags: dict[str, object] = field(default_factory=dict)
     tasks: tuple[str, ...] = ("arithmetic",)
+    against: str = "grpo"  # the row that it is compared with, seed by seed
 
 
 BOTH_TASKS = ("arithmetic", "permutations")
@@ -54,10 +55,15 @@ PARTS = {
         Row("rollout", 8, {"mode": "rollout"}, BOTH_TASKS),
         Row("both", 8, {"mode": "both"}, BOTH_TASKS),
     ),
-    "A tuned step": (  # for all its flags, "tuned" above says nothing of the step size, which nobody had tuned
-        Row("grpo-4-minibatches", 8, {"mode": "grpo", "minibatch_prompts": 16}, BOTH_TASKS),
-        Row("rollout-4-minibatches", 8, {"mode": "rollout", "minibatch_prompts": 16}, BOTH_TASKS),
-        Row("grpo-lr-4e-4", 8, {"mode": "grpo", "learning_rate": 4e-4}, ("permutations",)),
+    # Nobody had tuned the step size before. Run later, on another machine, whose arithmetic made another base model of
+    # the same recipe: these rows compare among themselves.
+    "A tuned step, a second base": (
+        Row("second-base", 1, {"steps": 0, "eval_first": True}, BOTH_TASKS),
+        Row("second-base-grpo", 8, {"mode": "grpo"}, BOTH_TASKS),
+        Row("second-base-rollout", 8, {"mode": "rollout"}, BOTH_TASKS, "second-base-grpo"),
+        Row("grpo-4-minibatches", 8, {"mode": "grpo", "minibatch_prompts": 16}, BOTH_TASKS, "second-base-grpo"),
+        Row("rollout-4-minibatches", 8, {"mode": "rollout", "minibatch_prompts": 16}, BOTH_TASKS, "grpo-4-minibatches"),
+        Row("grpo-lr-4e-4", 8, {"mode": "grpo", "learning_rate": 4e-4}, ("permutations",), "second-base-grpo"),
     ),
     "The paper's settings": (
         Row("paper-prompt", 8, {"adversary": "paper", "mode": "prompt"}),
@@ -91,7 +97,6 @@ PARTS = {
         Row("prompt-gamma-0.1", 4, {"mode": "prompt", "prompt_gamma": 0.1}),
     ),
 }
-BASELINES = {"A tuned step": "grpo-4-minibatches"}  # part -> the row that its rows are compared with besides grpo
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ import numpy as np
 
 import logs
 from logs import MODES, Run, entropy, headline, interval, noise_ratios, paired, pairs, present, study, tail
-from study import BASELINES, PARTS
+from study import PARTS, Row
 
 NOTE = """Figures are of the last checkpoint, in percent, on held-out problems answered 16 times each at temperature 1
 without truncation. Peak is the best evaluation of each run, chosen on the problems reported. Means over seeds, with 95%
-t-intervals over them; differences to grpo are paired by seed."""
+t-intervals over them; differences are paired by seed."""
 
 
 def exact_configurations(count_B: np.ndarray, arms_K: np.ndarray, total: int) -> int:
@@ -46,39 +46,54 @@ def spread(values: np.ndarray, signed: bool = False, digits: int = 1) -> str:
 
 
 def difference(runs: list[Run], baseline: list[Run], figure: Callable[[dict], float]) -> str:
-    """Paired, in points; empty where a row would meet itself or no seed is in both."""
+    """Paired, in points; empty where no seed is in both."""
     values = paired(runs, baseline, figure)
-    return spread(100 * values, True) if len(values) and runs is not baseline else ""
+    return spread(100 * values, True) if len(values) else ""
 
 
-def outcome(name: str, runs: list[Run], rows: dict[str, list[Run]], own: str | None = None) -> list[str]:
-    """One line of a table of outcomes, figures in percent; with `own`, compared with that row too."""
-    last = [r.last() for r in runs]
-    grpo = rows.get("grpo", []) if runs[0].log else []  # the untrained model is not a method
-    minus = difference(runs, grpo, headline)
-    ours, theirs = ([headline(r.last()) for r in group] for group in pairs(runs, grpo))
-    relative = f"{100 * (np.mean(ours) / np.mean(theirs) - 1):+.1f}%" if minus else ""
-    line = [name, str(len(runs)), spread(100 * np.array([headline(e) for e in last])), minus, relative,
+def outcome(row: Row, found: dict[str, list[Run]]) -> list[str]:
+    """One line of a table of outcomes, figures in percent."""
+    runs = found[row.name]
+    last, against = [r.last() for r in runs], found.get(row.against, [])
+    if not runs[0].log or row.name == row.against:  # the untrained model is not a method
+        against = []
+    minus = difference(runs, against, headline)
+    ours, theirs = ([headline(r.last()) for r in group] for group in pairs(runs, against))
+    return [row.name, str(len(runs)), spread(100 * np.array([headline(e) for e in last])), row.against if minus else "",
+            minus, f"{100 * (np.mean(ours) / np.mean(theirs) - 1):+.1f}%" if minus else "",
             f"{100 * np.mean([max(map(headline, r.evaluations)) for r in runs]):.1f}",
-            spread(100 * np.array([mean_success(e) for e in last])), difference(runs, grpo, mean_success),
+            spread(100 * np.array([mean_success(e) for e in last])), difference(runs, against, mean_success),
             f"{100 * np.mean([worst_kind(e) for e in last]):.1f}",
             f"{np.mean([r.series('tokens_generated').sum() for r in runs]) / 1e3:.0f}" if runs[0].log else "0"]
-    return line + [difference(runs, rows.get(own, []), f) for f in (headline, mean_success) if own]
 
 
 def outcome_tables() -> str:
-    """Every part of the study for every task: outcomes, and paired differences to GRPO on the same seeds."""
-    head = ["row", "seeds", "pass@8", "paired difference", "relative", "peak pass@8", "mean@16",
+    """Every part of the study for every task: outcomes, and paired differences to the row that each is held against."""
+    head = ["row", "seeds", "pass@8", "against", "paired difference", "relative", "peak pass@8", "mean@16",
             "mean@16, paired difference", "worst kind, pass@8", "thousand tokens"]
-    parts, out = study(), []
+    out = []
     for part, rows in PARTS.items():
-        own = BASELINES.get(part)
-        more = [f"pass@8 minus {own}", f"mean@16 minus {own}"] if own else []
-        for task, found in parts.items():
-            lines = [outcome(row.name, found[row.name], found, own) for row in rows if row.name in found]
+        for task, found in study().items():
+            lines = [outcome(row, found) for row in rows if row.name in found]
             if lines:
-                out.append(f"**{part}: {task}**\n\n{markdown(head + more, lines)}")
+                out.append(f"**{part}: {task}**\n\n{markdown(head, lines)}")
     return "\n\n".join(out)
+
+
+def summary_table() -> str:
+    """The first two parts in short, both tasks side by side: pass@8, its paired difference, mean@16."""
+    first, second = list(PARTS.values())[:2]
+    lines = []
+    for row in (*first, *second):
+        line = [row.name, "" if row.name == row.against or row.flags.get("steps") == 0 else row.against]
+        for found in study().values():
+            runs = found.get(row.name, [])
+            last, against = [r.last() for r in runs], found.get(row.against, []) if line[1] else []
+            line += [f"{100 * np.mean([f(e) for e in last]):.1f}" if runs else "" for f in (headline, mean_success)]
+            line.insert(-1, difference(runs, against, headline))
+        lines.append(line)
+    head = [f"{task}: {x}" if x == "pass@8" else x for task in study() for x in ("pass@8", "minus that", "mean@16")]
+    return "**In short**\n\n" + markdown(["row", "against", *head], lines)
 
 
 def kind_table(task: str, rows: dict[str, list[Run]]) -> str:
@@ -169,4 +184,4 @@ def exact_table(task: str, rows: dict[str, list[Run]]) -> str:
 
 def tables() -> str:
     functions = (kind_table, allocation_table, weight_table, signal_table, exact_table)
-    return "\n\n".join([NOTE, outcome_tables(), *(f(task, rows) for f in functions for task, rows in study().items())])
+    return "\n\n".join([NOTE, summary_table(), outcome_tables(), *(f(task, rows) for f in functions for task, rows in study().items())])

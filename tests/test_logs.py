@@ -38,7 +38,7 @@ def a_run(mode: str = "prompt", seed: int = 0, steps: int = 12, bins: int = 5, p
             "signals": {k: {"mean": by_bin(rng.uniform(0.1, 1, bins)), "error": by_bin(rng.uniform(0.1, 1, bins))}
                         for k in ("surrogate", "reward", "variance")}})
     config = {"preset": preset, "mode": mode, "seed": seed, "rollouts_per_prompt": 4, "n_min": 2, "n_max": 8,
-              "prompts_per_step": 64, **(changes or {})}
+              "prompts_per_step": 64, "loaded": {"model": {"head": "the one"}}, **(changes or {})}
     evaluations = [{"step": s, "mean": 0.3, "passes": {"pass@8": p},
                     "by_kind": {"a": [5, 0.1, p], "b": [5, 0.2, p / 2]}}
                    for s, p in ((steps // 2, 0.6 + seed / 100), (steps, 0.5 + seed / 50 + which / 20))]

@@ -52,15 +52,16 @@ def test_figure_1_draws_tail_averages_and_the_budget():
     plots.plt.close("all")
 
 
-def test_the_figure_of_outcomes_compares_a_row_with_that_which_its_part_names():
-    rows = {"grpo": [a_run("grpo")], "rollout": [a_run("rollout")], "rollout-4-minibatches": [a_run("both")],
-            "grpo-4-minibatches": [a_run("grpo")]}
+def test_the_figure_of_outcomes_compares_a_row_with_that_which_it_is_held_against():
+    rows = {"grpo": [a_run("grpo", s) for s in range(2)], "rollout": [a_run("rollout", s) for s in range(2)],
+            "rollout-4-minibatches": [a_run("both", s) for s in range(2)],
+            "grpo-4-minibatches": [a_run("grpo", s) for s in range(2)]}
     rows["grpo-4-minibatches"][0].evaluations[-1]["passes"]["pass@8"] = 0.58
     (ax,) = plots.figure_outcomes({"made-up": rows}).axes
     ticks = dict(zip((label.get_text() for label in ax.get_yticklabels()), ax.get_yticks(), strict=True))
     seeds = {line.get_ydata()[0]: line.get_xdata()[0] for line in ax.get_lines() if line.get_marker() == "|"}
     assert seeds[ticks["rollout"]] == pytest.approx(60 - 50)
-    assert seeds[ticks["rollout-4-minibatches (own GRPO)"]] == pytest.approx(65 - 58)
+    assert seeds[ticks["rollout-4-minibatches (minus grpo-4-minibatches)"]] == pytest.approx(65 - 58)
     plots.plt.close("all")
 
 
@@ -139,7 +140,7 @@ def test_runs_of_other_settings_are_not_averaged():
     with pytest.raises(ValueError, match="two runs of mode prompt have seed 1"):
         plots.by_model([a_run("prompt", s) for s in (0, 1, 1)])
     with pytest.raises(ValueError, match="grpo-0 and prompt-0 differ in loaded"):
-        plots.by_model([a_run("grpo", changes={"loaded": "a"}), a_run("prompt", changes={"loaded": "b"})])
+        plots.by_model([a_run("grpo"), a_run("prompt", changes={"loaded": {"model": "another"}})])
 
 
 def test_the_command_draws_given_runs_and_names_what_is_no_run(tmp_path, monkeypatch, capsys):

@@ -3,10 +3,12 @@
 import itertools
 
 import numpy as np
+import pytest
 from test_logs import a_run
 
 import logs
 import tables
+from study import Row
 
 
 def test_configurations_of_an_exact_budget_are_counted_like_an_enumeration():
@@ -34,22 +36,29 @@ def test_a_line_of_the_table_says_mean_difference_relative_gain_and_peak():
     rows = {"grpo": [a_run("grpo", s) for s in range(3)], "prompt": [a_run("prompt", s) for s in range(3)]}
     for run in rows["prompt"]:
         run.evaluations[-1]["passes"]["pass@8"] += 0.21
-    name, seeds, value, difference, relative, peak, *_ = tables.outcome("prompt", rows["prompt"], rows)
-    assert (name, seeds, difference, relative) == ("prompt", "3", "+26.0 [+26.0, +26.0]", "+50.0%")
+    name, seeds, value, against, minus, relative, peak, *_ = tables.outcome(Row("prompt", 3), rows)
+    assert (name, seeds, against, minus, relative) == ("prompt", "3", "grpo", "+26.0 [+26.0, +26.0]", "+50.0%")
     assert value.startswith("78.0 [") and peak == "78.0"
-    assert tables.outcome("grpo", rows["grpo"], rows)[3:8] == ["", "", "61.0", "30.0 [30.0, 30.0]", ""]
+    assert tables.outcome(Row("grpo", 3), rows)[3:9] == ["", "", "", "61.0", "30.0 [30.0, 30.0]", ""]
 
 
-def test_a_row_is_compared_with_that_of_its_part_too_on_the_seeds_that_both_have(monkeypatch):
+def test_a_row_is_compared_with_that_which_it_is_held_against_on_the_seeds_that_both_have(monkeypatch):
     rows = {"grpo": [a_run("grpo", s) for s in range(3)], "grpo-4-minibatches": [a_run("grpo", 2)],
             "rollout-4-minibatches": [a_run("rollout", s) for s in range(3)]}
     rows["rollout-4-minibatches"][2].evaluations[-1].update(mean=0.45, passes={"pass@8": 0.80})
     monkeypatch.setattr(tables, "study", lambda: {"made-up": rows})
     found = cells(tables.outcome_tables().split("\n\n**")[1])
-    assert found["row"] == "rollout-4-minibatches" and found["mean@16, paired difference"].startswith("+5.0 [")
-    assert (found["pass@8 minus grpo-4-minibatches"], found["mean@16 minus grpo-4-minibatches"]) == ("+26.0", "+15.0")
+    assert (found["row"], found["against"]) == ("rollout-4-minibatches", "grpo-4-minibatches")
+    assert (found["paired difference"], found["mean@16, paired difference"]) == ("+26.0", "+15.0")
     del rows["grpo-4-minibatches"]
-    assert cells(tables.outcome_tables().split("\n\n**")[1])["pass@8 minus grpo-4-minibatches"] == ""
+    assert cells(tables.outcome_tables().split("\n\n**")[1])["paired difference"] == ""
+
+
+def test_runs_that_began_from_different_base_models_are_not_compared():
+    ours, theirs = a_run("rollout"), a_run("grpo")
+    ours.config["loaded"] = {"model": {"head": "another"}}
+    with pytest.raises(ValueError, match="began from different base models"):
+        tables.outcome(Row("rollout", 1), {"grpo": [theirs], "rollout": [ours]})
 
 
 def test_the_kinds_are_shown_in_pass_at_8_and_over_all_responses():
