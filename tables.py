@@ -128,7 +128,7 @@ def allocation_table(task: str, rows: dict[str, list[Run]]) -> str:
     """What the allocations did: spread of counts, wasted rollouts, and (28), (33) against uniform counts."""
     lines = []
     for name, runs in rows.items():
-        if runs[0].mode not in ("rollout", "both") and name != "grpo":
+        if not runs[0].log or (runs[0].mode not in ("rollout", "both") and name != "grpo"):
             continue
         sigma = np.nan_to_num(logs.bin_sigma(runs))
         ratio, proxy, law, most = [], [], [], []
@@ -152,7 +152,7 @@ def weight_table(task: str, rows: dict[str, list[Run]]) -> str:
     """What weights and bins became: weights of bins present, averaged over the tail of a run and at their extremes."""
     lines = []
     for name, runs in rows.items():
-        if runs[0].mode not in ("prompt", "both", "grpo") or name == "base":
+        if not runs[0].log or runs[0].mode == "rollout":
             continue
         weight = [present(r, r.series("bins", "weight")) for r in runs]
         share = [r.series("bins", "share") for r in runs]
@@ -184,4 +184,5 @@ def exact_table(task: str, rows: dict[str, list[Run]]) -> str:
 
 def tables() -> str:
     functions = (kind_table, allocation_table, weight_table, signal_table, exact_table)
-    return "\n\n".join([NOTE, summary_table(), outcome_tables(), *(f(task, rows) for f in functions for task, rows in study().items())])
+    by_task = [table(task, rows) for table in functions for task, rows in study().items()]
+    return "\n\n".join([NOTE, summary_table(), outcome_tables(), *by_task])
