@@ -2,6 +2,8 @@
 base model that has learned something, for the tests of training and evaluation."""
 
 import functools
+import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -13,15 +15,37 @@ if not torch.cuda.is_available():  # the kernels go through Triton's interpreter
         import kernels  # noqa: F401
 
 import tasks  # noqa: E402  (it imports the kernels)
+from model import Transformer  # noqa: E402
 
 VOCAB = 61
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
-    """A small model that gets some sums of two digits right: enough for gradients. Trained once, about ten seconds."""
-    settings = tasks.BaseSettings(steps=250, lines_per_step=48, hidden_size=64, layers=2)
-    return tasks.base_model("arithmetic", settings, cache=tmp_path_factory.mktemp("cache"))
+    """A model that adds two digits, right in some rollouts and wrong in others; beside it the problems, sums.jsonl.
+
+    Odd sums it writes twice: responses have 2 to 10 tokens, and some are cut by a limit of 8.
+    """
+    settings = tasks.BaseSettings(steps=20, lines_per_step=8, hidden_size=64, layers=2)
+    folder = tasks.base_model("arithmetic", settings, cache=tmp_path_factory.mktemp("cache"))
+    model, words = Transformer.from_pretrained(folder, dtype=torch.float32), tasks.tokenizer("arithmetic")
+    problems, parts = [], []
+    for a, b in itertools.product(range(10), repeat=2):
+        problems.append(json.dumps({"question": f"{a}+{b}=", "answer": a + b}))
+        response = f"{a}+{b}={a + b}:{a + b}" if (a + b) % 2 else f"{a + b}"
+        parts.append(torch.tensor([*words.encode(f"{a}+{b}={response}"), words.eos_token_id]))
+    (folder.parent / "sums.jsonl").write_text("\n".join(problems))
+    ends = torch.tensor([0, *map(len, parts)]).cumsum(0)
+    targets = torch.cat([torch.arange(start + 4, end) for start, end in itertools.pairwise(ends.tolist())])
+    adam = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    loss = torch.tensor(torch.inf)
+    while loss > 0.25:  # two rollouts in five are right
+        loss = -model.logprobs(torch.cat(parts), ends, max(map(len, parts)), targets).mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

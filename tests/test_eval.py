@@ -18,9 +18,10 @@ ROOT = Path(__file__).parents[1]
 # ---- the command
 
 def flags(base: Path, out: Path, *more: str) -> list[str]:
-    return ["--model", str(base), "--benchmarks", "arithmetic", "--engine", "torch", "--k", "4", "--problems", "150",
-            "--max_prompt_tokens", "32", "--max_response_tokens", "24", "--temperature", "1", "--top_p", "1", "--top_k",
-            "0", "--out", str(out), *more]
+    return ["--model", str(base), "--benchmarks", str(base.parent / "sums.jsonl"), "arithmetic", "--problems", "100",
+            "--engine", "torch", "--k", "4", "--prompt_suffix", "", "--max_prompt_tokens", "32",
+            "--max_response_tokens", "8", "--temperature", "1", "--top_p", "1", "--top_k", "0", "--out", str(out),
+            *more]
 
 
 def run(base: Path, out: Path, *more: str) -> dict:
@@ -38,18 +39,19 @@ def evaluated(base, tmp_path_factory) -> Path:
 def test_an_evaluation_writes_every_response_and_the_figures(evaluated):
     lines = [json.loads(x) for x in (evaluated / "eval_samples.jsonl").read_text().splitlines()]
     saved = json.loads((evaluated / "eval.json").read_text())
-    assert len(lines) == 600 and list(lines[0]) == ["benchmark", "id", "sample", "gold", "style", "response",
+    assert len(lines) == 800 and list(lines[0]) == ["benchmark", "id", "sample", "gold", "style", "response",
                                                    "extracted", "right", "timed_out", "tokens", "finish",
                                                    "failed"]
-    row = saved["figures"]["arithmetic"]
-    assert row["mean@4"][0] == pytest.approx(np.mean([x["right"] for x in lines])) and 0 < row["mean@4"][0] < 1
-    assert row["truncated_frac"] == np.mean([x["finish"] == "length" for x in lines])
+    assert [x["benchmark"] for x in lines] == ["sums"] * 400 + ["arithmetic"] * 400
+    for row, of in ((saved["figures"]["sums"], lines[:400]), (saved["figures"]["all"], lines)):
+        assert row["mean@4"][0] == pytest.approx(np.mean([x["right"] for x in of])) and 0 < row["mean@4"][0] < 1
+        assert row["truncated_frac"] == np.mean([x["finish"] == "length" for x in of]) > 0
     assert not any(x["right"] for x in lines if x["finish"] == "length")
     assert all(x["right"] == (x["extracted"] == x["gold"]) for x in lines if x["finish"] == "stop")
     assert saved["settings"]["k"] == 4 and str(evaluated) not in json.dumps(saved)
 
 
-@pytest.mark.parametrize("kept", [0, 64 * 4 + 7, 100 * 4])
+@pytest.mark.parametrize("kept", [0, 64 * 4 + 7, 140 * 4])
 def test_an_interrupted_evaluation_goes_on_to_the_same_file(base, evaluated, tmp_path, kept, monkeypatch):
     whole = (evaluated / "eval_samples.jsonl").read_text()
     lines = whole.splitlines(keepends=True)
@@ -66,18 +68,19 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_file(base, evaluated, tmp
     saved = run(base, tmp_path)
     assert (tmp_path / "eval_samples.jsonl").read_text() == whole
     assert saved["figures"] == json.loads((evaluated / "eval.json").read_text())["figures"]
-    assert sum(drawn) == 150 - kept // 256 * 64  # whole chunks of 64 problems are kept
+    assert sum(drawn) == 200 - kept // 256 * 64  # whole chunks of 64 problems are kept
     drawn.clear()
     run(base, tmp_path)
     assert not drawn  # finished: nothing is drawn again
 
 
 def test_two_processes_evaluate_alike(base, evaluated, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "eval.py", *flags(base, tmp_path)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "eval.py",
+               *flags(base, tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "eval_samples.jsonl").read_text() == (evaluated / "eval_samples.jsonl").read_text()
-    assert "| arithmetic | 150 |" in done.stdout
+    assert "| arithmetic | 100 |" in done.stdout
 
 
 def test_other_settings_in_the_same_folder_are_refused(base, evaluated):
@@ -94,7 +97,7 @@ def test_regrading_gives_the_same_table_and_counts_changed_verdicts(evaluated, t
     (tmp_path / "eval.json").write_text(json.dumps({"settings": {"model": "me/Qwen3-8B-mine"}}))
     eval_module.regrade(parse_args(["--regrade", str(tmp_path / "s.jsonl"), "--out", str(tmp_path / "again")]))
     printed = capsys.readouterr().out
-    assert markdown(rows, "me/Qwen3-8B-mine") in printed and "1 of 600 verdicts changed" in printed
+    assert markdown(rows, "me/Qwen3-8B-mine") in printed and "1 of 800 verdicts changed" in printed
     assert "paper, GRPO" in printed
     assert json.loads((tmp_path / "again" / "eval.json").read_text())["figures"] == rows
     assert (tmp_path / "again" / "eval_samples.jsonl").read_text() == (evaluated / "eval_samples.jsonl").read_text()
@@ -105,9 +108,7 @@ def test_a_benchmark_that_cannot_be_had_is_named_and_the_others_go_on(base, tmp_
         raise ConnectionError(f"cannot load {name}: log in (`hf auth login`)")
 
     monkeypatch.setattr(tasks, "load_problems", gated)
-    args = flags(base, tmp_path)
-    args[args.index("arithmetic")] = "gpqa,arithmetic"
-    evaluate(parse_args([*args, "--problems", "10"]))
+    evaluate(parse_args(flags(base, tmp_path, "--benchmarks", "gpqa,arithmetic", "--problems", "10")))
     out = capsys.readouterr().out
     assert "left out: gpqa" in out and "| arithmetic | 10 |" in out
     assert "hf auth login" in json.loads((tmp_path / "eval.json").read_text())["missing"]["gpqa"]
@@ -117,9 +118,8 @@ def test_local_files_are_benchmarks_and_the_whole_is_pooled_over_problems(base, 
     rows = [{"problem": f"{i}+1=", "answer": i + 1} for i in range(6)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "b.json").write_text(json.dumps([{"question": "2+2=", "final_answer": "4"}]))
-    args = flags(base, tmp_path / "out", "--prompt_suffix", "")
-    args[args.index("arithmetic")] = f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.json'}"
-    evaluate(parse_args(args))
+    files = f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.json'}"
+    evaluate(parse_args(flags(base, tmp_path / "out", "--benchmarks", files)))
     rows = json.loads((tmp_path / "out" / "eval.json").read_text())["figures"]
     assert [rows[x]["problems"] for x in ("a", "b", "all")] == [6, 1, 7]
     assert rows["all"]["mean@4"][0] == pytest.approx((6 * rows["a"]["mean@4"][0] + rows["b"]["mean@4"][0]) / 7)

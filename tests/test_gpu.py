@@ -96,7 +96,7 @@ def test_a_run_trains_sleeps_wakes_and_evaluates(base, tmp_path, engine):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_hold_the_same_state(base, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "train.py",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
                "--preset", "arithmetic", "--model", str(base), "--engine", "torch", "--mode", "both", "--steps", "3",
                "--prompts_per_step", "24", "--minibatch_prompts", "12", "--eval_problems", "12", "--eval_rollouts", "2",
                "--out_dir", str(tmp_path / "run")]
