@@ -110,17 +110,20 @@ def test_a_run_that_stopped_early_is_not_kept(tmp_path, monkeypatch):
         study.keep(folder_of(tmp_path, 0, steps=100, ended=50))
 
 
-def test_a_run_is_kept_when_it_ends_and_reported_with_its_last_words_when_it_fails(tmp_path, monkeypatch):
-    """In the place of train.py stands a program that fails, and where it is asked to resume, completes."""
-    monkeypatch.setattr(study, "HERE", tmp_path)
+def test_a_run_that_fails_is_reported_with_its_last_words_and_kept_once_it_is_complete(
+        base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "OUT", tmp_path / "out")
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
-    (tmp_path / "train.py").write_text("import sys; '--resume' in sys.argv or sys.exit('working\\nno such luck')")
-    run = study.Run("a-task", study.Row("some-row", 1, {"mode": "grpo"}), 0)
-    assert run.execute() == "a-task/some-row-0: train.py ended with 1: no such luck"
-    assert not run.done() and study.work([run], 1) == 1
-    folder_of(tmp_path / "out" / "a-task", 0)
-    assert study.work([run], 1) == 0 and run.done()
+    sums = base.parent / "sums.jsonl"
+    small = dict(model=base, train_data=sums, eval_data=sums, eval_problems=4, eval_rollouts=2, steps=2,
+                 prompts_per_step=8, minibatch_prompts=8, max_response_tokens=8)
+    diverging, lower = (study.Run("arithmetic", study.Row("some-row", 1, {**small, "learning_rate": rate}), 0)
+                        for rate in (1e30, 1e-4))
+    assert study.work([diverging], 1) == 1 and not diverging.done()
+    assert "arithmetic/some-row-0: train.py ended with 1: train.py: step 1: " in capsys.readouterr().out
+    assert "--resume" in lower.command()  # for the folder is there
+    assert study.work([lower], 1) == 0 and lower.done()
+    assert not capsys.readouterr().out
 
 
 def test_an_unknown_row_is_refused(monkeypatch, capsys):
