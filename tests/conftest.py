@@ -18,6 +18,7 @@ import tasks  # noqa: E402  (it imports the kernels)
 from model import Transformer  # noqa: E402
 
 VOCAB = 61
+two_ranks = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks would share one GPU")
 
 
 @pytest.fixture(scope="session")

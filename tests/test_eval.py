@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import two_ranks
 
 import eval as eval_module
 import tasks
@@ -74,6 +75,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_file(base, evaluated, tmp
     assert not drawn  # finished: nothing is drawn again
 
 
+@two_ranks
 def test_two_processes_evaluate_alike(base, evaluated, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "eval.py",
                *flags(base, tmp_path)]

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import two_ranks
 
 import train as train_module
 from config import PRESETS, Config, check, parse_args
@@ -246,6 +247,7 @@ def test_work_is_dealt_out_evenly():
     assert max(loads) - min(loads) <= cost.max() and sum(loads) == cost.sum()
 
 
+@two_ranks
 def test_two_processes_equal_one(base, tmp_path):
     options = dict(mode="both", kl_beta=0.01, rollout_utility="variance", steps=4)
     assert main(base, tmp_path / "one", **options) == 0
@@ -581,6 +583,7 @@ def test_a_single_rollout_packs(base):
     assert micro.tokens.tolist() == [5, 6, 1] and micro.targets.tolist() == [2]
 
 
+@two_ranks
 def test_two_ranks_train_on_vllm_and_agree_with_its_log_probs(base, tmp_path):
     pytest.importorskip("vllm", reason="vLLM is an optional second step of the CPU installation")
     output = finish(launch(base, tmp_path / "run", processes=2, engine="vllm", mode="both", steps=3))

@@ -1,10 +1,6 @@
 """VLLMEngine: variable counts in one call, log-probabilities that are the policy's, weights that are never stale."""
 import os
 import random
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +9,8 @@ import torch
 pytest.importorskip("vllm", reason="vllm isn't installed", exc_type=ImportError)
 transformers = pytest.importorskip("transformers", reason="transformers makes the reference model")
 
-import rollout  # noqa: E402  (after the skips)
-from rollout import Sampling, VLLMEngine, choose_engine, rollout_seed  # noqa: E402
+from rollout import Sampling, VLLMEngine, choose_engine, rollout_seed  # noqa: E402  (after the skips)
 
-ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if choose_engine("auto", DEVICE)[0] != "vllm":
     pytest.skip(choose_engine("auto", DEVICE)[1], allow_module_level=True)
@@ -182,60 +176,10 @@ def test_what_the_engine_was_not_sized_for_is_refused(setup):
         setup[0].generate([[5]], [1], [0], Sampling(max_tokens=25))
 
 
-def test_engine_choice_says_why(monkeypatch):
+def test_engine_choice_says_why():
     other = torch.device("cpu" if DEVICE.type == "cuda" else "cuda")
     assert choose_engine("auto", DEVICE)[0] == choose_engine("vllm", DEVICE)[0] == "vllm"
     assert choose_engine("torch", DEVICE)[0] == "torch"
     assert choose_engine("auto", other) == ("torch", f"The installed vLLM runs on {DEVICE.type}, not on {other.type}.")
     with pytest.raises(ValueError, match="Install a vLLM built for"):
         choose_engine("vllm", other)
-    with pytest.raises(ValueError):
-        choose_engine("sglang", DEVICE)
-
-    def missing():
-        raise ModuleNotFoundError("No module named 'vllm'")
-
-    monkeypatch.setattr(rollout, "_import_vllm", missing)
-    assert choose_engine("auto", DEVICE)[0] == "torch"
-    with pytest.raises(ValueError, match="No module named"):
-        choose_engine("vllm", DEVICE)
-
-
-def test_rollout_seeds_are_63_bits_and_depend_on_every_part():
-    seeds = {rollout_seed(r, s, p) for r in range(3) for s in range(3) for p in ("a", "b")}
-    assert len(seeds) == 18 and all(0 <= s < 1 << 63 for s in seeds) and rollout_seed(0, 0, "a") in seeds
-
-
-RANK_SCRIPT = """
-import os, sys, torch, torch.distributed as dist
-from rollout import Sampling, VLLMEngine
-rank = int(os.environ["RANK"])
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-engine = VLLMEngine(sys.argv[1], dtype="float32", max_prompt_tokens=16, max_response_tokens=8, max_rollouts=8,
-                    seed=rank)
-rollouts = engine.generate([[5 + rank] * (3 + rank)], [2 + rank], [rank], Sampling(max_tokens=8))
-assert len(rollouts) == 2 + rank and os.environ["LOCAL_WORLD_SIZE"] == "2" and torch.get_num_threads() == 1
-total = torch.tensor(len(rollouts))
-dist.all_reduce(total)
-assert total == 5
-dist.destroy_process_group()
-"""
-
-
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="two ranks here would share one GPU")
-def test_two_ranks_generate_different_prompts(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    path = save_tiny(tmp_path, tied=True)
-    shared = os.environ | dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
-                               OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    ranks = [subprocess.Popen([sys.executable, "-c", RANK_SCRIPT, str(path)], env=shared | dict(RANK=r, LOCAL_RANK=r),
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in "01"]
-    try:
-        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)[-4000:]
