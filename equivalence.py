@@ -5,7 +5,7 @@ or minus, `x = ...`, units. The parts are compared as
 
     number       by exact rational value: 0.333 is not 1/3. 50% is 1/2, and also 50 where no sign is asked for.
     word         by its letters, whatever their case
-    time of day  by the clock: 3:05 PM is 15:05 and 3:05, and not 3:05 AM; without a.m. or p.m., 3:05 may be a ratio
+    time of day  by the clock: noon is 12 PM, 3:05 PM is 15:05 and 3:05; without a.m. or p.m., 3:05 may be a ratio
     unit         must agree where both sides give one
     list, set    in any order, equal in number; {1, 2} and 1, 2 are the same, {1, 2} and (1, 2) are not
     tuple        in order, and a bare list may stand for it; (1, 2) and [1, 2] differ
@@ -16,8 +16,8 @@ or minus, `x = ...`, units. The parts are compared as
 
 math-verify 0.9 is asked about single expressions alone, because of what it gets wrong or takes too lightly (each is a
 row of the table in the tests): units are ignored (5 cm = 5 m), sets and tuples are one ({1, 2} = (1, 2)), repeated
-entries vanish (5, 5 = 5), subscripts vanish (1011_2 = 1011_3), words are products of letters (dog = god), and
-0.\\overline{3} is not 1/3. Beyond that:
+entries vanish (5, 5 = 5), subscripts vanish (1011_2 = 1011_3), words are products of letters (dog = god), mixed
+numbers too (2\\frac{1}{2}\\pi = \\pi), and 0.\\overline{3} is not 1/3. Beyond that:
 - LaTeX extraction only. ExprExtractionConfig hands text to sympy's parse_expr, which is `eval`.
 - No code from text. LaTeX has a way to `exec` too: an infinite sum is evaluated with sympy's lambdify, which prints
   symbols by name into source code. `_no_code` therefore stands between them and sympy's `eval` and `exec`.
@@ -66,8 +66,8 @@ _REWRITES = [
         (r"[²³¹⁰⁴-⁹⁺⁻]+", lambda m: f"^{{{m[0].translate(_RAISED)}}}"),
         (r"[₀-₉]+", lambda m: f"_{{{m[0].translate(_RAISED)}}}"),
         (f"[{VULGAR}]", lambda m: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", m[0]).split("⁄"))),
-        (r"(?<=[\w)}])\*\*(?=[\w({+-])", "^"), (r"\^([-+]\d+|\d{2,})", r"^{\1}"),
-        (r"(?<=\d) ?[xX] ?(?=10\^)", r"\\times "),
+        (r"(?<=[\w)}])\*\*(?=[\w({+-])", "^"), (r"\^([-+]\d+|\d{2,})|\^\(([-+]?\d+)\)", r"^{\1\2}"),
+        (r"(?<=\d) ?[xX] ?(?=10\^)", r"\\times "), (r"(?<=[\d.])[eE]([-+]?\d{1,3})(?!\w)", r"\\times 10^{\1}"),
         (r"(?i)(?<=[\s\d~{(])([ap])\. ?m\b\.?", r"\1m"),  # half past ten a.m.
         (r"\\infin\b|\binfinity\b|\binf\b", r"\\infty "), (r"\\emptyset|∅|\\\{\s*\\\}", r"\\varnothing "),
         (r"\\(?:left|right|bigl?|bigr?|Bigl?|Bigr?|displaystyle|limits)(?![a-zA-Z])\.?", ""),
@@ -75,21 +75,26 @@ _REWRITES = [
         (r"(?<=\d),\s*\\!\s*(?=\d{3})", ","),
         # a gap: between digits it groups thousands
         (rf"(?<!\\)\\[!,;: ]|[~{SPACES}]|\\(?:q?quad|thinspace)(?![a-zA-Z])", "\x01"),
-        (r"(?<=\d)(?<![_^]\d)\x01+(?=\d{3}(?!\d))", ""), ("\x01", " "), (r"\{,\}", ","),
+        (r"(?<=\d)(?<![_^]\d)\x01+(?=\d{3}(?!\d))", ""), ("\x01", " "), (r"\{([,:])\}", r"\1"),
         (r"\\\\$", " "), (r"\s+", " "),
-        # money is a unit; else $ is LaTeX's own
-        (r"^([-+]?) ?(?:\\\$|\$(?=[^$]*$)) ?([-+]?[\d.,]+)", r"\1\2 dollars"), (r"^([-+]?)£ ?([\d.,]+)", r"\1\2 gbp"),
-        (r"^([-+]?)€ ?([\d.,]+)", r"\1\2 euros"), (r"\\?\$|\\[()\[\]]", ""),
-        (r"\^ ?\{? ?(?:\\circ|∘) ?\}?|\\degrees?(?![a-zA-Z])", "°"),
+        (r"(?:\{\})?\^ ?\{? ?(?:\\circ|∘) ?\}?|\\degrees?(?![a-zA-Z])", "°"),
         (r"°(?: ?(?:\\(?:text|mathrm) ?\{ ?)?([CF])(?![a-zA-Z])\}?)?", r" degrees\1 "),
         (r"\\?%|\\?\bpercent\b", "%"), (r"(?<=[\d}]) ?[(\[] ?% ?[)\]]", "%"),
         (r"\\(?:text|mbox) ?\{ ?(and|or) ?\}", r" \1 "),
         (r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|it|sf)|operatorname|mbox|hbox) ?\{ ?([^{}]*)\}", rf" {_MARK}\1 "),
+        # money is a unit; else $ is LaTeX's own
+        (r"^([-+]?) ?(?:\\\$|\$(?=[^$]*$)) ?([-+]?[\d.,]+(?: *\x02?[mb]illion)?)", r"\1\2 dollars"),
+        (r"^([-+]?)£ ?([\d.,]+)", r"\1\2 gbp"), (r"^([-+]?)€ ?([\d.,]+)", r"\1\2 euros"), (r"\\?\$|\\[()\[\]]", ""),
+        (r"\\frac ?\{ ?\x02([^{}]*)\} ?\{ ?\x02([^{}]*)\}", " \x02\\1/\\2"),  # kilometres over hours
+        (r"(\x02[A-Za-z]+) *\\cdot *\x02?(?=[A-Za-z])", r"\1 "), (r"(\^\{[^{}]*\}) ?(?=\d)", r"\1\\cdot "),
+        (r"(?<=[\d ])(sq|cu|ft|in|yd|mi|lbs?|oz|hrs?|mins?|secs?)\.(?= |$)", r"\1"),
         (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"), (r"\\frac ?(\d) ?\{", r"\\frac{\1}{"),
         (r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}"), (r"\\sqrt ?(\d)", r"\\sqrt{\1}"),
         (r"(?<=\\frac\{)(\d{1,3}),(\d{3})(?=\})", r"\1\2"),
         (r"([_^]) ?\{ ?\x02?(\w) ?\}(?!\d)", r"\1\2"), (r"^\((\w+)\)(?=_)", r"\1"),
         (r"^[ *]*\x02|[ *]+$|^[ *]+", ""), (r"(?<=.)[.,;]$", ""), (r" +", " "),
+        (r"(?i)^(?:12(?::00)? ?)?\x02?noon$", "12:00 pm"), (r"(?i)^(?:12(?::00)? ?)?\x02?midnight$", "12:00 am"),
+        (r"(?<=\d) ?\x02?o'clock$", ":00"),
         # "2 1/2" is not 21/2, "5 cm" not the product 5cm, and "1, 234" not 1,234: elsewhere a space means nothing
         (r"(?<![\w,)}%]) | (?![\w(\\%\x02-])|(?<=[)}%,]) (?=[-(\\{%])|(?<=\\ge) |(?<=\\le) ", ""),
     ]
@@ -109,14 +114,14 @@ def normalise(text: str) -> str:
 # ---- numbers
 
 NUMBER_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+"
-_POWER = r"(?: ?(?:\\times|\\cdot|\*) ?10\^(?:\{([-+]?\d{1,3})\}|(\d))|[eE]([-+]?\d{1,3}))?"
+_POWER = r"(?: ?(?:\\times|\\cdot|\*) ?10\^(?:\{([-+]?\d{1,3})\}|(\d)))?"
 _PLAIN = re.compile(rf"([-+]?) ?({NUMBER_DIGITS})(?: ?/ ?({NUMBER_DIGITS})|{_POWER})", re.ASCII)
 _FRACTION = re.compile(r"([-+]?)\\frac\{ ?([-+]?\d+) ?\}\{ ?([-+]?\d+) ?\}", re.ASCII)
-_MIXED = re.compile(r"([-+]?)(\d+) ?(?:\\frac\{(\d+)\}\{(\d+)\}|(?<= )(\d+)/(\d+))", re.ASCII)
+_MIXED = re.compile(r"(?<![\d.^_])([-+]?)(\d+) ?(?:\\frac\{(\d+)\}\{(\d+)\}|(?<= )(\d+)/(\d+))", re.ASCII)
 _INTEGER_POWER = re.compile(r"([-+]?)(\d{1,9})\^(?:\{(-?\d{1,3})\}|(\d))", re.ASCII)
 _REPEATING = re.compile(r"([-+]?)(\d*)\.(\d*)\\overline\{(\d+)\}", re.ASCII)
 _MULTIPLES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-_MULTIPLE = re.compile(rf"(.*\d) ?{_MARK}?({'|'.join(_MULTIPLES)})")
+_MULTIPLE = re.compile(rf"(.*[\d}}]) ?{_MARK}?({'|'.join(_MULTIPLES)})")
 
 
 def rational(text: str) -> Fraction | None:
@@ -300,8 +305,8 @@ def compare(answer: str | None, gold: str, ask: Ask | None = None) -> bool | Non
         if None not in numbers:  # most answers, most of the time
             return numbers[0] == numbers[1]
         return _compare(normalise(answer), normalise(gold), ask)
-    except ZeroDivisionError:  # 5/0 is no number and equals none
-        return False
+    except ZeroDivisionError:  # 5/0 is no number and equals no other text
+        return answer == gold
 
 
 def _compare(answer: str, gold: str, ask: Ask | None) -> bool | None:
@@ -330,8 +335,6 @@ def _compare(answer: str, gold: str, ask: Ask | None) -> bool | None:
         return _any_order(ours, theirs, ask)
     if kinds == {"", ":"} and len(ours) + len(theirs) == 3:  # 3:4 and 3/4
         ratio, single = (ours, theirs[0]) if kind == ":" else (theirs, ours[0])
-        if re.match(r"0\d", ratio[1]):  # 3:05 is a time of day
-            return False
         return rational(single) == rational(ratio[0]) / rational(ratio[1])
     if "" in kinds and kinds & {"()", "(]", "[)", "[]", "u"}:  # x > 3 and (3, \infty)
         return None if ask is None else ask(answer, gold)
@@ -339,10 +342,10 @@ def _compare(answer: str, gold: str, ask: Ask | None) -> bool | None:
 
 
 def _same_time(answer: str, gold: str) -> bool | None:
-    """Whether two times of day are one, 3:05 and 3:05 pm and 15:05; None where neither says am or pm."""
+    """Whether two times of day are one, 3:05 and 3:05 pm and 15:05; None where they may be two ratios, or none."""
     clocks = [_TIME.fullmatch(text) for text in (answer, gold)]
     if not any(clock and clock[4] for clock in clocks):
-        return None
+        return None if (":0" in answer) == (":0" in gold) else False  # 3:05 is no ratio
     if not all(clock and (clock[2] or clock[4]) for clock in clocks):
         return False if ":" in answer + gold else None  # 10:30 am is not 1/3, but 7 am may be 7
     hours = [int(clock[1]) for clock in clocks]
@@ -570,7 +573,7 @@ failures: Counter[str] = Counter()  # exception -> how often math-verify raised 
 
 def ask_math_verify(answer: str, gold: str) -> bool:
     """math-verify's verdict on two expressions or two equations in LaTeX. No time-out; `failures` counts exceptions."""
-    texts = [_in_radians(text.replace(_MARK, "")) for text in (gold, answer)]
+    texts = [_MIXED.sub(_improper, _in_radians(text.replace(_MARK, ""))) for text in (gold, answer)]
     try:
         return _verdict(*texts)
     except MemoryError:
@@ -595,10 +598,10 @@ def _verdict(gold: str, answer: str) -> bool:
             parsed = [[e.xreplace({x: sympy.I for x in e.free_symbols}) if isinstance(e, sympy.Basic) else e
                        for e in found] for found in parsed]
         if equations:
-            if not all(isinstance(found[0], sympy.Expr) for found in parsed if found) or not all(parsed):
+            if not all(found and isinstance(found[0], sympy.Expr) for found in parsed):
                 return False
             multiple = _multiple(parsed[0][0], parsed[1][0])
-            return multiple is not None and verify(multiple, parsed[1][0])
+            return multiple is not None and verify(multiple, parsed[1][0].doit())
         return verify(*parsed)
 
 
@@ -606,6 +609,13 @@ def _in_radians(text: str) -> str:
     if not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
         return text
     return re.sub(r"(\d+(?:\.\d+)?) ?degrees", r"(\\frac{\1\\pi}{180})", text)
+
+
+def _improper(mixed: re.Match) -> str:
+    """2\\frac{1}{2} as \\frac{5}{2}; 2\\frac{4}{3} is left the product that it is in 2\\frac{4}{3}\\pi."""
+    sign, whole, *parts = mixed.groups()
+    top, bottom = (int(part) for part in parts if part)
+    return rf"{sign}\frac{{{int(whole) * bottom + top}}}{{{bottom}}}" if top < bottom else mixed[0]
 
 
 def equivalent(answer: str | None, gold: str) -> bool:
