@@ -9,12 +9,14 @@ no memory with CUDA or vLLM, and gets its work through a pipe as JSON: bytes tha
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
 import re
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -22,17 +24,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from equivalence import (
-    MAX_ANSWER,
-    NUMBER_DIGITS,
-    PLAIN,
-    SPACES,
-    VULGAR,
-    ask_math_verify,
-    compare,
-    equivalent,
-    failures,
-)
+from equivalence import MAX_ANSWER, NUMBER_DIGITS, PLAIN, SPACES, VULGAR, ask_math_verify, compare, equivalent, failures
 
 MAX_CACHE = 100_000  # graded pairs kept
 CHUNK = 32  # pairs that a worker gets at a time
@@ -42,34 +34,33 @@ DAPO_TAIL = 300  # characters at the end of a response that count in the style `
 
 FAILED = "failed"  # a worker's reply where math-verify raised an exception and nothing else made the answer right
 
-_FRACTION = rf"\\[dtc]?frac[ ]?(?:\d|\{{\d+\}})[ ]?(?:\d|\{{\d+\}})|[{VULGAR}]"
+_FRACTION = rf"\\[dtc]?frac(?:[ ]?(?:\d|\{{[ ]?-?\d[\d,]*[ ]?\}})){{2}}|[{VULGAR}]"
 _GROUPS = rf"\d{{1,3}}(?:(?:,\\!|\{{,\}}|\\[,;:\ ]|[~{SPACES}])\d{{3}})+(?!\d)(?:\.\d+)?"  # 1\,250
-_POWER = r"(?:[ ]?(?:\\times|\\cdot|[×·*xX])[ ]?10)?(?:\^|\*\*)(?:\{[-+]?\d+\}|[-+]?\d+)|[eE][-+]?\d{1,3}(?!\w)"
+_POWER = (r"(?:[ ]?(?:\\times|\\cdot|[×·*xX])[ ]?(?:10|\{10\}))?"
+          r"(?:(?:\^|\*\*)(?:\{[-+]?\d+\}|\([-+]?\d+\)|[-+]?\d+)|[⁺⁻]?[⁰¹²³⁴-⁹]+)|[eE][-+]?\d{1,3}(?!\w)")
 _NUMBER = re.compile(rf"""(?:(?<![\w.)}}\]])[-+]\$?)?(?:
-    (?<![\d.,/^:])\d{{1,3}}(?:[ {SPACES}~]|\\[,;:\ ])?(?:{_FRACTION})  # 2\frac23
-    | (?<![\d.,/^:])(?P<whole>\d{{1,3}})[ {SPACES}](?P<top>\d{{1,3}})/(?P<bottom>\d{{1,3}})(?![\d/.])  # 2 2/3
-    | {_FRACTION}
-    | (?<![\d:])\d{{1,2}}:[0-5]\d(?![\d:])[ ]?[aApP]\.?[mM]\b  # a time of day
-    | (?:{_GROUPS}|{NUMBER_DIGITS})(?:/(?:{NUMBER_DIGITS})|{_POWER})?
-    )""", re.ASCII | re.VERBOSE)
+    (?:(?<![\^_])\d{{1,3}}(?:[ {SPACES}~]|\\[,;:\ ])?)?(?:{_FRACTION})  # \frac23, 2\frac23
+    | (?<![\^_])\d{{1,3}}[ {SPACES}]\d\d?/\d{{1,3}}(?![\d/.])  # 2 2/3
+    | \d{{1,2}}(?::[0-5]\d){{0,2}}[ ]?[aApP]\.?[mM]\b  # a time of day
+    | (?:{_GROUPS}|{NUMBER_DIGITS})(?:/(?:{NUMBER_DIGITS})|{_POWER}|\\overline\{{\d+\}})?
+    )(?:\$?[ ](?:hundred|thousand|million|billion|trillion)\b)?""", re.ASCII | re.VERBOSE)
 _BRACE = re.compile(r"\\{1,2}(?P<box>boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-_ANSWER = re.compile(r"\banswer\**(?:\s{0,4}:|\s{1,4}is\b:?)", re.IGNORECASE)
-_ANSWER_COLON = re.compile(r"answer\**\s{0,4}:", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"""  # a period and a space; but none after
-    (?<!\b(?:Mr|Ms|Dr|St|Mt|vs|Lt))(?<!\b(?:Mrs|Rev|Gen|Col|Sgt|Sen|Gov))(?<!\b(?:Prof|Capt))(?<!\b(?:e\.g|i\.e))
-    (?:(?<!\b(?:No|Eq|pp))(?<!\b(?:Fig|Vol|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Oct|Nov|Dec))(?<!\bSept)|(?!\.\s\d))  # No. 5
-    (?:(?<!\b(?:ft|in|lb|oz|hr|sq|cu))(?<!\b(?:min|sec|etc))(?<!\bapprox)|(?=\.\s{1,9}[A-Z]))  # 5 ft. 3 in.
-    # nor in J. Smith, the U.S. team, 5 p.m. sharp; these may end a sentence, and do before a word that begins one
-    (?:(?<!\b[A-Z])(?<!\.[A-Za-z])(?<!\b(?:Jr|Sr|Co))(?<!\b(?:Inc|Ltd))
-      |(?=\.\s{1,9}(?:I|We|You|He|She|It|They|The|Th[iu]s|That|These|There|Then|Therefore|Hence|So|Since|Because|As|And
-                     |But|For|If|In|Let|Now|Note|Here|To|By|Each|Both|All|My|Our|His|Her|Please|Next|First|Finally|Check
-                     |Also|However|Answer|Explanation|Solution|Step|Given|Using|After|Where|When|What|With|From)\b)
-      |(?<=\b[A-Z])(?<!\.[A-Z])(?=\.\s{1,9}[^A-Z\s]))  # B. because
-    \.\s""", re.VERBOSE)
-_MORE_THAN_WORDS = re.compile(r"""[^A-Za-z\s.,:;'-] | (?<![A-Za-z])(?:-|[B-HJ-Zb-z](?![A-Za-z])) | -(?![A-Za-z])
-    | \b(?:no|not|never|wrong|half|thirds?|quarters?|twice|double|triple|times|squared|cubed|plus|minus|less|more|over
-         |of|out|per|percent|hundred|thousand|million|billion|trillion|dozen|pi|divided|between)\b""",
-                              re.IGNORECASE | re.VERBOSE)
+
+# a period behind one of these, or behind an initial, ends a sentence only if the next word begins one: Mr. Smith
+_TITLES = set(
+    "Mr Mrs Ms Dr St Mt Ft Lt Col Gen Maj Capt Sgt Prof Rev Hon Gov Sen Rep Jr Sr Ph.D Co Corp Inc Ltd vs al".split())
+# and behind one of these also if it is a capital letter that follows: No. 5, but "No. Mr. X is wrong"
+_SHORTENED = set(
+    "No Nos Eq Fig Vol Ch Sec p pp Jan Feb Mar Apr Jun Jul Aug Sep Sept Oct Nov Dec ft in yd mi lb lbs oz pt qt gal "
+    "tsp tbsp hr hrs min mins sec secs wk yr yrs sq cu approx ca etc Ave Blvd Rd Dept".split())
+_FIRST_WORDS = set(
+    "I We You He She It They The This Thus That These There Then Therefore Hence So Since Because As And But For If In "
+    "Let Now Note Here To By Each Both All My Our His Her Please Next First Finally Check Also However Answer "
+    "Explanation Solution Step Given Using After Where When What With From Done because since".split())
+
+_QUANTITIES = set(
+    "no not never wrong half third thirds quarter quarters twice double triple times squared cubed plus minus less "
+    "more over of out per percent hundred thousand million billion trillion dozen pi divided between".split())
 _LETTER = re.compile(r"\W*(?:(?:option|choice|answer)\W+)?([A-Ja-j])(?![\w'^=+/-])", re.IGNORECASE)
 _LETTER_IN_BRACKETS = re.compile(r"\(([A-J])\)|^\W*([A-J])\W*$", re.MULTILINE)
 
@@ -89,10 +80,26 @@ def _boxed(text: str) -> str | None:
     return text[slice(*best)].strip() if best[0] >= 0 else None
 
 
+def _ends_sentence(word: str, after: str) -> bool:
+    """Whether the period behind `word` ends a sentence, if `after` follows: not in Mr. Smith, J. Smith and 5 ft. 3."""
+    word = word[len(word.rstrip(f".{string.ascii_letters}")) :]
+    after = re.match(r"[*_\"'“(]*(\w*)", after)[1]
+    if after in _FIRST_WORDS:
+        return True
+    if word in _SHORTENED:
+        return after[:1].isupper()
+    initial = len(word) == 1 and word.isupper() or re.fullmatch(r"(?:[A-Za-z]\.)+[A-Za-z]", word)  # J, U.S, p.m
+    return not (word in _TITLES or initial and after[:1].isalpha())
+
+
 def _line_after(text: str, start: int) -> str | None:
     """The first sentence of the first line with something on it; "Answer: Mr. X. I hope ..." is "Mr. X"."""
     line = text[start:].lstrip(" \t\r\n*:").partition("\n")[0]
-    return _SENTENCE_END.split(line, maxsplit=1)[0].strip(" \t\r*") or None
+    for word, after in itertools.pairwise(re.finditer(r"\S+", line)):
+        if word[0][-1] == "." and _ends_sentence(word[0][:-1], after[0]):
+            line = line[: word.end() - 1]
+            break
+    return line.strip(" \t\r*") or None
 
 
 def _last_line_after(pattern: re.Pattern, text: str) -> str | None:
@@ -100,42 +107,33 @@ def _last_line_after(pattern: re.Pattern, text: str) -> str | None:
     return _line_after(text, ends[0]) if ends else None
 
 
-def _answer_line(text: str) -> str | None:
-    return _last_line_after(_ANSWER, text)
+_answer_line = functools.partial(_last_line_after, re.compile(r"\banswer\**(?:\s{0,4}:|\s{1,4}is\b:?)", re.IGNORECASE))
+_answer_colon = functools.partial(_last_line_after, re.compile(r"answer\**\s{0,4}:", re.IGNORECASE))
+_hashes = functools.partial(_last_line_after, re.compile("#{4,}"))
 
 
 def _answer_in_the_tail(text: str) -> str | None:
-    line = _last_line_after(_ANSWER_COLON, text[-DAPO_TAIL:])
+    line = _answer_colon(text[-DAPO_TAIL:])
     return line and (_boxed(line) or line)
 
 
-def _hashes(text: str) -> str | None:
-    start = text.rfind("####")
-    return _line_after(text, start + 4) if start >= 0 else None
-
-
 def _last_number(text: str) -> str | None:
-    """The last number, in any way of writing that `equivalence.rational` reads; "2 2/3" is one, "2 5/3" is 5/3."""
     last = deque(_NUMBER.finditer(text.translate(PLAIN)), maxlen=1)
-    if not last:
-        return None
-    found = last[0]
-    if found["whole"] and int(found["top"]) >= int(found["bottom"]):
-        return f"{found['top']}/{found['bottom']}"
-    return found[0].rstrip(".")
+    return last[0][0].rstrip(".") if last else None
 
 
 def _value(text: str | None) -> str | None:
     """What a box or a line says, as a whole, if there is a number in it; "18 apples" is 18."""
-    if text is None:
-        return None
-    plain = text.translate(PLAIN)
-    numbers = list(itertools.islice(_NUMBER.finditer(plain), 2))
-    if len(numbers) != 1:
-        return text if numbers else None
-    rest = f"{plain[: numbers[0].start()]} {plain[numbers[0].end() :]}"
+    rest, numbers = _NUMBER.subn(" ", (text or "").translate(PLAIN))
+    return _last_number(text) if numbers == 1 and _only_words(rest) else text if numbers else None
+
+
+def _only_words(rest: str) -> bool:
+    """Whether the `rest` beside a number leaves it as it is: no sign, no letter of algebra, no word of quantity."""
     rest = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}|\\?\$|\*\*|[€£]", r" \1 ", rest)
-    return text if _MORE_THAN_WORDS.search(rest) else numbers[0][0].rstrip(".")
+    words = re.findall(r"[A-Za-z']+", rest)
+    signs = re.search(r"[^A-Za-z\s.,:;'-]|(?<![A-Za-z])-|-(?![A-Za-z])", rest)
+    return not signs and not any(w.lower() in _QUANTITIES or len(w) == 1 and w not in "aAI" for w in words)
 
 
 def _choice(text: str) -> str | None:
