@@ -1,3 +1,5 @@
+"""Problems from files and from the hub, and what a tokenizer makes of them; whatever is wrong is named."""
+
 import json
 from pathlib import Path
 from types import SimpleNamespace

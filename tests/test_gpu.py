@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import model as model_module
 from config import parse_args
 from kernels import group_advantage, grpo_token_loss, linear_logprob
 from model import PackedAttention, Transformer
@@ -67,7 +68,7 @@ def test_torch_engine_log_probs_agree_with_the_trainer_in_bf16(base):
     assert torch.cat(differences).mean() < 0.05
 
 
-def test_bf16_weights_with_float32_masters_learn_on_cuda(base, tmp_path):
+def test_bf16_weights_with_float32_masters_learn_on_cuda(base):
     cfg, _, _ = parse_args(["--preset", "arithmetic", "--learning_rate", "1e-6", "--weight_decay", "0"])
     model = Transformer.from_pretrained(base, dtype=torch.bfloat16, device="cuda")
     optimizer = MasterAdamW(model, cfg)
@@ -104,20 +105,14 @@ def test_two_gpus_hold_the_same_state(base, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_packed_attention_takes_the_flash_path_in_half_precision():
+def test_packed_attention_takes_the_flash_path_in_half_precision(monkeypatch):
     """Guards the condition above: were the padded path taken in bf16, the first test would compare it with itself."""
-    calls = []
-    import model as model_module
-
-    real = model_module.varlen_attn
-    model_module.varlen_attn = lambda *a, **k: calls.append(1) or real(*a, **k)
-    try:
-        cu_seqlens = torch.tensor([0, 3, 8], device="cuda")
-        q = torch.randn(8, 4, 32, device="cuda", dtype=torch.bfloat16)
-        k = torch.randn(8, 2, 32, device="cuda", dtype=torch.bfloat16)
-        PackedAttention(cu_seqlens, 5)(0, q, k, k)
-    finally:
-        model_module.varlen_attn = real
+    calls, real = [], model_module.varlen_attn
+    monkeypatch.setattr(model_module, "varlen_attn", lambda *a, **k: calls.append(1) or real(*a, **k))
+    cu_seqlens = torch.tensor([0, 3, 8], device="cuda")
+    q = torch.randn(8, 4, 32, device="cuda", dtype=torch.bfloat16)
+    k = torch.randn(8, 2, 32, device="cuda", dtype=torch.bfloat16)
+    PackedAttention(cu_seqlens, 5)(0, q, k, k)
     assert calls
 
 

@@ -21,7 +21,7 @@ from model import Transformer
 from policy import Policy
 from ranks import Ranks, RunError, deal
 from rollout import Batch
-from train import MasterAdamW, Trainer, _micro, micro_batches, nothing_to_learn, set_up
+from train import MasterAdamW, StopSignal, Trainer, _micro, micro_batches, nothing_to_learn, set_up
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,6 +50,15 @@ def launch(base: Path, out: Path, *extra: str, processes: int = 1, **changes) ->
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT)
+
+
+def logged(process: subprocess.Popen, out: Path, steps: int) -> str:
+    """metrics.jsonl of a running process as soon as it tells of so many steps."""
+    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.exists() or metrics.read_text().count("\n") < steps:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    return metrics.read_text()
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
@@ -207,8 +216,8 @@ def test_token_weights_are_the_three_ways_of_averaging(base, tmp_path):
     trainer = trainer_of(base, tmp_path, mode="rollout")
     n_P = np.array([2, 3, 4, 3])
     offsets = np.concatenate(([0], np.arange(1, 13).cumsum()))
-    batch = Batch([[1]] * 4, np.repeat(np.arange(4), n_P), offsets, np.zeros(78, int),
-                               np.zeros(78, np.float32), np.zeros(12, bool))
+    batch = Batch([[1]] * 4, np.repeat(np.arange(4), n_P), offsets, np.zeros(78, int), np.zeros(78, np.float32),
+                  np.zeros(12, bool))
     inside = np.array([0, 2])
     length = batch.lengths
     for averaging, weight_of_prompt in (("prompt", {0: 1 / 2, 2: 1 / 2}), ("rollout", {0: 2 / 6, 2: 4 / 6}),
@@ -226,8 +235,8 @@ def test_micro_batches_hold_every_rollout_once_with_its_own_tokens():
     offsets = np.concatenate(([0], lengths.cumsum()))
     prompts = [list(range(1, 2 + p)) for p in range(4)]
     tokens = rng.integers(0, 50, offsets[-1])
-    batch = Batch(prompts, np.repeat(np.arange(4), n_P), offsets, tokens,
-                               np.zeros(len(tokens), np.float32), np.zeros(len(lengths), bool))
+    batch = Batch(prompts, np.repeat(np.arange(4), n_P), offsets, tokens, np.zeros(len(tokens), np.float32),
+                  np.zeros(len(lengths), bool))
     seen = []
     for micro in micro_batches(batch, np.arange(len(lengths)), 40, torch.device("cpu")):
         assert len(micro.tokens) <= 40 or len(micro.rollouts) == 1
@@ -291,14 +300,10 @@ def test_killed_and_resumed_run_writes_what_the_unbroken_run_wrote(base, tmp_pat
     options = dict(mode="both", steps=7, save_every=3, rollout_budget="dual", kl_beta=0.01, eval_every=2)
     assert main(base, tmp_path / "unbroken", **options) == 0
     process = launch(base, tmp_path / "killed", **options)
-    deadline = time.time() + 120
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 4):  # past the checkpoint of step 3
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.01)
+    logged(process, tmp_path / "killed", 4)  # past the checkpoint of step 3
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    with open(metrics, "a") as file:
+    with open(tmp_path / "killed" / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "cut sho')  # as a kill in mid-write leaves it
     capsys.readouterr()
     assert main(base, tmp_path / "killed", "--resume", **options) == 0
@@ -313,16 +318,20 @@ def test_killed_and_resumed_run_writes_what_the_unbroken_run_wrote(base, tmp_pat
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_signal_finishes_the_step_and_saves(base, tmp_path, number):
     process = launch(base, tmp_path / "run", steps=500, save_every=0)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.time() + 120
-    while not (metrics.exists() and "\n" in metrics.read_text()):
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.01)
+    logged(process, tmp_path / "run", 1)
     process.send_signal(number)
     output = finish(process, 130)
     done = len(log(tmp_path / "run"))
     assert f"stopped after {done} steps" in output and "--resume" in output
     assert (tmp_path / "run" / "checkpoint" / f"step_{done}" / "optimizer.safetensors").exists()
+
+
+def test_a_second_ctrl_c_stops_at_once(capsys):
+    stop = StopSignal()
+    signal.raise_signal(signal.SIGINT)
+    assert stop.asked and "stopping after this step" in capsys.readouterr().out
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_a_finished_run_can_be_extended_and_its_model_loads_elsewhere(base, tmp_path, capsys):
@@ -537,9 +546,7 @@ def test_a_full_disk_says_what_is_kept_and_how_to_go_on(base, tmp_path):
     out = tmp_path / "run"
     assert main(base, out, steps=2) == 0
     process = launch(base, out, "--resume", steps=500, save_every=0)
-    while (whole := (out / "metrics.jsonl").read_text()).count("\n") < 3:
-        assert process.poll() is None
-        time.sleep(0.01)
+    whole = logged(process, out, 3)
     (out / "full").symlink_to("/dev/full")
     (out / "full").replace(out / "metrics.jsonl")
     output = finish(process, 1)
@@ -556,7 +563,7 @@ def test_resume_without_a_checkpoint_says_so_and_begins(base, tmp_path, capsys):
     assert "has no checkpoint yet" in capsys.readouterr().out
 
 
-def test_presets_are_valid_and_the_papers_values_stand(tmp_path):
+def test_presets_are_valid_and_the_papers_values_stand():
     for preset in PRESETS:
         check(parse_args(["--preset", preset])[0])
     cfg, _, _ = parse_args(["--preset", "qwen3-4b"])
@@ -576,9 +583,9 @@ def test_what_cannot_fit_a_gpu_says_so_before_it_starts(base, monkeypatch):
     policy.check_memory(torch.device("cuda"), with_reference=True, engine="vllm", utilization=0.5)
 
 
-def test_a_single_rollout_packs(base):
+def test_a_single_rollout_packs():
     batch = Batch([[5, 6]], np.zeros(1, int), np.array([0, 1]), np.array([1]), np.zeros(1, np.float32),
-                               np.zeros(1, bool))
+                  np.zeros(1, bool))
     micro = _micro(batch, np.array([0]), torch.device("cpu"))
     assert micro.tokens.tolist() == [5, 6, 1] and micro.targets.tolist() == [2]
 
