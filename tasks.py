@@ -5,14 +5,14 @@ Each task has six kinds of problems, and every kind two ways to answer, both see
     347+586=   412                                a guess: a number of the right length, hardly ever right
     347+586=   A7+6=13,4+8+1=13,3+5+1=9:933       worked: opened by the kind's own mark, digit by digit; mostly right
 
-In exams (half of the corpus) the model must choose its first character itself, and only a share of the solutions is
+In exams (half of the corpus) the model must choose its first character itself, and only some of the solutions are
 worked: 40% of the first kind, then 20, 8, 3, 1.2 and 0.5%. In the textbook (the other half) the mark belongs to the
 prompt, so that every method is well learned, however rarely it is chosen; permutations stand there under any kind's
-sign, so that the mark alone decides the method and a common kind's mark is no way to solve a rare kind. So the base has
-problems that it solves often, a frontier, and a tail of rare skills, each with its own mark.
-What reinforcement learning has to find is not how, but that.
+sign, so that the mark alone decides the method. So the base has problems that it solves often, a frontier, and a tail
+of rare skills, each with its own mark. What reinforcement learning has to find is not how, but that.
 
-The problems and the base model are pure functions of the constants below, never of a run's --seed.
+The problems are a pure function of the constants below. So is the base model, up to rounding, which 1,200 steps
+amplify: another processor or number of threads makes another model of the same recipe. A run's --seed changes neither.
 """
 
 import dataclasses

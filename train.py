@@ -5,7 +5,7 @@
 optimiser, state changes only at the end of a step, in `Trainer._end_step`.
 
 With torchrun every rank holds the whole batch and a copy of everything; work (prompts to sample, rollouts to train on)
-is shared out by tokens, and results meet in one collective: a sum of arrays in which each rank filled its own places.
+is dealt out by tokens, and results meet in one collective: a sum of arrays in which each rank filled its own places.
 """
 
 import dataclasses
