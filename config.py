@@ -65,7 +65,8 @@ class Config:
     dtype: str = arg("auto", "of weights in the forward pass; auto = bfloat16 on CUDA, float32 elsewhere; "
                              "the optimiser keeps float32 masters", ("auto", "bfloat16", "float32"),
                      heading="optimisation")
-    threads: int = arg(0, "of PyTorch on CPU; 0 = as PyTorch chooses (OMP_NUM_THREADS)", low=0)
+    threads: int = arg(0, "of PyTorch on CPU; 0 = as PyTorch chooses, one a core unless OMP_NUM_THREADS says otherwise",
+                       low=0)
     minibatch_prompts: int = arg(128, "prompts of one optimiser step", low=1)
     microbatch_tokens: int = arg(16384, "packed tokens of one forward and backward; changes memory, not the objective",
                                  low=1)

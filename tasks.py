@@ -12,7 +12,7 @@ sign, so that the mark alone decides the method. So the base has problems that i
 of rare skills, each with its own mark. What reinforcement learning has to find is not how, but that.
 
 The problems are a pure function of the constants below. So is the base model, up to rounding, which 1,200 steps
-amplify: another processor or number of threads makes another model of the same recipe. A run's --seed changes neither.
+amplify: another processor makes another model of the same recipe. A run's --seed changes neither.
 """
 
 import dataclasses
@@ -288,8 +288,10 @@ def base_model(task: str, settings: BaseSettings | None = None, *, cache: Path |
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            aside = folder.with_suffix(".partial")
+            aside, threads = folder.with_suffix(".partial"), torch.get_num_threads()
+            torch.set_num_threads(1)  # whatever the caller uses: on one machine every command makes the same base
             _train_base(task, settings).save_pretrained(aside)
+            torch.set_num_threads(threads)
             tokenizer(task).save_pretrained(aside)
             aside.rename(folder)
     return folder
