@@ -58,8 +58,8 @@ PARTS = {
     # Nobody had tuned the step size before. Run later, on another machine, whose arithmetic made another base model of
     # the same recipe: these rows compare among themselves.
     "A tuned step, a second base": (
-        Row("second-base", 1, {"steps": 0, "eval_first": True}, BOTH_TASKS),
-        Row("second-base-grpo", 8, {"mode": "grpo"}, BOTH_TASKS),
+        Row("second-base", 1, {"steps": 0, "eval_first": True}, BOTH_TASKS, "second-base"),
+        Row("second-base-grpo", 8, {"mode": "grpo"}, BOTH_TASKS, "second-base-grpo"),
         Row("second-base-rollout", 8, {"mode": "rollout"}, BOTH_TASKS, "second-base-grpo"),
         Row("grpo-4-minibatches", 8, {"mode": "grpo", "minibatch_prompts": 16}, BOTH_TASKS, "second-base-grpo"),
         Row("rollout-4-minibatches", 8, {"mode": "rollout", "minibatch_prompts": 16}, BOTH_TASKS, "grpo-4-minibatches"),
