@@ -133,7 +133,7 @@ class Config:
 
 
 # What the adversaries see and may do. "paper": Config's defaults, as the paper's text and scripts have it. "tuned":
-# what was best on development problems of the built-in tasks; see README, "What we found".
+# what was best on development problems of the built-in tasks, at their presets' step; see docs/study.md.
 ADVERSARIES = {
     "paper": {},
     "tuned": dict(
@@ -152,7 +152,8 @@ PRESETS = {
     "qwen3-4b": ("paper", dict(model="Qwen/Qwen3-4B-Base")),
     "qwen3-8b": ("paper", dict(model="Qwen/Qwen3-8B-Base")),
 }
-# What a resumed run may change; config.json records when it did. The rest would make it another experiment.
+# What a resumed run may change; config.json records when it did. The rest makes it another experiment, so does the
+# learning rate, which a run that diverged must yet be able to lower.
 MAY_CHANGE = ("steps", "out_dir", "save_every", "keep", "eval_every", "grader_workers", "grader_timeout", "threads",
               "microbatch_tokens", "max_rollouts", "gpu_memory_utilization", "gradient_checkpointing", "learning_rate")
 

@@ -4,7 +4,7 @@ Once a step the trainer asks three questions and, at the end of the step, report
 
     bin_P = bins.lookup(ids_P)             which difficulty bin is each prompt in?            (10)-(11)
     n_P   = rollout_gdro.allocate(bin_P)   how many rollouts does each prompt get?            (17)-(21)
-    w_P   = prompt_gdro.weights(bin_P)     by what are its advantages multiplied?             (12)-(16)
+    w_B   = prompt_gdro.weights(bin_P)     by what are each bin's advantages multiplied?      (12)-(16)
     ...
     prompt_gdro.update(...); rollout_gdro.update(...); bins.update(...)     the only lines that change state
 
@@ -187,18 +187,14 @@ class PromptGDRO:
         omega_B = self.omega_B
         return (1 - self.gamma) * omega_B / omega_B.sum() + self.gamma / self.num_bins
 
-    def weights_by_bin(self, bin_P: np.ndarray) -> np.ndarray:
-        """(16): what multiplies the advantages of each bin's prompts in this batch, (B,)."""
+    def weights(self, bin_P: np.ndarray) -> np.ndarray:
+        """(16): what multiplies the advantages of each bin's prompts in this batch, (B,) float64. Changes nothing."""
         if not self.mean_one:
             return np.minimum(self.omega_B, self.weight_cap)
         q_B = self.q_B
         relative_B = q_B / q_B[bin_P].mean()
         relative_B[np.isclose(relative_B, 1, rtol=0, atol=1e-12)] = 1.0  # equal q weigh exactly 1
         return np.minimum(relative_B, self.weight_cap)
-
-    def weights(self, bin_P: np.ndarray) -> np.ndarray:
-        """(16): what multiplies each prompt's advantages, (P,) float64. Changes nothing."""
-        return self.weights_by_bin(bin_P)[bin_P]
 
     def update(self, bin_P: np.ndarray, loss_P: np.ndarray) -> None:
         """(13) and (12), with the losses (7) of the step's prompts, (P,), computed from unweighted advantages."""
@@ -330,8 +326,8 @@ class RolloutGDRO:
         return np.log(np.maximum((1 - self.gamma) * p_BK + self.gamma / len(self.arms_K), 1e-300))
 
     def allocate(self, bin_P: np.ndarray) -> np.ndarray:
-        """(19): rollout counts of the batch's prompts, (P,) int64. Changes no state; raises ValueError if the budget
-        cannot be met."""
+        """(19): rollout counts of the batch's prompts, (P,) int64. Changes no state but sets the diagnostic
+        `shadow_price_dp`; raises ValueError if the budget cannot be met."""
         present, slot_P, count = np.unique(bin_P, return_inverse=True, return_counts=True)
         self.shadow_price_dp = None
         if self.budget == "dual":

@@ -112,7 +112,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """checkpoint/step_N/, the newest first."""
-        found = [p for p in (self.path / "checkpoint").glob("step_*") if p.suffix != ".partial"]
+        found = [p for p in (self.path / "checkpoint").glob("step_*") if p.name.removeprefix("step_").isdecimal()]
         return sorted(found, key=lambda p: int(p.name.removeprefix("step_")), reverse=True)
 
     def go_on(self, step: int, record: dict) -> None:
@@ -201,6 +201,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """What `RunFolder.save` wrote. Raises ValueError for a damaged one."""
     try:
         state = json.loads((path / STATE).read_text())
+        if missing := {"next_step", "optimizer_steps", "evaluations"} - set(state):
+            raise ValueError(f"{STATE} has no {', '.join(sorted(missing))}")
         tensors = load_file(path / TENSORS)
         with np.load(path / ARRAYS, allow_pickle=False) as arrays:
             return Checkpoint(tensors, {k: arrays[k] for k in arrays.files}, state)

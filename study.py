@@ -2,13 +2,14 @@
 
     python study.py --list                        what there is, and what is done
     python study.py                               runs what is missing, two at a time (--jobs), one thread each
-    python study.py --only permutations/both      runs whose name contains this
+    python study.py --only permutations/both      runs whose name contains this; to run them again, delete their file
     python plots.py --table                       what came out
 
 A run goes to out/study/TASK/ROW-SEED; when it is complete, its config, log (four significant digits, seconds in total
 alone) and evaluations become one line of results/study/TASK/ROW.jsonl.gz (`seconds` of its config are those of its last
 sitting). Ctrl-C lets the runs finish their step and checkpoint; the same command goes on. Settings were chosen on
-development problems with seeds from 100 on; the rows report held-out problems with seeds from 0 on.
+development problems with seeds from 100 on; the rows report held-out problems with seeds from 0 on. On another
+processor the base models are others (tasks.py): run a row again with that which it is held against.
 """
 
 import argparse
@@ -46,7 +47,7 @@ class Row:
 BOTH_TASKS = ("arithmetic", "permutations")
 COMMON = {"engine": "torch", "eval_problems": 1000, "eval_every": 50, "eval_first": False, "save_every": 0}
 # Parts of the study -> rows, in the order in which they run. The flags are what differs from the task's preset, whose
-# adversary is "tuned"; every row but the base trains on the same number of rollouts.
+# adversary is "tuned"; every row but the bases trains on the same number of rollouts.
 PARTS = {
     "The four modes": (
         Row("base", 1, {"steps": 0, "eval_first": True}, BOTH_TASKS),
@@ -201,7 +202,8 @@ def main() -> None:
         parser.error(f"--only {args.only}: no run has that in its name")
     if args.list:
         for run in chosen:
-            print("done   " if run.done() else "missing", run.name, *(f"--{k} {v}" for k, v in run.row.flags.items()))
+            flags = {"preset": run.task, "seed": run.seed, **COMMON, **run.row.flags}
+            print("done   " if run.done() else "missing", run.name, *(f"--{k} {v}" for k, v in flags.items()))
         return
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)

@@ -340,7 +340,7 @@ class Trainer:
     def decide(self, ids_P: list[str]) -> Decision:
         """How many rollouts each prompt gets and how much its advantages weigh. Changes nothing."""
         bin_P = self.bins.lookup(ids_P)
-        allocated_P, weight_B = self.rollout_gdro.allocate(bin_P), self.prompt_gdro.weights_by_bin(bin_P)
+        allocated_P, weight_B = self.rollout_gdro.allocate(bin_P), self.prompt_gdro.weights(bin_P)
         n_P, weight_P = allocated_P, weight_B[bin_P]
         if self.cfg.allocation == "weights":
             n_bar = self.cfg.rollouts_per_prompt
@@ -603,7 +603,11 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
         say(evaluations[-1].line())
         return {k: v for k, v in evaluations[-1].to_json().items() if k != "by_kind"}
 
-    if cfg.eval_first and not evaluations:
+    def due() -> bool:
+        return trainer.next_step == cfg.steps or bool(cfg.eval_every and trainer.next_step % cfg.eval_every == 0)
+
+    missed = trainer.next_step > 0 and due() and trainer.next_step not in [e.step for e in evaluations]
+    if (cfg.eval_first and not evaluations) or missed:  # a stop does not wait for the evaluation that was due
         evaluate()
     bar = tqdm(total=cfg.steps, initial=trainer.next_step, desc=f"{cfg.mode} seed {cfg.seed}", unit="step",
                disable=not first)
@@ -614,7 +618,7 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
         done = trainer.next_step
         last = done == cfg.steps
         asked = bool(trainer.ranks.merge(np.array([stop.asked]))[0])  # all ranks stop, or none
-        if last or (not asked and cfg.eval_every and done % cfg.eval_every == 0):
+        if last or (due() and not asked):
             line["eval"] = evaluate()
         if first:
             folder.append("metrics.jsonl", [line])

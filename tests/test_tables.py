@@ -23,7 +23,7 @@ def test_configurations_of_an_exact_budget_are_counted_like_an_enumeration():
     least, most = 2 * int(count_B.sum()), 6 * int(count_B.sum())
     ways = [tables.exact_configurations(count_B, arms, total) for total in range(least, most + 1)]
     assert sum(ways) == 5**20 and ways == ways[::-1]
-    assert tables.exact_configurations(np.array([45, 19]), np.arange(2, 13), 256) == 1  # the example of the README
+    assert tables.exact_configurations(np.array([45, 19]), np.arange(2, 13), 256) == 1
 
 
 def cells(table: str) -> dict[str, str]:

@@ -97,7 +97,7 @@ def test_exponential_weights_of_an_ema_as_the_paper_runs_them_have_linear_regret
         adversary.load_state_dict({"score": np.full(B, np.nan)})
         regret[T] = sequence("constant", T, play)
     per_step = 1 - 0.99 * math.exp(ETA) / (math.exp(ETA) + B - 1) - 0.01 / B
-    assert per_step == pytest.approx(0.825, abs=5e-4)  # the figure in the README
+    assert per_step == pytest.approx(0.825, abs=5e-4)  # the figure in docs/disagreements.md
     assert (regret[400] - regret[100]) / 300 == pytest.approx(per_step, abs=1e-6)
     assert regret[400] > 10 * math.sqrt(400 * math.log(B) / 2)
 

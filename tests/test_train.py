@@ -334,6 +334,27 @@ def test_a_second_ctrl_c_stops_at_once(capsys):
         signal.raise_signal(signal.SIGINT)
 
 
+def test_an_evaluation_that_a_stop_did_not_wait_for_is_made_up(base, tmp_path):
+    cfg, preset, _ = parse_args(flags(base, tmp_path / "run", steps=4, eval_every=2, save_every=0))
+    trainer, folder, evaluations = set_up(cfg, preset, False)
+    step = trainer.step
+
+    def interrupted(i: int):
+        done = step(i)
+        if i == 1:
+            signal.raise_signal(signal.SIGINT)
+        return done
+
+    trainer.step = interrupted
+    with trainer.grader:
+        assert not train_module.train(trainer, folder, evaluations)
+    assert [e.step for e in evaluations] == [0]
+    trainer, folder, evaluations = set_up(cfg, preset, True)
+    with trainer.grader:
+        assert train_module.train(trainer, folder, evaluations)
+    assert [e.step for e in evaluations] == [0, 2, 4]
+
+
 def test_a_finished_run_can_be_extended_and_its_model_loads_elsewhere(base, tmp_path, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -511,7 +532,7 @@ def test_a_used_folder_other_settings_and_other_problems_are_refused(base, tmp_p
 
 
 DAMAGE = {"optimizer.safetensors": lambda whole: whole[:1000], "adversaries.npz": lambda whole: whole[:-50],
-          "state.json": lambda whole: b"\xff\xfe"}
+          "state.json": lambda whole: b"{}"}
 
 
 def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_taken(base, tmp_path, capsys):
