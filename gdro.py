@@ -392,6 +392,8 @@ class RolloutGDRO:
 class JointChoice:
     """(19): max sum_b value[b, k_b] over one arm k_b a bin, for every total sum_b count[b] k_b of extra rollouts.
 
+    E.g. two bins of 1 and 2 prompts with arms 2, 3, 4 and 2 extra rollouts to spend: one prompt takes both (arms 4, 2),
+    or the two prompts take one each (2, 3); `spread` adds one for the first bin and one for a prompt of the second.
     With `spread`, a bin may also stand between two arms: r of its m prompts at arm k + 1, the others at k, worth
     value_k + (r/m) (value_{k+1} - value_k). Plain dynamic programming over the bins: an optimum for t extra rollouts is
     the best way to give some of them to the last bin and the rest to those before it. Between whole arms a bin's worth
@@ -406,8 +408,8 @@ class JointChoice:
         self.worth = []  # of each bin: what t extra rollouts are worth to it, (m (K - 1) + 1,); -inf where it can't be
         for v, m in zip(value, self.count, strict=True):
             t = np.arange(m * arm[-1] + 1)
-            between = t % m > 0
-            self.worth.append(np.interp(t / m, arm, v) - np.where(between, self.HAIR if spread else np.inf, 0.0))
+            forgone = np.where(t % m == 0, 0.0, self.HAIR if spread else np.inf)  # of a total between two arms
+            self.worth.append(np.interp(t / m, arm, v) - forgone)
         self.best_of = [np.zeros(1)]  # after 0, 1, 2, ... bins: the optimum for each total
         for worth in self.worth:
             before = self.best_of[-1]

@@ -387,24 +387,30 @@ class _Decoding:
         return len(self.owner_R) - self.begun + len(self.busy)
 
     def refill(self) -> None:
-        """Starts queued rollouts once an eighth of the slots is free; with none queued, closes the ranks instead."""
-        slots, waiting, busy = len(self.rollout_S), len(self.owner_R) - self.begun, self.busy
+        """Starts queued rollouts once an eighth of the slots is free; with none queued, drops slots that are free."""
+        busy, waiting = self.busy, len(self.owner_R) - self.begun
+        slots = len(self.rollout_S)
         free = slots - len(busy)
         if waiting and free >= min(max(1, slots // 8), waiting):
-            empty = (self.rollout_S == len(self.owner_R)).nonzero().squeeze(1)
-            take, tokens = [], 0
-            for r in range(self.begun, min(self.begun + free, len(self.owner_R))):
-                if tokens >= TorchEngine.PREFILL_TOKENS:
-                    break
-                if not take or self.owner_R[take[-1]] != self.owner_R[r]:
-                    tokens += len(self.prompts[self.owner_R[r]])
-                take.append(r)
-            self._prefill(empty[: len(take)], torch.tensor(take, device=empty.device))
-            self.begun += len(take)
-            self.cache.release(empty[len(take) :])  # passed over: they must not grow past the cache's end
+            self._begin(min(free, waiting))
         elif not waiting and 4 * free >= slots:
             self.cache.keep(busy)
             self.rollout_S, self.logits = self.rollout_S[busy], self.logits[busy]
+
+    def _begin(self, most: int) -> None:
+        """Puts the next rollouts into free slots: `most` of them, or as many as PREFILL_TOKENS of prompts serve."""
+        empty = (self.rollout_S == len(self.owner_R)).nonzero().squeeze(1)
+        take, tokens = [], 0
+        for r in range(self.begun, self.begun + most):
+            if tokens >= TorchEngine.PREFILL_TOKENS:
+                break
+            if not take or self.owner_R[take[-1]] != self.owner_R[r]:  # one prefill serves all rollouts of a prompt
+                tokens += len(self.prompts[self.owner_R[r]])
+            take.append(r)
+        self._prefill(empty[: len(take)], torch.tensor(take, device=empty.device))
+        self.begun += len(take)
+        # Free slots are fed all the same; emptied again, they cannot outgrow the cache while they wait.
+        self.cache.release(empty[len(take) :])
 
     def _prefill(self, slots: torch.Tensor, rollouts: torch.Tensor) -> None:
         prompt, source = np.unique(self.owner_R[rollouts.cpu().numpy()], return_inverse=True)

@@ -361,8 +361,9 @@ class Trainer:
 
     def update(self, batch: Batch, n_P, advantage_R: np.ndarray, acts_R: np.ndarray, old_N, ref_N, step: int) -> Update:
         """The optimiser steps of one batch, one a mini-batch of prompts; every weight is fixed before any split."""
-        cfg, P, R = self.cfg, len(n_P), len(batch.owner)
-        stats = np.zeros((4, R))  # surrogate J, KL, clipped and busy tokens: each rank fills its rollouts
+        cfg, P = self.cfg, len(n_P)
+        # Of each rollout: J, KL, clipped tokens, tokens with a gradient. A rank fills its own; 0 for those left out.
+        stats = np.zeros((4, len(batch.owner)))
         losses, norms = [], []
         self.model.train()
         for start in range(0, P, cfg.minibatch_prompts):
@@ -373,16 +374,16 @@ class Trainer:
                 out = self.token_loss(batch, micro, advantage_R, weight_R, old_N, ref_N)
                 out.loss.backward()
                 loss_sum += out.loss.item()
-                busy = micro.offsets.diff() - out.idle
-                stats[:, micro.rollouts] = torch.stack((out.surrogate, out.kl, out.clipped, busy)).cpu().numpy()
+                active = micro.offsets.diff() - out.idle
+                stats[:, micro.rollouts] = torch.stack((out.surrogate, out.kl, out.clipped, active)).cpu().numpy()
             losses.append(float(self.ranks.merge(loss_sum)[0]))
             if not np.isfinite(losses[-1]):
                 raise RunError(f"step {step}: the loss is {losses[-1]}; the weights are those before this update")
             norms.append(self.optimizer.step(self.ranks, f"step {step}"))
-        stats = self.ranks.merge(stats)
+        surrogate_R, kl_R, clipped_R, active_R = self.ranks.merge(stats)
         tokens = len(batch.tokens)
-        return Update(stats[0], stats[1], float(np.mean(losses)), float(np.mean(norms)),
-                      clip_frac=float(stats[2].sum() / tokens), idle_frac=float(1 - stats[3].sum() / tokens))
+        return Update(surrogate_R, kl_R, float(np.mean(losses)), float(np.mean(norms)),
+                      clip_frac=float(clipped_R.sum() / tokens), idle_frac=float(1 - active_R.sum() / tokens))
 
     def token_weights(self, batch: Batch, n_P: np.ndarray, prompts: np.ndarray) -> np.ndarray:
         """Weight of one token of each rollout in the loss of the mini-batch `prompts`, (R,); they sum to 1 over it."""
@@ -457,7 +458,8 @@ class Trainer:
         not depend on who has an advantage.
         """
         measured_R = np.diff(batch.owner, prepend=-1) * (batch.owner % MEASURE_EVERY == 0) > 0
-        old_N, ref_N, entropy_N = out = np.zeros((3, len(batch.tokens)), np.float32)
+        out = np.zeros((3, len(batch.tokens)), np.float32)
+        old_N, ref_N, entropy_N = out  # views: what is written to them stands in `out`
         for wanted_R, measure in ((measured_R, True), (acts_R & ~measured_R, False)):
             for micro in micro_batches(batch, self.mine(batch, wanted_R), self.cfg.microbatch_tokens, self.device):
                 if measure:
