@@ -56,7 +56,8 @@ def logged(process: subprocess.Popen, out: Path, steps: int) -> str:
     """metrics.jsonl of a running process as soon as it tells of so many steps."""
     metrics, deadline = out / "metrics.jsonl", time.monotonic() + 120
     while not metrics.exists() or metrics.read_text().count("\n") < steps:
-        assert time.monotonic() < deadline and process.poll() is None
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     return metrics.read_text()
 
