@@ -133,9 +133,11 @@ def test_an_unknown_row_is_refused(monkeypatch, capsys):
     assert "--only nothing-like-it: no run has that in its name" in capsys.readouterr().err
 
 
-def test_the_list_says_of_each_run_whether_it_is_done(monkeypatch, capsys):
+def test_the_list_says_of_each_run_whether_it_is_done_and_how_train_would_be_called(monkeypatch, capsys):
     monkeypatch.setattr(study, "kept_lines", lambda file: ["grpo-0"] if file.name == "grpo.jsonl.gz" else [])
     monkeypatch.setattr(sys, "argv", ["study.py", "--list", "--only", "arithmetic/grpo"])
     study.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "done    arithmetic/grpo-0 --mode grpo" and lines[1].startswith("missing arithmetic/grpo-1")
+    (done, name, *flags), (missing, *_), *_ = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert (done, name, missing) == ("done", "arithmetic/grpo-0", "missing")
+    (run,) = study.runs("arithmetic/grpo-0")
+    assert parse_args(flags)[0] == dataclasses.replace(config(run), out_dir="out/arithmetic-grpo-0")
