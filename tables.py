@@ -81,18 +81,18 @@ def outcome_tables() -> str:
 
 
 def summary_table() -> str:
-    """The first two parts in short, both tasks side by side: pass@8, its paired difference, mean@16."""
-    first, second = list(PARTS.values())[:2]
+    """The first two parts in short, both tasks side by side: pass@8 and mean@16, each with its paired difference."""
     lines = []
-    for row in (*first, *second):
-        line = [row.name, "" if row.name == row.against or row.flags.get("steps") == 0 else row.against]
+    for row in (*list(PARTS.values())[0], *list(PARTS.values())[1]):
+        own = row.name == row.against or row.flags.get("steps") == 0
+        line = [row.name, "" if own else row.against]
         for found in study().values():
-            runs = found.get(row.name, [])
-            last, against = [r.last() for r in runs], found.get(row.against, []) if line[1] else []
-            line += [f"{100 * np.mean([f(e) for e in last]):.1f}" if runs else "" for f in (headline, mean_success)]
-            line.insert(-1, difference(runs, against, headline))
+            runs, against = found.get(row.name, []), [] if own else found.get(row.against, [])
+            for figure in (headline, mean_success):
+                mean = f"{100 * np.mean([figure(r.last()) for r in runs]):.1f}" if runs else ""
+                line.append(f"{mean}, {difference(runs, against, figure)}".removesuffix(", "))
         lines.append(line)
-    head = [f"{task}: {x}" if x == "pass@8" else x for task in study() for x in ("pass@8", "minus that", "mean@16")]
+    head = [f"{task}, {figure}" for task in study() for figure in ("pass@8", "mean@16")]
     return "**In short**\n\n" + markdown(["row", "against", *head], lines)
 
 
