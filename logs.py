@@ -216,7 +216,7 @@ def pairs(runs: list[Run], baseline: list[Run]) -> tuple[list[Run], list[Run]]:
 
 def paired(runs: list[Run], baseline: list[Run], figure: Callable[[dict], float]) -> np.ndarray:
     """Differences of a figure of the last evaluations, seed by seed, (S,). Raises ValueError for runs that began from
-    different base models: a base moves the figures more than any mode."""
+    different base models: a base moves the figures as much as a mode."""
     kept, other = pairs(runs, baseline)
     for a, b in zip(kept, other, strict=True):
         if a.config["loaded"]["model"] != b.config["loaded"]["model"]:

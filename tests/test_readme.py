@@ -1,4 +1,4 @@
-"""Numbers in the README are those of the logs in results/."""
+"""Numbers in the README and in docs/ are those of the logs in results/, and what they name exists."""
 
 import functools
 import json
@@ -10,36 +10,22 @@ import pytest
 
 import logs
 import tables as tabulated
+from study import PARTS
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-PROSE = " ".join(README.split())
+TEXTS = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+PROSE = " ".join(" ".join(TEXTS.values()).split())
+study, tables = functools.cache(logs.study), functools.cache(tabulated.tables)
 
 
-@functools.cache
-def tables() -> str:
-    return tabulated.tables()
+def minus(task: str, row: str, other: str, figure=logs.headline, seeds: int = 99) -> str:
+    """Paired difference of two rows in points, with its interval."""
+    kept = [r for r in study()[task][row] if r.seed < seeds]
+    return tabulated.spread(100 * logs.paired(kept, study()[task][other], figure), signed=True)
 
 
-@functools.cache
-def study() -> dict:
-    return logs.study()
-
-
-def gain(task: str, row: str, figure=logs.headline) -> tuple[float, float, float]:
-    """Paired difference to GRPO in points, with its interval."""
-    rows = study()[task]
-    return logs.interval(100 * logs.paired(rows[row], rows["grpo"], figure))
-
-
-def points(task: str, row: str, figure=logs.headline) -> str:
-    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*gain(task, row, figure))
-
-
-def relative(task: str, row: str) -> str:
-    rows = study()[task]
-    _, baseline = logs.pairs(rows[row], rows["grpo"])
-    return f"{gain(task, row)[0] / np.mean([logs.headline(r.last()) for r in baseline]):+.0f}%"
+def percent(task: str, row: str, figure=logs.headline) -> str:
+    return f"{100 * np.mean([figure(r.last()) for r in study()[task][row]]):.1f}"
 
 
 def cell(table: str, row: str, column: str) -> str:
@@ -53,43 +39,45 @@ def cell(table: str, row: str, column: str) -> str:
     raise KeyError(f"{table}: no row {row}")
 
 
-def kinds(task: str, kind: str) -> dict[str, str]:
-    return {mode: cell(f"pass@8 and pass@1 by kind: {task}", kind, f"{mode}, pass@8") for mode in ("base", *logs.MODES)}
+def of_kind(name: str, task: str, kind: str, k: int) -> dict[str, str]:
+    """pass@k of one kind by mode, under keys NAME_MODE."""
+    title = f"pass@8 and pass@1 by kind: {task}"
+    return {f"{name}_{mode}": cell(title, kind, f"{mode}, pass@{k}") for mode in logs.MODES}
 
 
 @functools.cache
 def found() -> dict[str, str]:
-    """The numbers of "What we found" and of the table after it, as they are written there."""
-    a, out = "arithmetic", {}
-    for task in study():
-        for row in ("prompt", "rollout", "both"):
-            out[f"{row}_{task[0]}"], out[f"{row}_{task[0]}_rel"] = points(task, row), relative(task, row)
-    for name, row in {"paper_prompt": "paper-prompt", "paper_rollout": "paper-rollout", "paper_both": "paper-both",
-                      "by_prompt": "rollout-by-prompt", "as_weights": "rollout-as-weights", "rank": "rollout-rank",
-                      "variance": "rollout-variance", "knapsack": "rollout-knapsack"}.items():
-        out[name] = points(a, row)
-    rows = study()[a]
-    for row in ("prompt", "rollout"):
-        four = [r for r in rows[row] if r.seed < 4]
-        out[f"{row}_4"] = tabulated.spread(100 * logs.paired(four, rows["grpo"], logs.headline), signed=True)
-    from study import PARTS
-
-    sensitivity = {row.name: gain(a, row.name) for row in PARTS["Sensitivity"]}
+    """The numbers that the texts state, computed."""
+    a, p = "arithmetic", "permutations"
+    out = {"paper_prompt": minus(a, "paper-prompt", "grpo"), "paper_rollout": minus(a, "paper-rollout", "grpo"),
+           "paper_both": minus(a, "paper-both", "grpo"), "by_prompt": minus(a, "rollout-by-prompt", "grpo"),
+           "as_weights": minus(a, "rollout-as-weights", "grpo"), "rank": minus(a, "rollout-rank", "grpo"),
+           "variance": minus(a, "rollout-variance", "grpo"), "knapsack": minus(a, "rollout-knapsack", "grpo"),
+           "prompt_4": minus(a, "prompt", "grpo", seeds=4), "rollout_4": minus(a, "rollout", "grpo", seeds=4),
+           "eta4_mean": minus(a, "prompt-eta-4", "grpo", tabulated.mean_success),
+           "class_mean": minus(a, "prompt-class-share", "grpo", tabulated.mean_success),
+           **of_kind("st", a, "several_terms", 8), **of_kind("left", p, "left", 8), **of_kind("add1", a, "addition", 1),
+           **of_kind("right1", p, "right", 1), **of_kind("front1", p, "front", 1)}
+    for x, task in (("a", a), ("p", p)):
+        out |= {f"{row}_{x}": minus(task, row, "grpo") for row in ("prompt", "rollout")}
+        out |= {f"both_prompt_{x}": minus(task, "both", "prompt"), f"b1_{x}": percent(task, "base"),
+                f"b2_{x}": percent(task, "second-base"), f"g1_{x}": percent(task, "grpo"),
+                f"g2_{x}": percent(task, "second-base-grpo"), f"g4_{x}": percent(task, "grpo-4-minibatches"),
+                f"step_{x}": minus(task, "grpo-4-minibatches", "second-base-grpo"),
+                f"r2_{x}": minus(task, "second-base-rollout", "second-base-grpo"),
+                f"r2_mean_{x}": minus(task, "second-base-rollout", "second-base-grpo", tabulated.mean_success),
+                f"r4_{x}": minus(task, "rollout-4-minibatches", "grpo-4-minibatches"),
+                f"r4_mean_{x}": minus(task, "rollout-4-minibatches", "grpo-4-minibatches", tabulated.mean_success)}
+    out["lr_p"] = minus(p, "grpo-lr-4e-4", "second-base-grpo")
+    sensitivity = {row.name: logs.interval(100 * logs.paired(study()[a][row.name], study()[a]["grpo"], logs.headline))
+                   for row in PARTS["Sensitivity"]}
     assert all(low < 0 < high for _, low, high in sensitivity.values())
     assert min(sensitivity, key=sensitivity.get) == "prompt-eta-4"
     assert max(sensitivity, key=sensitivity.get) == "prompt-no-mean-1"
     means = sorted(mean for mean, _, _ in sensitivity.values())
     out["sens_min"], out["sens_max"] = f"{means[0]:+.1f}", f"{means[-1]:+.1f}"
-    alone = np.mean(100 * logs.paired([r for r in rows["prompt"] if r.seed < 4], rows["grpo"], logs.headline))
-    assert all(sensitivity[f"prompt-{r}"][0] < alone for r in ("eta-0.65", "class-share", "any-of-n"))
-    for name, kind in {"st": "several_terms", "add": "addition", "sq": "sum_of_squares"}.items():
-        out |= {f"{name}_{mode}": value for mode, value in kinds(a, kind).items()}
-    out |= {f"left_{mode}": value for mode, value in kinds("permutations", "left").items()}
-    after = [float(out[f"sq_{mode}"]) for mode in logs.MODES]
-    out["sq_min"], out["sq_max"] = f"{min(after):.1f}", f"{max(after):.1f}"
     weights = "What weights and bins became: arithmetic"
-    out["pw_min"], out["pw_max"] = (cell(weights, "paper-prompt", f"{c} ever applied")
-                                    for c in ("least", "greatest"))
+    out["pw_min"], out["pw_max"] = (cell(weights, "paper-prompt", f"{c} ever applied") for c in ("least", "greatest"))
     out["OUTER_ANY"], out["OUTER_RATE"] = (cell(weights, r, "prompts in outer two bins")
                                            for r in ("prompt-any-of-n", "prompt"))
     allocations = "What the allocations did: arithmetic"
@@ -97,53 +85,58 @@ def found() -> dict[str, str]:
     out["wse_gain"] = cell(allocations, "rollout", "WSE (33)").removeprefix("+")
     out["VAR_GOT"] = cell(allocations, "rollout-variance", "variance (28)").removeprefix("-")
     out["VAR_LAW"] = cell(allocations, "rollout-variance", "(28) by the law (30)").removeprefix("-")
-    exact = "Exact budgets: arithmetic"
-    out["ONE_PAPER"], out["ONE_EXACT"] = (cell(exact, r, "steps with one choice")
+    out["ONE_PAPER"], out["ONE_EXACT"] = (cell("Exact budgets: arithmetic", r, "steps with one choice")
                                           for r in ("paper-rollout", "rollout-exact"))
-    first, second = np.mean([r.series("surrogate_abs").mean(axis=0) for r in rows["grpo"]], axis=0)
+    first, second = np.mean([r.series("surrogate_abs").mean(axis=0) for r in study()[a]["grpo"]], axis=0)
     out["S0"], out["S1"] = f"{first:.0e}", f"{second:.0e}"
     for name, signal in (("SNR_S", "surrogate"), ("SNR_R", "reward")):
-        ratios = np.concatenate([logs.noise_ratios(r, signal) for r in rows["grpo"]])
+        ratios = np.concatenate([logs.noise_ratios(r, signal) for r in study()[a]["grpo"]])
         out[name] = f"{np.nanmedian(ratios):.2f}"
     return out
 
 
 def test_results_tables_md_is_what_plots_prints():
-    assert (ROOT / "results" / "TABLES.md").read_text() == tabulated.tables() + "\n", \
-        "python plots.py --table > results/TABLES.md"
+    kept = (ROOT / "results" / "TABLES.md").read_text()
+    assert kept == tables() + "\n", "python plots.py --table > results/TABLES.md"
 
 
-def section(title: str) -> str:
-    """The README from this heading to the next one of any level."""
-    return README.split(f"# {title}\n")[1].split("\n#")[0]
+@pytest.mark.parametrize("name, fewest", [("README.md", 11), ("study.md", 25)])
+def test_every_line_of_a_result_table_is_one_that_plots_prints(name, fewest):
+    text = TEXTS[name].split("## Install")[0]
+    shown = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(shown) >= fewest and not [line for line in shown if line not in set(tables().splitlines())]
 
 
-def test_every_line_of_a_result_table_is_one_that_plots_prints():
-    shown = [line for title in ("Group-DRO for LLM reasoning, from scratch", "The study")
-             for line in section(title).splitlines() if line.startswith("| ")]
-    printed = set(tables().splitlines())
-    assert len(shown) > 20 and not [line for line in shown if line not in printed]
-
-
-# What the README says in words, with the places of the numbers that `found` computes.
+# What the texts say, with the places of the numbers that `found` computes.
 SAID = (
-    "the weights stay between {pw_min} and {pw_max}, and pass@8 moves by {paper_prompt} points",
+    "four mini-batches move its pass@8 by {step_a} points on arithmetic and {step_p} on permutations, "
+    "where four times the rate gives {lr_p}",
+    "{r2_p} points at two mini-batches and {r4_p} at four, and does not show on arithmetic, {r2_a} and {r4_a}",
+    "moves GRPO on permutations from {g1_p} to {g2_p}, as much as a mode does",
+    "the first solves {b1_p} of the problems in eight tries, the second {b2_p} (arithmetic {b1_a} and {b2_a})",
+    "after 100 steps of the same GRPO it is {g1_p} and {g2_p} ({g1_a} and {g2_a})",
+    "the weights that it applied span {pw_min} to {pw_max}, and pass@8 moves by {paper_prompt} points",
     "some bin gets {pr_most} rollouts a prompt in the mean of all steps, and pass@8 moves by {paper_rollout} points",
-    "Both at once: {paper_both}, the one of the three",
-    "{prompt_a} points ({prompt_a_rel}) on arithmetic, {prompt_p} ({prompt_p_rel}) on permutations",
-    "on permutations, {rollout_p} points ({rollout_p_rel}), at equal rollouts",
-    "on arithmetic, {rollout_a} ({rollout_a_rel}), the interval still touches zero",
-    "{both_a} points ({both_a_rel}) on arithmetic, more than either; {both_p} ({both_p_rel}) on permutations, less",
-    "from {st_grpo} with GRPO to {st_prompt}, {st_rollout} and {st_both} (prompt, rollout, both)",
+    "Both at once: {paper_both}.",
+    "{prompt_a} points of pass@8 on arithmetic, {prompt_p} on permutations, at the step that nobody tuned",
+    "for Rollout-GDRO**: {rollout_a} and {rollout_p} points, at equal rollouts",
+    "{r2_a} and {r2_p} points at two mini-batches, {r4_a} and {r4_p} at four, and in mean@16 {r2_mean_a} "
+    "and {r2_mean_p}, {r4_mean_a} and {r4_mean_p}.",
+    "on arithmetic {both_prompt_a} points more than `prompt`; on permutations {both_prompt_p}, an "
+    "interval that holds 0",
+    "from {st_grpo} with GRPO to {st_prompt}, {st_rollout} and {st_both} in pass@8",
     "`left` from {left_grpo} to {left_prompt}, {left_rollout} and {left_both}",
-    "addition falls from {add_grpo} to {add_prompt}, {add_rollout} and {add_both}",
-    "{sq_base} before training, {sq_min} to {sq_max} after",
+    "addition falls from {add1_grpo} to {add1_prompt}, {add1_rollout} and {add1_both}",
+    "from {right1_grpo} to {right1_prompt}, {right1_rollout} and {right1_both}",
+    "from {front1_grpo} to {front1_prompt}, {front1_rollout} and {front1_both}",
     "(`rollout-by-prompt`) {by_prompt}; with 4 rollouts",
     "(`rollout-as-weights`) {as_weights}; `rollout` itself on these seeds {rollout_4}",
     "raises the weighted standard error (33) by {wse_gain}; counts by variance, as the analysis wants, give {variance}",
     "E3's ranks give {rank} and Knapsack's value {knapsack}",
-    "`prompt` on four seeds gives {prompt_4}; with one setting changed the mean runs from {sens_min} (eta 4) to",
-    "to {sens_max} (weights not rescaled to mean 1)",
+    "On four seeds `prompt` gives {prompt_4}; with one setting changed the mean runs from {sens_min} "
+    "(eta 4) to {sens_max}",
+    "eta 4 gives {eta4_mean} points and class shares {class_mean}",
+    "was {both_prompt_p} points against `prompt`",
     "a prompt's loss is {S0}, rounding; on the second {S1}.",
     "Between bins it spreads {SNR_S} times what noise alone would",
     "minus the reward {SNR_R} times.",
@@ -154,29 +147,45 @@ SAID = (
 
 
 @pytest.mark.parametrize("said", SAID)
-def test_what_the_readme_says_in_words_is_computed_from_the_logs(said):
+def test_what_the_texts_say_is_computed_from_the_logs(said):
     assert said.format(**found()) in PROSE
 
 
-def test_every_test_and_file_that_the_readme_names_exists():
-    readme = (ROOT / "README.md").read_text()
+def test_every_test_file_and_page_that_the_texts_name_exists():
     tests = "".join(p.read_text() for p in (ROOT / "tests").glob("*.py"))
-    for name in re.findall(r"`(test_\w+)`", readme):
-        assert f"def {name}" in tests or (ROOT / "tests" / f"{name}.py").exists(), name
-    for name in re.findall(r"`([\w/]+\.(?:py|txt))`", readme):
-        assert (ROOT / name).exists(), name
+    for text in TEXTS.values():
+        for name in re.findall(r"`(test_\w+)`", text):
+            assert f"def {name}" in tests or (ROOT / "tests" / f"{name}.py").exists(), name
+        for name in re.findall(r"`([\w/.]+\.(?:py|txt|json|cff))`", text):
+            assert (ROOT / name).exists() or name in ("config.json", "eval.json"), name
+    for page, text in TEXTS.items():
+        folder = ROOT if page == "README.md" else ROOT / "docs"
+        for name in re.findall(r"\]\(((?!http)[^)]+)\)", text):
+            assert (folder / name).exists(), name
+
+
+def test_the_readme_is_short():
+    words = re.findall(r"\S*\w\S*", TEXTS["README.md"])  # a border of a table is none
+    assert len(TEXTS["README.md"].splitlines()) <= 150 and len(words) <= 1500
+
+
+def test_every_logged_key_is_explained_and_no_other():
+    line = study()["arithmetic"]["grpo"][0].log[0]
+    explained = set(re.findall(r"`(\w+)`", "".join(x.split("|")[1] for x in TEXTS["log.md"].splitlines()
+                                                   if x.startswith("| `"))))
+    later = {"measured", "reward_failures"}  # not logged yet when the study ran
+    assert set(line) | later == explained
 
 
 def test_the_speeds_are_those_of_the_files():
-    readme = " ".join((ROOT / "README.md").read_text().split())
     grader = json.loads((ROOT / "results" / "bench" / "grader.json").read_text())["grader"]
     numbers, symbolic, mix, hostile = grader
-    assert f"{round(numbers['ours/s'], -3):,.0f} verdicts a second" in readme
-    assert f"{symbolic['ours/s']:.0f} on answers" in readme and f"{round(mix['ours/s'], -3):,.0f} on a mix" in readme
-    assert f"{numbers['ratio']:.0f}, {symbolic['ratio']:.1f} and {mix['ratio']:.1f} times math-verify" in readme
-    assert f"was {hostile['longest delay s']:.1f} s" in readme
+    assert f"{round(numbers['ours/s'], -3):,.0f} verdicts a second" in PROSE
+    assert f"{symbolic['ours/s']:.0f} on answers" in PROSE and f"{round(mix['ours/s'], -3):,.0f} on a mix" in PROSE
+    assert f"{numbers['ratio']:.0f}, {symbolic['ratio']:.1f} and {mix['ratio']:.1f} times math-verify" in PROSE
+    assert f"was {hostile['longest delay s']:.1f} s" in PROSE
     memory = json.loads((ROOT / "results" / "kernels" / "cpu.json").read_text())["memory"]
     for row in memory:
         if row.get("phase") in ("behaviour", "update"):
-            assert f"{row['chunked MiB, on top']:,.0f} MiB" in readme
-            assert f"{row['whole logits MiB, on top']:,.0f} MiB" in readme
+            assert f"{row['chunked MiB, on top']:,.0f} MiB" in PROSE
+            assert f"{row['whole logits MiB, on top']:,.0f} MiB" in PROSE
