@@ -144,7 +144,7 @@ def bench_step(steps: int = 6) -> list[dict]:
     return rows
 
 
-def bench_threads(steps: int = 9) -> list[dict]:
+def bench_threads(steps: int = 6) -> list[dict]:
     """Median and worst seconds of a step of the arithmetic preset: one thread of PyTorch, one a core, and one a core
     that sleeps while it waits (libgomp's spin otherwise), alone and beside a process on every core but one, and all."""
     cores, rows = os.cpu_count(), []

@@ -141,7 +141,7 @@ ADVERSARIES = {
         mean_one=True, rollout_utility="gain", rollout_budget="spread", averaging="rollout"),
 }
 BUILT_IN = dict(
-    prompt_suffix="", chat_template="never",
+    prompt_suffix="", chat_template="never", threads=1,  # threads that wait spin: see docs/speed.md
     max_prompt_tokens=32, max_response_tokens=64, steps=100, prompts_per_step=64,
     minibatch_prompts=32, learning_rate=1e-4, kl_beta=0.0, gradient_checkpointing=False, save_every=25, eval_every=25,
     eval_rollouts=16, eval_temperature=1.0, eval_top_p=1.0, eval_top_k=0, max_rollouts=512)
