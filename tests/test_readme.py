@@ -182,8 +182,8 @@ def test_the_seconds_by_threads_are_those_of_the_file():
     one, two, passive = ([row for row in rows if row["what"] == what]
                          for what in ("1 thread", "2 threads", "2 threads, passive"))
     said = [f"{row['median s a step']:.2f}" for pair in zip(one, two, strict=True) for row in pair]
-    assert ("takes {} s with one and {} s with two when nothing else runs; beside one busy process {} and {} s, beside two "
-            "{} and {} s").format(*said) in PROSE
+    assert ("takes {} s with one and {} s with two when nothing else runs; beside one busy process {} and {} s, beside "
+            "two {} and {} s").format(*said) in PROSE
     assert "up to {:.1f} s".format(two[-1]["worst s"]) in PROSE
     assert "gives {}, {} and {} s".format(*(f"{row['median s a step']:.2f}" for row in passive)) in PROSE
 
