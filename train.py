@@ -378,7 +378,8 @@ class Trainer:
                 stats[:, micro.rollouts] = torch.stack((out.surrogate, out.kl, out.clipped, active)).cpu().numpy()
             losses.append(float(self.ranks.merge(loss_sum)[0]))
             if not np.isfinite(losses[-1]):
-                raise RunError(f"step {step}: the loss is {losses[-1]}; the weights are those before this update")
+                raise RunError(f"step {step}: the loss is {losses[-1]}; the weights are those before this update. "
+                               "--resume goes on from the last checkpoint, with a lower --learning_rate for instance")
             norms.append(self.optimizer.step(self.ranks, f"step {step}"))
         surrogate_R, kl_R, clipped_R, active_R = self.ranks.merge(stats)
         tokens = len(batch.tokens)
