@@ -4,10 +4,13 @@ base model that has learned something, for the tests of training and evaluation.
 import functools
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
-import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads that wait spin (docs/speed.md)
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():  # the kernels go through Triton's interpreter, which the first import decides;
     with pytest.MonkeyPatch.context() as environment:  # what the tests start as processes must not inherit that
