@@ -195,7 +195,13 @@ def test_the_speeds_are_those_of_the_files():
     assert f"{symbolic['ours/s']:.0f} on answers" in PROSE and f"{round(mix['ours/s'], -3):,.0f} on a mix" in PROSE
     assert f"{numbers['ratio']:.0f}, {symbolic['ratio']:.1f} and {mix['ratio']:.1f} times math-verify" in PROSE
     assert f"was {hostile['longest delay s']:.1f} s" in PROSE
-    memory = json.loads((ROOT / "results" / "kernels" / "cpu.json").read_text())["memory"]
+    speeds = json.loads((ROOT / "results" / "bench" / "cpu.json").read_text())
+    ms = {row["what"]: row["ms"] for row in speeds["adversary"]}
+    assert (f"take {ms['prompt']:.2f} ms for Prompt-GDRO, with utility `gain` {ms['rollout gain exact']:.1f} ms for "
+            f"Rollout-GDRO with the exact budget and {ms['rollout gain spread']:.1f} ms with `spread`") in PROSE
+    sampled, full = (row["ratio"] for row in speeds["engine"])
+    assert f"draws {sampled:.1f} times" in PROSE and f"end where they end, {full:.1f} times" in PROSE
+    memory = json.loads((ROOT / "results" / "kernels" / "memory.json").read_text())["memory"]
     for row in memory:
         if row.get("phase") in ("behaviour", "update"):
             assert f"{row['chunked MiB, on top']:,.0f} MiB" in PROSE
