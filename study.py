@@ -56,9 +56,9 @@ PARTS = {
         Row("rollout", 8, {"mode": "rollout"}, BOTH_TASKS),
         Row("both", 8, {"mode": "both"}, BOTH_TASKS),
     ),
-    # Nobody had tuned the step size before. Run later, on another machine, whose arithmetic made another base model of
-    # the same recipe: these rows compare among themselves.
-    "A tuned step, a second base": (
+    # Nobody had tried another step size before. Run later, on another machine, whose arithmetic made another base model
+    # of the same recipe: these rows compare among themselves.
+    "Other step sizes, a second base": (
         Row("second-base", 1, {"steps": 0, "eval_first": True}, BOTH_TASKS, "second-base"),
         Row("second-base-grpo", 8, {"mode": "grpo"}, BOTH_TASKS, "second-base-grpo"),
         Row("second-base-rollout", 8, {"mode": "rollout"}, BOTH_TASKS, "second-base-grpo"),
