@@ -412,8 +412,9 @@ def test_no_more_than_a_chunk_of_logits_ever_exists(monkeypatch, how):
         held = forget_peak()
         torch.autograd.grad(logp, operands, grad)
         peaks.append(resident_mib("VmHWM") - held)
-    assert max(peaks[:2]) < 48
-    assert min(peaks[2:]) > 100  # the probe sees logits where they are made whole
+    chunked, whole = peaks[:2], peaks[2:]
+    assert min(whole) > 100  # the probe sees logits where they are made whole
+    assert all(a < b / 2 for a, b in zip(chunked, whole, strict=True))  # some MiB more or less are the allocator's
 
 
 @pytest.mark.parametrize("change, error, message", [
