@@ -10,6 +10,7 @@ import tasks
 from gdro import BUDGETS, SIGNALS, UTILITIES
 from ranks import say
 from reward import STYLES
+from rules import RULES
 
 PROMPT_SUFFIX = " Let's think step by step and output the final answer within \\boxed{}."  # of the launch scripts
 
@@ -32,8 +33,9 @@ class Config:
     save_every: int = arg(50, "steps between checkpoints; 0 = only at the end", low=0)
     keep: int = arg(2, "checkpoints kept, the newest ones; 0 = all", low=0)
 
-    model: str = arg("Qwen/Qwen3-1.7B-Base", "Hugging Face folder or hub id; 'arithmetic' and 'permutations' = the "
-                                             "base models of the built-in tasks", heading="what is trained on what")
+    model: str = arg("Qwen/Qwen3-1.7B-Base", "Hugging Face folder or hub id; 'arithmetic' and 'permutations' = base "
+                                             "model 0 of the built-in task, 'arithmetic:3' = its base model 3",
+                     heading="what is trained on what")
     model_revision: str = arg("main", "hub revision of the model; the commit it resolves to is recorded")
     train_data: str = arg("dapo", "'arithmetic', 'permutations', 'dapo', hub:owner/name[:config[:split]], or "
                                    ".jsonl/.json/.parquet")
@@ -41,7 +43,7 @@ class Config:
     train_problems: int = arg(0, "use the first so many training problems; 0 = all (built-in tasks: 640)", low=0)
     eval_data: str = arg("math500", "problems for evaluation, in the same forms")
     eval_revision: str = arg("main", "hub revision of the evaluation data; the commit it resolves to is recorded")
-    eval_problems: int = arg(0, "use the first so many; 0 = all (built-in tasks: 500)", low=0)
+    eval_problems: int = arg(0, "use the first so many; 0 = all (built-in tasks: 600)", low=0)
     answer_style: str = arg("auto", "where a response's answer is: math = \\boxed, 'Answer:', ####, the last number; "
                                     "dapo = 'Answer:' near the end; gsm8k = the number after ####, boxed or last; "
                                     "choice = a letter; auto = as the data set says", ("auto", *STYLES))
@@ -80,7 +82,8 @@ class Config:
     eps_low: float = arg(0.2, "lower clip of the ratio", low=0, high=1)
     eps_high: float = arg(0.28, "upper clip of the ratio", low=0)
     advantage_clip: float = arg(5.0, "advantages are clipped to [-c, c] before the adversary's weight", above=0)
-    std_normalize: bool = arg(True, "divide centred rewards by their std; off = Dr. GRPO")
+    rule: str = arg("grpo", "what multiplies a prompt's advantages for its own successes, beside the adversary's "
+                            "weight: grpo = 1; dr_grpo, maxrl, pass_at_k, tilt: rules.py", tuple(RULES))
     averaging: str = arg("prompt", "what weighs 1 in the loss: prompt = (7), its rollouts 1/n; rollout; token = DAPO",
                          ("prompt", "rollout", "token"))
     importance_cap: float = arg(0.0, "truncated importance of trainer against sampler, per token, capped here; 0 = off",
@@ -142,8 +145,8 @@ ADVERSARIES = {
 }
 BUILT_IN = dict(
     prompt_suffix="", chat_template="never", threads=1,  # threads that wait spin: see docs/speed.md
-    max_prompt_tokens=32, max_response_tokens=64, steps=100, prompts_per_step=64,
-    minibatch_prompts=32, learning_rate=1e-4, kl_beta=0.0, gradient_checkpointing=False, save_every=25, eval_every=25,
+    max_prompt_tokens=16, max_response_tokens=32, steps=50, prompts_per_step=64,
+    minibatch_prompts=16, learning_rate=1e-4, kl_beta=0.0, gradient_checkpointing=False, save_every=25, eval_every=25,
     eval_rollouts=16, eval_temperature=1.0, eval_top_p=1.0, eval_top_k=0, max_rollouts=512)
 # name -> (adversary, settings)
 PRESETS = {

@@ -50,6 +50,7 @@ class DifficultyBins:
             raise ValueError(f"hysteresis must not be negative, got {hysteresis}")
         self.num_bins = len(self.edges) + 1
         self.history, self.success = history, success
+        self.unseen_rate = unseen_rate
         self.unseen_bin = int(np.digitize(unseen_rate, self.edges))
         self._leave_up = np.round(np.append(self.edges, np.inf) + hysteresis, 12)
         self._leave_down = np.round(np.append(-np.inf, self.edges) - hysteresis, 12)
@@ -71,6 +72,13 @@ class DifficultyBins:
         seen = row_P >= 0
         bin_P[seen] = self._bin[row_P[seen]]
         return bin_P
+
+    def rates(self, ids: Sequence[str]) -> np.ndarray:
+        """(10): the estimates of the prompts, (P,), from what earlier steps saw. Changes nothing."""
+        row_P = np.fromiter((self._row_of.get(i, -1) for i in ids), np.int64, len(ids))
+        rate_P = np.full(len(ids), self.unseen_rate, np.float64)
+        rate_P[row_P >= 0] = self._estimate(row_P[row_P >= 0])
+        return rate_P
 
     def update(self, ids: Sequence[str], correct_P: np.ndarray, n_P: np.ndarray) -> None:
         """Records a visit of each prompt, `correct_P` of `n_P` rollouts right, and moves the prompts between bins."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
 from study import PARTS, kept_lines, row_file
 
@@ -78,26 +78,38 @@ class Run:
         return self.evaluations[-1]
 
 
-@functools.cache
-def study() -> dict[str, dict[str, list[Run]]]:
-    """task -> row -> its complete runs by seed, in the order of study.py; a task or row without any is left out.
+Sweep = dict[float, list[Run]]  # learning rate -> the runs at it, by base model
 
-    Raises ValueError for a run that was made with other flags than its row has now.
+
+@functools.cache
+def sweeps() -> dict[str, dict[str, Sweep]]:
+    """task -> row -> its complete runs, in the order of study.py; a task or row without any is left out.
+
+    Raises ValueError for a run in which a flag of its row has another value than in study.py now.
     """
-    found: dict[str, dict[str, list[Run]]] = {}
+    found: dict[str, dict[str, Sweep]] = {}
     for row in (row for part in PARTS.values() for row in part):
         for task in row.tasks:
-            runs = [Run(**json.loads(line)) for line in kept_lines(row_file(task, row.name)).values()]
-            for run in runs:
+            sweep: Sweep = {}
+            for line in kept_lines(row_file(task, row.name)).values():
+                run = Run(**json.loads(line))
                 other = [f"--{k} {run.config[k]}" for k, v in row.flags.items()
                          if k != "adversary" and run.config[k] != v]
                 if other:
                     raise ValueError(f"{task}/{run.name} was run with {' '.join(other)}, unlike its row in study.py")
-            if runs:
-                found.setdefault(task, {})[row.name] = runs
+                sweep.setdefault(run.config["learning_rate"], []).append(run)
+            if sweep:
+                found.setdefault(task, {})[row.name] = dict(sorted(sweep.items()))
     if not found:
         raise Missing("results/study holds no complete run; python study.py makes them")
     return found
+
+
+@functools.cache
+def study() -> dict[str, dict[str, list[Run]]]:
+    """task -> row -> one run a base, by base, at its cross-fitted rate."""
+    fitted = {task: {row: cross_fitted(sweep) for row, sweep in rows.items()} for task, rows in sweeps().items()}
+    return {task: {row: runs for row, runs in rows.items() if runs} for task, rows in fitted.items()}
 
 
 # ------------------------------------------------------------------------------------------------ what is computed
@@ -197,6 +209,20 @@ def interval(x_S: np.ndarray) -> tuple[float, float, float]:
     return mean, mean - float(half), mean + float(half)
 
 
+def p_value(x_S: np.ndarray) -> float:
+    """Of the two-sided t-test that the mean is 0."""
+    t = np.mean(x_S) / (np.std(x_S, ddof=1) / np.sqrt(len(x_S)))
+    return float(2 * stdtr(len(x_S) - 1, -abs(t)))
+
+
+def holm(p_M: list[float]) -> list[float]:
+    """Holm's adjustment of M p-values: the chance of one or more false findings among all that stay below it."""
+    adjusted, least = dict.fromkeys(range(len(p_M)), 0.0), 0.0
+    for place, m in enumerate(sorted(range(len(p_M)), key=p_M.__getitem__)):
+        least = adjusted[m] = max(least, min(1.0, (len(p_M) - place) * p_M[m]))
+    return list(adjusted.values())
+
+
 def headline_k(evaluation: dict) -> int:
     """8, or the largest k that enough responses were drawn for."""
     return max(k for name in evaluation["passes"] if (k := int(name.removeprefix("pass@"))) <= 8)
@@ -207,8 +233,22 @@ def headline(evaluation: dict) -> float:
     return evaluation["passes"][f"pass@{headline_k(evaluation)}"]
 
 
+def cross_fitted(sweep: Sweep) -> list[Run]:
+    """Of each base its run at the rate whose headline is best in the mean over the OTHER bases, so that no base has a
+    say in what it reports. Of bases that have runs at every rate; with several rates and one base there is none."""
+    at = {rate: {r.seed: r for r in runs} for rate, runs in sweep.items()}
+    bases = sorted(set.intersection(*map(set, at.values())))
+    if len(at) > 1 and len(bases) == 1:
+        return []
+
+    def elsewhere(rate: float, base: int) -> float:
+        return sum(headline(run.last()) for other, run in at[rate].items() if other in bases and other != base)
+
+    return [at[max(at, key=lambda rate: elsewhere(rate, base))][base] for base in bases]
+
+
 def pairs(runs: list[Run], baseline: list[Run]) -> tuple[list[Run], list[Run]]:
-    """The runs of both whose seeds are in both, in the same order."""
+    """The runs of both whose seeds (in the study: base models) are in both, in the same order."""
     other = {r.seed: r for r in baseline}
     kept = [r for r in runs if r.seed in other]
     return kept, [other[r.seed] for r in kept]

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import linear_logprob
@@ -161,6 +160,8 @@ class PackedAttention:
         if self.kv is not None:
             self.kv.append((k, v))
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            from torch.nn.attention.varlen import varlen_attn  # here, for it imports the compiler: a second and a half
+
             cu, longest = self.cu_seqlens.int(), self.max_seqlen
             return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), enable_gqa=True)
         out = F.scaled_dot_product_attention(self._pad(q), self._pad(k), self._pad(v), is_causal=True, enable_gqa=True)

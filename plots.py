@@ -19,8 +19,22 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import logs
-from logs import MODES, Missing, Run, headline, headline_k, interval, paired, present, square_root_law, study, tail
-from study import PARTS
+from logs import (
+    MODES,
+    Missing,
+    Run,
+    Sweep,
+    headline,
+    headline_k,
+    interval,
+    paired,
+    present,
+    square_root_law,
+    study,
+    sweeps,
+    tail,
+)
+from study import BOTH_TASKS, PARTS, written
 from tables import tables
 
 matplotlib.use("Agg")
@@ -28,6 +42,8 @@ FIGURES = Path(__file__).parent / "figures"
 # Okabe and Ito's palette: told apart by colour-blind eyes and, by lightness, in print
 COLOURS = {"grpo": "#666666", "prompt": "#0072B2", "rollout": "#D55E00", "both": "#009E73", "uniform": "#000000",
            "law": "#CC79A7"}
+ROW_COLOURS = {"grpo": "#666666", "maxrl": "#E69F00", "rollout-maxrl": "#D55E00", "weights-maxrl": "#CC79A7",
+               "rollout": "#F0A58F", "prompt": "#0072B2", "tilt": "#56B4E9", "both-maxrl": "#009E73"}
 PAGE = 7.0  # inches: the width of a paper's page
 plt.rcParams.update({"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7,
                      "xtick.labelsize": 7, "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False,
@@ -58,10 +74,20 @@ def by_model(runs: list[Run]) -> Models:
 
 def refuse_difference(a: Run, b: Run, keys: set[str]) -> None:
     differing = [k for k in sorted(keys - {"seed", "environment", "resumed", "seconds"})
-                 if a.config.get(k) != b.config.get(k)]
+                 if whatever_base(a.config.get(k)) != whatever_base(b.config.get(k))]
     if differing:
         raise ValueError(f"{a.config['preset']}: {a.name} and {b.name} differ in {', '.join(differing)}; figures take "
                          "runs of a preset that differ in seed and mode")
+
+
+def whatever_base(value):
+    """A setting, or a record of what was loaded, without the number of a built-in base model: a base is a random factor
+    as a seed is. (Runs of two modes are paired by seed, and `logs.paired` refuses two bases.)"""
+    if isinstance(value, dict) and "model" in value:
+        name = whatever_base(value["model"].get("name"))
+        return {**value, "model": name} if name in BOTH_TASKS else value
+    task = value.partition(":")[0] if isinstance(value, str) else None
+    return task if task in BOTH_TASKS else value
 
 
 def of_mode(models: Models, *modes: str) -> Models:
@@ -179,7 +205,7 @@ def benchmarks(ax, name: str, modes: dict[str, list[Run]]) -> None:
         raise Missing(f"{name}: no run has an eval.json")
     kinds = list(modes[shown[0]][0].last()["by_kind"])
     kinds = kinds if len(kinds) > 1 else []
-    groups = {"all": headline, **{k: lambda e, k=k: e["by_kind"][k][2] for k in kinds}}
+    groups = {"all": headline, **{k: of_kind(k, 2) for k in kinds}}
     width = 0.8 / len(shown)
     for i, mode in enumerate(shown):
         centres = np.arange(len(groups)) + (i - (len(shown) - 1) / 2) * width
@@ -344,31 +370,81 @@ def figure_9(models: Models):
 
 
 def figure_outcomes(tasks: dict[str, dict[str, list[Run]]]):
-    """Every row of the study: paired difference in pass@8 to the row that it is held against; seeds are ticks, bars 95%
+    """Every row of the study: paired difference in pass@8 to the row that it is held against; bases are ticks, bars 95%
     intervals."""
-    tasks = {task: rows for task, rows in tasks.items() if "grpo" in rows}
-    if not tasks:
-        raise Missing("no task of results/study has runs of GRPO")
-    against = {row.name: row.against for part in PARTS.values() for row in part}
-    names = [n for n in against
-             if any(len(paired(rows.get(n, []), rows.get(against[n], []), headline)) > 1 for rows in tasks.values())
-             and n != against[n]]
+    against = {row.name: row.against for part in PARTS.values() for row in part if row.name != row.against}
+    names = [n for n in against if any(len(differences(rows, n, against[n])) > 1 for rows in tasks.values())]
+    if not names:
+        raise Missing("no two rows of results/study have two bases in common")
     figure, axes = plt.subplots(1, len(tasks), figsize=(PAGE, 0.16 * len(names) + 0.9), squeeze=False, sharey=True)
     for ax, (task, rows) in zip(axes[0], tasks.items(), strict=True):
         for y, name in enumerate(names):
-            differences = 100 * paired(rows.get(name, []), rows.get(against[name], []), headline)
-            if not len(differences):
+            values = differences(rows, name, against[name])
+            if not len(values):
                 continue
-            mean, low, high = interval(differences)
-            colour = COLOURS[rows[name][0].mode]
-            ax.plot(differences, np.full(len(differences), y), "|", color=colour, alpha=0.5, markersize=5)
-            ax.errorbar(mean, y, xerr=None if np.isnan(low) else [[mean - low], [high - mean]], fmt="o", color=colour,
-                        markersize=3.5, elinewidth=1.2)
+            mean, low, high = interval(values)
+            ax.plot(values, np.full(len(values), y), "|", color=colour(name), alpha=0.5, markersize=5)
+            ax.errorbar(mean, y, xerr=None if np.isnan(low) else [[mean - low], [high - mean]], fmt="o",
+                        color=colour(name), markersize=3.5, elinewidth=1.2)
         ax.axvline(0, color=COLOURS["uniform"], linewidth=0.8)
-        panel(ax, task, x="pass@8 minus the baseline's, points")
-        ax.set_yticks(range(len(names)), [n if against[n] == "grpo" else f"{n} (minus {against[n]})" for n in names])
+        panel(ax, task, x="pass@8, points")
+        ax.set_yticks(range(len(names)), [f"{n} - {against[n]}" for n in names])
         ax.grid(axis="x", alpha=0.3, linewidth=0.5)
     axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
+    return figure
+
+
+def differences(rows: dict[str, list[Run]], name: str, other: str) -> np.ndarray:
+    """Of two rows in pass@8, in points, base by base."""
+    return 100 * paired(rows.get(name, []), rows.get(other, []), headline)
+
+
+def colour(row: str) -> str:
+    return ROW_COLOURS.get(row, COLOURS["uniform"])
+
+
+def figure_rates(tasks: dict[str, dict[str, Sweep]]):
+    """The arena: pass@8 against the learning rate, one line a row; bands are 95% intervals over bases."""
+    figure, axes = plt.subplots(1, len(tasks), figsize=(PAGE, 2.9), squeeze=False, sharey=True)
+    for ax, (task, rows) in zip(axes[0], tasks.items(), strict=True):
+        swept = {row.name: rows[row.name] for row in PARTS["The arena"] if len(rows.get(row.name, ())) > 1}
+        for name, sweep in swept.items():
+            found = np.array([interval(100 * np.array([headline(r.last()) for r in runs])) for runs in sweep.values()])
+            ax.plot(list(sweep), found[:, 0], ".-", color=colour(name), label=name)
+            ax.fill_between(list(sweep), found[:, 1], found[:, 2], color=colour(name), alpha=0.08, linewidth=0)
+        ax.set_xscale("log")
+        rates = sorted({rate for sweep in swept.values() for rate in sweep})
+        ax.set_xticks(rates, [written(r) for r in rates])
+        ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        panel(ax, task, x="learning rate", y="pass@8, %" if ax is axes[0, 0] else "")
+    legend(figure, *axes[0])
+    return figure
+
+
+def of_kind(kind: str, place: int) -> Callable[[dict], float]:
+    """The figure that an evaluation has of a kind of problem: 1 pass@1, 2 pass@8."""
+    return lambda evaluation: evaluation["by_kind"][kind][place]
+
+
+def figure_kinds(tasks: dict[str, dict[str, list[Run]]]):
+    """The arena by kind of problem, from the most to the least often worked: pass@8 and pass@1 minus those of grpo."""
+    tasks = {task: rows for task, rows in tasks.items() if "grpo" in rows}
+    if not tasks:
+        raise Missing("no task of results/study has runs of GRPO")
+    figure, axes = rows_of(tasks, 2, height=2.2)
+    for row, (task, rows) in zip(axes, tasks.items(), strict=True):
+        kinds = list(rows["grpo"][0].last()["by_kind"])
+        names = [r.name for r in PARTS["The arena"] if r.name in rows and r.name not in ("base", "grpo")]
+        for ax, place, tries in ((row[0], 2, 8), (row[1], 1, 1)):
+            for i, name in enumerate(names):
+                change = [100 * np.mean(paired(rows[name], rows["grpo"], of_kind(kind, place))) for kind in kinds]
+                ax.plot(np.arange(len(kinds)) + 0.08 * (i - len(names) / 2), change, "o", markersize=3,
+                        color=colour(name), label=name)
+            ax.axhline(0, color=COLOURS["uniform"], linewidth=0.8)
+            ax.set_xticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds], rotation=35, ha="right")
+            ax.grid(axis="x", alpha=0.3, linewidth=0.5)
+            panel(ax, f"{task}: pass@{tries}", y="points against grpo")
+    legend(figure, axes[0, 0])
     return figure
 
 
@@ -457,7 +533,7 @@ def figure_overview(run: Run):
 
 PAPER_FIGURES = {"1": figure_1, "3": figure_3, "4": figure_4, "5": figure_5, "6": figure_6, "7": figure_7,
                  "8": figure_8, "9": figure_9, "learning": figure_learning}
-STUDY_FIGURES = {"outcomes": figure_outcomes, "signals": figure_signals}
+STUDY_FIGURES = {"outcomes": figure_outcomes, "kinds": figure_kinds, "signals": figure_signals}
 
 
 def save(figure, name: str, folder: Path) -> None:
@@ -506,7 +582,8 @@ def main() -> None:
             parts = study()
             modes = {task: {m: rows[m] for m in MODES if m in rows} for task, rows in parts.items()}
             complete = draw(PAPER_FIGURES, modes, args.out)
-            sys.exit(not (draw(STUDY_FIGURES, parts, args.out) and complete))
+            complete = draw(STUDY_FIGURES, parts, args.out) and complete
+            sys.exit(not (draw({"rates": figure_rates}, sweeps(), args.out) and complete))
     except ValueError as error:
         sys.exit(f"plots.py: {error}")
 

@@ -31,7 +31,7 @@ class Policy:
 
         Raises FileNotFoundError for a model that cannot be had, ValueError for one that this code cannot run.
         """
-        folder = tasks.base_model(name) if name in tasks.TASKS else fetch(name, revision)
+        folder = tasks.base_model(name) if tasks.is_base(name) else fetch(name, revision)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         saved = folder / "generation_config.json"
         generation = json.loads(saved.read_text()) if saved.exists() else None

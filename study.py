@@ -2,20 +2,21 @@
 
     python study.py --list                        what there is, and what is done
     python study.py                               runs what is missing, two at a time (--jobs), one thread each
-    python study.py --only permutations/both      runs whose name contains this; to run them again, delete their file
+    python study.py --only permutations/maxrl-2e-4   runs whose name contains this; to run them again, delete their file
     python plots.py --table                       what came out
 
-A run goes to out/study/TASK/ROW-SEED; when it is complete, its config, log (four significant digits, seconds in total
-alone) and evaluations become one line of results/study/TASK/ROW.jsonl.gz (`seconds` of its config are those of its last
-sitting). Ctrl-C lets the runs finish their step and checkpoint; the same command goes on. Settings were chosen on
-development problems with seeds from 100 on; the rows report held-out problems with seeds from 0 on. On another
-processor the base models are others (tasks.py): run a row again with that which it is held against.
+A run is a row at one learning rate from one base model; its seed is the base's number. It goes to
+out/study/TASK/ROW-RATE-BASE; when it is complete, its config, log (three significant digits, seconds in total alone)
+and evaluations become one line of results/study/TASK/ROW.jsonl.gz, and the folder goes (`seconds` of its config are
+those of its last sitting). Ctrl-C lets the runs finish their step and checkpoint; the same command goes on. The base
+models are in bases/; where one is not, it is trained, and on another processor it is another (tasks.py).
 """
 
 import argparse
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,73 +30,41 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 OUT, RESULTS = HERE / "out" / "study", HERE / "results" / "study"
-DIGITS = 4
+DIGITS = 3
 RUNNING: set[subprocess.Popen] = set()
 STOP = threading.Event()
 WRITING = threading.Lock()  # two runs of a row may end at once
 
 
+BOTH_TASKS = ("arithmetic", "permutations")
+RATES = (1e-4, 2e-4, 4e-4)
+
+
 @dataclass(frozen=True)
 class Row:
     name: str
-    seeds: int  # 0, 1, ...
     flags: dict[str, object] = field(default_factory=dict)
-    tasks: tuple[str, ...] = ("arithmetic",)
-    against: str = "grpo"  # the row that it is compared with, seed by seed
+    against: str = "grpo"  # the row that it is compared with, base by base
+    rates: tuple[float, ...] = RATES  # learning rates; the better of two ends of the range gets the next one beyond it
+    further: dict[str, tuple[float, ...]] = field(default_factory=dict)  # such rates, by task
+    bases: int = 8  # 0, 1, ...
+    tasks: tuple[str, ...] = BOTH_TASKS
 
 
-BOTH_TASKS = ("arithmetic", "permutations")
-COMMON = {"engine": "torch", "eval_problems": 1000, "eval_every": 50, "eval_first": False, "save_every": 0}
+COMMON = {"engine": "torch", "eval_problems": 600, "eval_every": 0, "eval_first": False, "save_every": 0}
 # Parts of the study -> rows, in the order in which they run. The flags are what differs from the task's preset, whose
 # adversary is "tuned"; every row but the bases trains on the same number of rollouts.
 PARTS = {
-    "The four modes": (
-        Row("base", 1, {"steps": 0, "eval_first": True}, BOTH_TASKS),
-        Row("grpo", 8, {"mode": "grpo"}, BOTH_TASKS),
-        Row("prompt", 8, {"mode": "prompt"}, BOTH_TASKS),
-        Row("rollout", 8, {"mode": "rollout"}, BOTH_TASKS),
-        Row("both", 8, {"mode": "both"}, BOTH_TASKS),
-    ),
-    # Nobody had tried another step size before. Run later, on another machine, whose arithmetic made another base model
-    # of the same recipe: these rows compare among themselves.
-    "Other step sizes, a second base": (
-        Row("second-base", 1, {"steps": 0, "eval_first": True}, BOTH_TASKS, "second-base"),
-        Row("second-base-grpo", 8, {"mode": "grpo"}, BOTH_TASKS, "second-base-grpo"),
-        Row("second-base-rollout", 8, {"mode": "rollout"}, BOTH_TASKS, "second-base-grpo"),
-        Row("grpo-4-minibatches", 8, {"mode": "grpo", "minibatch_prompts": 16}, BOTH_TASKS, "second-base-grpo"),
-        Row("rollout-4-minibatches", 8, {"mode": "rollout", "minibatch_prompts": 16}, BOTH_TASKS, "grpo-4-minibatches"),
-        Row("grpo-lr-4e-4", 8, {"mode": "grpo", "learning_rate": 4e-4}, ("permutations",), "second-base-grpo"),
-    ),
-    "The paper's settings": (
-        Row("paper-prompt", 8, {"adversary": "paper", "mode": "prompt"}),
-        Row("paper-rollout", 8, {"adversary": "paper", "mode": "rollout"}),
-        Row("paper-both", 8, {"adversary": "paper", "mode": "both"}),
-    ),
-    "What the adversary sees": (
-        Row("prompt-surrogate", 4, {"mode": "prompt", "prompt_signal": "surrogate", "share_normalize": "off"}),
-        Row("prompt-variance", 4, {"mode": "prompt", "prompt_signal": "variance"}),
-        Row("grpo-1-minibatch", 1, {"mode": "grpo", "minibatch_prompts": 64}),  # all signals are logged in every mode
-    ),
-    "Who allocates best": (
-        Row("rollout-by-prompt", 4, {"mode": "rollout", "averaging": "prompt"}),
-        Row("rollout-as-weights", 4, {"mode": "rollout", "allocation": "weights"}),
-        Row("rollout-exact", 4, {"mode": "rollout", "rollout_budget": "exact"}),
-        Row("rollout-variance", 4, {"mode": "rollout", "rollout_utility": "variance"}),
-        Row("rollout-rank", 4, {"mode": "rollout", "rollout_utility": "rank"}),
-        Row("rollout-knapsack", 4, {"mode": "rollout", "rollout_utility": "knapsack"}),
-        Row("rollout-surrogate", 4, {"mode": "rollout", "rollout_utility": "surrogate"}),
-    ),
-    "Sensitivity": (
-        Row("prompt-any-of-n", 4, {"mode": "prompt", "bin_success": "any"}),
-        Row("prompt-no-mean-1", 4, {"mode": "prompt", "mean_one": False}),
-        Row("prompt-class-share", 4, {"mode": "prompt", "share_normalize": "on"}),
-        Row("prompt-eta-0.65", 4, {"mode": "prompt", "prompt_eta": 0.65}),
-        Row("prompt-eta-4", 4, {"mode": "prompt", "prompt_eta": 4}),
-        Row("prompt-3-bins", 4, {"mode": "prompt", "bin_edges": "0.4,0.75"}),
-        Row("prompt-6-bins", 4, {"mode": "prompt", "bin_edges": "0.1,0.2,0.4,0.6,0.8"}),
-        Row("prompt-history-3", 4, {"mode": "prompt", "bin_history": 3}),
-        Row("prompt-hysteresis", 4, {"mode": "prompt", "bin_hysteresis": 0.03}),
-        Row("prompt-gamma-0.1", 4, {"mode": "prompt", "prompt_gamma": 0.1}),
+    "The arena": (
+        Row("base", {"steps": 0, "eval_first": True}, "base", rates=(1e-4,)),
+        Row("grpo", {"mode": "grpo"}),
+        Row("maxrl", {"mode": "grpo", "rule": "maxrl"}),
+        Row("rollout-maxrl", {"mode": "rollout", "rule": "maxrl"}, "maxrl"),
+        Row("weights-maxrl", {"mode": "rollout", "rule": "maxrl", "allocation": "weights"}, "maxrl"),
+        Row("rollout", {"mode": "rollout"}),
+        Row("prompt", {"mode": "prompt"}, "tilt"),
+        Row("tilt", {"mode": "grpo", "rule": "tilt"}),
+        Row("both-maxrl", {"mode": "both", "rule": "maxrl", "averaging": "prompt"}, "maxrl"),
     ),
 }
 
@@ -104,20 +73,26 @@ PARTS = {
 class Run:
     task: str
     row: Row
-    seed: int
+    rate: float
+    base: int
 
     @property
     def name(self) -> str:
-        return f"{self.task}/{self.row.name}-{self.seed}"
+        return f"{self.task}/{self.row.name}-{written(self.rate)}-{self.base}"
+
+    def settings(self) -> dict[str, object]:
+        """What differs from the task's preset."""
+        return {**COMMON, "model": f"{self.task}:{self.base}", "learning_rate": written(self.rate), **self.row.flags,
+                "seed": self.base}
 
     def command(self) -> list[str]:
-        settings = {**COMMON, **self.row.flags, "seed": self.seed, "out_dir": OUT / self.name}
+        settings = {**self.settings(), "out_dir": OUT / self.name}
         resume = ["--resume"] if (OUT / self.name / "config.json").exists() else []
         flags = [str(x) for k, v in settings.items() for x in (f"--{k}", v)]
         return [sys.executable, str(HERE / "train.py"), "--preset", self.task, *flags, *resume]
 
     def done(self) -> bool:
-        return f"{self.row.name}-{self.seed}" in kept_lines(row_file(self.task, self.row.name))
+        return self.name.partition("/")[2] in kept_lines(row_file(self.task, self.row.name))
 
     def execute(self) -> str | None:
         """Runs it to the end and keeps what stays; None, or what went wrong."""
@@ -136,7 +111,14 @@ class Run:
             last = (folder / "output.txt").read_text().replace("\r", "\n").strip().splitlines()[-1:]
             return f"{self.name}: train.py ended with {code}: {' '.join(last)}"
         keep(folder, time.monotonic() - start)
+        shutil.rmtree(folder)
         return None
+
+
+def written(rate: float) -> str:
+    """0.0002 -> 2e-4"""
+    mantissa, exponent = f"{rate:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def rounded(x):
@@ -161,8 +143,8 @@ def kept_lines(file: Path) -> dict[str, str]:
 
 
 def keep(folder: Path, seconds: float | None = None) -> None:
-    """Adds a complete run folder, named ROW-SEED, to the file of its row, or replaces it there. The same runs give the
-    same bytes, in whatever order they came."""
+    """Adds a complete run folder, named ROW-RATE-BASE, to the file of its row, or replaces it there. The same runs give
+    the same bytes, in whatever order they came."""
     config, evaluations = (json.loads((folder / name).read_text()) for name in ("config.json", "eval.json"))
     if evaluations[-1]["step"] < config["steps"]:
         raise ValueError(f"{folder} is not complete: its last evaluation is of step {evaluations[-1]['step']}")
@@ -172,28 +154,29 @@ def keep(folder: Path, seconds: float | None = None) -> None:
     for line in log:
         line["seconds"] = {"total": line["seconds"]["total"]}
     record = {"name": folder.name, "config": config, "log": log, "evaluations": evaluations}
-    file = row_file(config["preset"], folder.name.rpartition("-")[0])
+    file = row_file(config["preset"], folder.name.rsplit("-", 3)[0])
     file.parent.mkdir(parents=True, exist_ok=True)
     with WRITING:
         lines = {**kept_lines(file), folder.name: json.dumps(record, separators=(",", ":")) + "\n"}
-        by_seed = sorted(lines, key=lambda name: int(name.rpartition("-")[2]))
+        order = sorted(lines, key=lambda name: (int(name.rpartition("-")[2]), name))
         aside = file.with_name(file.name + ".partial")
-        aside.write_bytes(gzip.compress("".join(lines[name] for name in by_seed).encode(), 9, mtime=0))
+        aside.write_bytes(gzip.compress("".join(lines[name] for name in order).encode(), 9, mtime=0))
         aside.replace(file)
 
 
 def runs(only: str) -> list[Run]:
-    """All runs whose name contains `only`: part by part, and in it seed by seed, so that what is done early compares
+    """All runs whose name contains `only`: part by part, and in it base by base, so that what is done early compares
     all rows of a part."""
-    parts = [[Run(task, row, seed) for row in rows for task in row.tasks for seed in range(row.seeds)]
+    parts = [[Run(task, row, rate, base) for row in rows for task in row.tasks
+              for rate in (*row.rates, *row.further.get(task, ())) for base in range(row.bases)]
              for rows in PARTS.values()]
-    return [r for part in parts for r in sorted(part, key=lambda r: r.seed) if only in r.name]
+    return [r for part in parts for r in sorted(part, key=lambda r: r.base) if only in r.name]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("--only", default="", metavar="TEXT", help="only runs whose TASK/ROW-SEED contains this")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only runs whose TASK/ROW-RATE-BASE contains this")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each [2]")
     parser.add_argument("--list", action="store_true", help="say what there is and what is done, and run nothing")
     args = parser.parse_args()
@@ -202,7 +185,7 @@ def main() -> None:
         parser.error(f"--only {args.only}: no run has that in its name")
     if args.list:
         for run in chosen:
-            flags = {"preset": run.task, "seed": run.seed, **COMMON, **run.row.flags}
+            flags = {"preset": run.task, **run.settings()}
             print("done   " if run.done() else "missing", run.name, *(f"--{k} {v}" for k, v in flags.items()))
         return
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,16 +1,40 @@
 """From logs to the study's tables in Markdown: `tables()`, which python plots.py --table prints."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
 
 import logs
-from logs import MODES, Run, entropy, headline, interval, noise_ratios, paired, pairs, present, study, tail
-from study import PARTS, Row
+from logs import (
+    Run,
+    Sweep,
+    entropy,
+    headline,
+    holm,
+    interval,
+    noise_ratios,
+    p_value,
+    paired,
+    pairs,
+    present,
+    study,
+    sweeps,
+    tail,
+)
+from study import PARTS, Row, written
 
-NOTE = """Figures are of the last checkpoint, in percent, on held-out problems answered 16 times each at temperature 1
-without truncation. Peak is the best evaluation of each run, chosen on the problems reported. Means over seeds, with 95%
-t-intervals over them; differences are paired by seed."""
+NOTE = """Figures are of the end of training, in percent, on 600 held-out problems answered 16 times each at
+temperature 1 without truncation. The unit is a base model: means over bases with 95% t-intervals over them, differences
+paired by base. A base reports at the learning rate that is best for its row in the mean over the other bases of its
+task."""
+FOUND = 0.15  # pass@1 from which on a kind counts as found
+# The arena's questions, fixed before it ran: (question, row, the row that it is held against)
+QUESTIONS = (("Does the compute adversary with maxrl beat maxrl?", "rollout-maxrl", "maxrl"),
+             ("Does it need rollouts moved, or do weights do?", "rollout-maxrl", "weights-maxrl"),
+             ("Does an adaptive data adversary beat a fixed tilt?", "prompt", "tilt"),
+             ("Does a fixed rule, maxrl, beat grpo?", "maxrl", "grpo"))
+EQUAL = 3.0  # points: an interval inside this either way is a no
 
 
 def exact_configurations(count_B: np.ndarray, arms_K: np.ndarray, total: int) -> int:
@@ -39,38 +63,44 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 
 
 def spread(values: np.ndarray, signed: bool = False, digits: int = 1) -> str:
-    """Mean over seeds and 95% interval: 62.9 [58.1, 67.6]."""
+    """Mean over bases and 95% interval: 62.9 [58.1, 67.6]."""
     form = f"{{:{'+' if signed else ''}.{digits}f}}"
     mean, low, high = (form.format(x) for x in interval(values))
     return mean if len(values) < 2 else f"{mean} [{low}, {high}]"
 
 
 def difference(runs: list[Run], baseline: list[Run], figure: Callable[[dict], float]) -> str:
-    """Paired, in points; empty where no seed is in both."""
+    """Paired, in points; empty where no base is in both."""
     values = paired(runs, baseline, figure)
     return spread(100 * values, True) if len(values) else ""
+
+
+def rates(runs: list[Run]) -> str:
+    """The rates at which the bases report: 2e-4, or 1e-4 (3) 2e-4 (5)."""
+    count = Counter(r.config["learning_rate"] for r in runs)
+    return " ".join(written(rate) + f" ({count[rate]})" * (len(count) > 1) for rate in sorted(count))
 
 
 def outcome(row: Row, found: dict[str, list[Run]]) -> list[str]:
     """One line of a table of outcomes, figures in percent."""
     runs = found[row.name]
     last, against = [r.last() for r in runs], found.get(row.against, [])
-    if not runs[0].log or row.name == row.against:  # the untrained model is not a method
+    if row.name == row.against or not runs[0].log:  # the untrained model is not a method
         against = []
     minus = difference(runs, against, headline)
     ours, theirs = ([headline(r.last()) for r in group] for group in pairs(runs, against))
-    return [row.name, str(len(runs)), spread(100 * np.array([headline(e) for e in last])), row.against if minus else "",
+    return [row.name, str(len(runs)), rates(runs) if runs[0].log else "",
+            spread(100 * np.array([headline(e) for e in last])), row.against if minus else "",
             minus, f"{100 * (np.mean(ours) / np.mean(theirs) - 1):+.1f}%" if minus else "",
-            f"{100 * np.mean([max(map(headline, r.evaluations)) for r in runs]):.1f}",
             spread(100 * np.array([mean_success(e) for e in last])), difference(runs, against, mean_success),
-            f"{100 * np.mean([worst_kind(e) for e in last]):.1f}",
+            f"{100 * np.mean([worst_kind(e) for e in last]):.1f}", difference(runs, against, worst_kind),
             f"{np.mean([r.series('tokens_generated').sum() for r in runs]) / 1e3:.0f}" if runs[0].log else "0"]
 
 
 def outcome_tables() -> str:
     """Every part of the study for every task: outcomes, and paired differences to the row that each is held against."""
-    head = ["row", "seeds", "pass@8", "against", "paired difference", "relative", "peak pass@8", "mean@16",
-            "mean@16, paired difference", "worst kind, pass@8", "thousand tokens"]
+    head = ["row", "bases", "rate", "pass@8", "against", "paired difference", "relative", "mean@16",
+            "mean@16, paired difference", "worst kind, pass@8", "worst kind, paired difference", "thousand tokens"]
     out = []
     for part, rows in PARTS.items():
         for task, found in study().items():
@@ -81,45 +111,83 @@ def outcome_tables() -> str:
 
 
 def summary_table() -> str:
-    """The first two parts in short, both tasks side by side: pass@8 and mean@16, each with its paired difference."""
+    """The arena in short, both tasks side by side, differences to GRPO."""
     lines = []
-    for row in (*list(PARTS.values())[0], *list(PARTS.values())[1]):
-        own = row.name == row.against or row.flags.get("steps") == 0
-        line = [row.name, "" if own else row.against]
+    for row in PARTS["The arena"]:
+        line = [row.name]
         for found in study().values():
-            runs, against = found.get(row.name, []), [] if own else found.get(row.against, [])
-            for figure in (headline, mean_success):
+            runs, against = found.get(row.name, []), found["grpo"] if row.name not in ("base", "grpo") else []
+            for figure in (headline, mean_success, worst_kind):
                 mean = f"{100 * np.mean([figure(r.last()) for r in runs]):.1f}" if runs else ""
                 line.append(f"{mean}, {difference(runs, against, figure)}".removesuffix(", "))
         lines.append(line)
-    head = [f"{task}, {figure}" for task in study() for figure in ("pass@8", "mean@16")]
-    return "**In short**\n\n" + markdown(["row", "against", *head], lines)
+    head = [f"{task}, {figure}" for task in study() for figure in ("pass@8", "mean@16", "worst kind")]
+    return "**In short, with the difference to grpo**\n\n" + markdown(["row", *head], lines)
+
+
+def pooled(row: str, other: str, figure: Callable[[dict], float]) -> np.ndarray:
+    """Paired differences of two rows in points, the bases of all tasks together."""
+    found = [f for f in study().values() if row in f and other in f]
+    return 100 * np.concatenate([paired(f[row], f[other], figure) for f in found])
+
+
+def verdict(values: np.ndarray, p: float) -> str:
+    """yes or no, the reverse (p, adjusted, below 0.05), no (the interval inside +-EQUAL) or undecided."""
+    mean, low, high = interval(values)
+    if p < 0.05:
+        return "yes" if mean > 0 else "no, the reverse"
+    return "no" if -EQUAL < low and high < EQUAL else "undecided"
+
+
+def question_table() -> str:
+    """The questions with their answers: differences pooled over tasks, p adjusted by Holm over the four."""
+    values = [pooled(row, other, headline) for _, row, other in QUESTIONS]
+    adjusted, lines = holm([p_value(v) for v in values]), []
+    for (question, row, other), v, p in zip(QUESTIONS, values, adjusted, strict=True):
+        by_task = [difference(f[row], f[other], headline) for f in study().values()]
+        rest = [spread(pooled(row, other, figure), True) for figure in (mean_success, worst_kind)]
+        lines.append([question, f"{row} - {other}", str(len(v)), spread(v, True), f"{p:.2g}", verdict(v, p),
+                      *by_task, *rest])
+    head = ["question", "rows", "bases", "pass@8", "p (Holm)", "answer", *study(), "mean@16", "worst kind"]
+    return "**The questions**\n\n" + markdown(head, lines)
+
+
+def rate_table(task: str, rows: dict[str, Sweep]) -> str:
+    """What the tuning saw: pass@8 and mean@16 of every row at every rate, means over bases."""
+    tried = sorted({rate for sweep in rows.values() for rate in sweep if len(sweep) > 1})
+    lines = [[name, *(f"{100 * np.mean([figure(r.last()) for r in sweep[rate]]):.1f}" if rate in sweep else ""
+                      for figure in (headline, mean_success) for rate in tried)]
+             for name, sweep in rows.items() if len(sweep) > 1]
+    head = ["row", *(f"{name}, {written(rate)}" for name in ("pass@8", "mean@16") for rate in tried)]
+    return f"**By rate: {task}**\n\n" + markdown(head, lines)
 
 
 def kind_table(task: str, rows: dict[str, list[Run]]) -> str:
-    """pass@8 and pass@1 by kind of problem, means over seeds, in percent: a loss in the second hides in the first."""
-    modes = [m for m in ("base", *MODES) if m in rows]
-    kinds = rows[modes[0]][0].last()["by_kind"]
-    lines = [[kind, *(f"{100 * np.mean([r.last()['by_kind'][kind][place] for r in rows[m]]):.1f}"
-                      for place in (2, 1) for m in modes)] for kind in kinds]
-    head = ["kind", *(f"{m}, pass@{k}" for k in (8, 1) for m in modes)]
-    return f"**pass@8 and pass@1 by kind: {task}**\n\n" + markdown(head, lines)
+    """By kind of problem and row of the arena: pass@8, pass@1 (whose losses the first hides), bases that found it."""
+    names = [row.name for row in PARTS["The arena"] if row.name in rows]
+    tables = []
+    for title, place in (("pass@8", 2), ("pass@1", 1), (f"bases with pass@1 over {FOUND:.0%}", None)):
+        lines = []
+        for kind in rows[names[0]][0].last()["by_kind"]:
+            by_row = [[r.last()["by_kind"][kind] for r in rows[name]] for name in names]
+            lines.append([kind, *(f"{100 * np.mean([k[place] for k in kinds]):.1f}" if place else
+                                  f"{sum(k[1] > FOUND for k in kinds)} of {len(kinds)}" for kinds in by_row)])
+        tables.append(f"**By kind, {title}: {task}**\n\n" + markdown(["kind", *names], lines))
+    return "\n\n".join(tables)
 
 
 def signal_table(task: str, rows: dict[str, list[Run]]) -> str:
     """What the signals are worth: |surrogate| by optimiser step of a batch, and spread between bins over noise."""
     lines = []
-    for name in ("grpo-1-minibatch", "grpo", "grpo-4-minibatches"):
+    for name in (n for n in ("grpo", "prompt") if n in rows):
         for signal in ("surrogate", "reward", "variance"):
-            if name not in rows:
-                continue
             ratios = np.concatenate([noise_ratios(r, signal) for r in rows[name]])
             size = np.concatenate([np.abs(r.series("signals", signal, "mean")).ravel() for r in rows[name]])
             by_update = np.mean([r.series("surrogate_abs").mean(axis=0) for r in rows[name]], axis=0)
             lines.append([name, str(len(rows[name])), signal, f"{np.nanmedian(size):.1e}",
                           " ".join(f"{x:.0e}" for x in by_update) if signal == "surrogate" else "",
                           f"{np.nanmedian(ratios):.2f}", f"{100 * np.mean(ratios[np.isfinite(ratios)] > 2):.0f}%"])
-    head = ["runs", "seeds", "signal", "median size of a bin's", "mean size by optimiser step of a batch",
+    head = ["runs", "bases", "signal", "median size of a bin's", "mean size by optimiser step of a batch",
             "median signal to noise", "steps over 2"]
     return f"**Signals: {task}**\n\n" + markdown(head, lines)
 
@@ -143,7 +211,7 @@ def allocation_table(task: str, rows: dict[str, list[Run]]) -> str:
                       *(f"{100 * np.mean([r.series(key).mean() for r in runs]):.0f}%"
                         for key in ("zero_std_frac", "zero_std_rollouts_frac")),
                       *(f"{100 * (np.mean(x) - 1):+.1f}%" for x in (ratio, proxy, law))])
-    head = ["row", "seeds", "most rollouts of a bin", "prompts of no signal", "rollouts of no signal",
+    head = ["row", "bases", "most rollouts of a bin", "prompts of no signal", "rollouts of no signal",
             "WSE (33)", "variance (28)", "(28) by the law (30)"]
     return f"**What the allocations did: {task}**\n\n" + markdown(head, lines)
 
@@ -161,7 +229,7 @@ def weight_table(task: str, rows: dict[str, list[Run]]) -> str:
                       f"{min(map(np.nanmin, weight)):.3f}", f"{max(map(np.nanmax, weight)):.3f}",
                       f"{100 * np.mean([tail(q)[0] + tail(q)[-1] for q in share]):.0f}%",
                       f"{np.mean([tail(np.exp(entropy(q))) for q in share]):.1f}"])
-    head = ["row", "seeds", "least weight, tail mean", "greatest weight, tail mean", "least ever applied",
+    head = ["row", "bases", "least weight, tail mean", "greatest weight, tail mean", "least ever applied",
             "greatest ever applied", "prompts in outer two bins", "exp(entropy of shares)"]
     return f"**What weights and bins became: {task}**\n\n" + markdown(head, lines)
 
@@ -170,7 +238,7 @@ def exact_table(task: str, rows: dict[str, list[Run]]) -> str:
     """How often an exact budget with one count a bin leaves a single choice, from the bins that the runs had."""
     lines = []
     for name, runs in rows.items():
-        if name not in ("grpo", "rollout", "paper-rollout", "rollout-exact"):
+        if name not in ("grpo", "rollout", "paper-rollout"):
             continue
         ways = []
         for r in runs:
@@ -184,5 +252,6 @@ def exact_table(task: str, rows: dict[str, list[Run]]) -> str:
 
 def tables() -> str:
     functions = (kind_table, allocation_table, weight_table, signal_table, exact_table)
+    by_rate = [rate_table(task, rows) for task, rows in sweeps().items()]
     by_task = [table(task, rows) for table in functions for task, rows in study().items()]
-    return "\n\n".join([NOTE, summary_table(), outcome_tables(), *by_task])
+    return "\n\n".join([NOTE, summary_table(), question_table(), outcome_tables(), *by_rate, *by_task])

@@ -1,18 +1,21 @@
 """The built-in tasks: small models with latent skill to be drawn out, `arithmetic` and `permutations`.
 
-Each task has six kinds of problems, and every kind two ways to answer, both seen in the base model's corpus:
+A question is two operands around a sign, a letter that says which of the task's ten kinds it is. Every kind has two
+ways to answer, both seen in the base model's corpus:
 
-    347+586=   412                                a guess: a number of the right length, hardly ever right
-    347+586=   A7+6=13,4+8+1=13,3+5+1=9:933       worked: opened by the kind's own mark, digit by digit; mostly right
+    4731s2586=   6029                  a guess: a number of the right length, hardly ever right
+    4731s2586=   S7,11,13,7:7317       worked: opened by the kind's own mark, step by step; mostly right
 
 In exams (half of the corpus) the model must choose its first character itself, and only some of the solutions are
-worked: 40% of the first kind, then 20, 8, 3, 1.2 and 0.5%. In the textbook (the other half) the mark belongs to the
-prompt, so that every method is well learned, however rarely it is chosen; permutations stand there under any kind's
-sign, so that the mark alone decides the method. So the base has problems that it solves often, a frontier, and a tail
-of rare skills, each with its own mark. What reinforcement learning has to find is not how, but that.
+worked: 40% of the first kind, falling to 0.5% of the last. In the textbook (the other half) the mark belongs to the
+prompt, so that every method is well learned, however rarely it is chosen, and stands under any kind's sign, so that the
+mark alone decides the method. One exam in ten is worked by another kind's method, mostly a common one, and wrong. So
+the base has problems that it solves often, a frontier, and a tail of rare skills. What reinforcement learning has to
+find is not how, but that. Nothing else pays: a guess is right in less than 0.1%, another kind's method in less than 2%.
 
-The problems are a pure function of the constants below. So is the base model, up to rounding, which 1,200 steps
-amplify: another processor makes another model of the same recipe. A run's --seed changes neither.
+The problems are a pure function of the constants below. So is a base model, up to rounding, which its training
+amplifies: another processor makes another model of the same recipe. A base is one draw of many (`arithmetic:3` is
+number 3), and a run's --seed changes neither.
 """
 
 import dataclasses
@@ -33,176 +36,141 @@ from model import ModelConfig, Transformer
 PAD, END = "<pad>", "<end>"
 HELD_BACK = 1200  # problems of each split that the corpus leaves out
 SPLITS = ("train", "heldout", "development")  # settings are chosen on development problems, reported on held-out ones
-SIZES = {"train": 640, "heldout": 500, "development": 500}  # problems of a split where no number is given
+SIZES = {"train": 640, "heldout": 600, "development": 600}  # problems of a split where no number is given
+WORKED = (0.40, 0.25, 0.15, 0.09, 0.055, 0.034, 0.021, 0.013, 0.008, 0.005)  # of a task's kinds, one after another
 
 
 @dataclass(frozen=True)
 class Kind:
-    mark: str  # the character that opens a worked solution
-    worked: float  # share of worked solutions among the exams
-    make: Callable[[np.random.Generator], tuple[str, str, int]]  # question, steps, answer
-    disguise: Callable[[str, np.random.Generator], str] | None = None  # the question as the textbook has it
+    sign: str  # the letter between the operands; no operator, which a grader might work out
+    method: Callable[[str, str], tuple[str, str]]  # operands -> steps, answer
+
+    @property
+    def mark(self) -> str:
+        """What opens a worked solution: the sign in upper case."""
+        return self.sign.upper()
 
 
 @dataclass(frozen=True)
 class Task:
-    characters: str  # one token each
+    characters: str  # beside signs and marks; one token each
+    draw: Callable[[np.random.Generator], tuple[str, str]]  # the operands of a question of whatever kind
     kinds: dict[str, Kind]
+
+    @property
+    def signs(self) -> str:
+        return "".join(k.sign for k in self.kinds.values())
 
 
 # ------------------------------------------------------------------------------------------------ arithmetic
-# Each maker: kind(rng) -> (question, steps, answer).
+#
+#     4731s2586=   S7,11,13,7:7317     the total of each column, the lowest first, what is carried included
+#
+# Two numbers of four digits, the first larger by 1,000 or more, so that every answer has at least four.
 
 
-def _digits(n: int) -> list[int]:
-    """Decimal digits, the lowest first."""
-    return [int(c) for c in reversed(str(n))]
+def two_numbers(rng: np.random.Generator) -> tuple[str, str]:
+    b = int(rng.integers(1000, 9000))
+    return str(rng.integers(b + 1000, 10_000)), str(b)
 
 
-def _number(rng: np.random.Generator, digits: int) -> int:
-    return int(rng.integers(10 ** (digits - 1) if digits > 1 else 0, 10**digits))
+def _columns(total: Callable[[int, int], int]) -> Callable[[str, str], tuple[str, str]]:
+    """The method that works column by column, the lowest first. total(x, y): of two digits, before what is carried."""
 
+    def method(a: str, b: str) -> tuple[str, str]:
+        totals, digits, carry = [], "", 0
+        for x, y in zip(reversed(a), reversed(b), strict=True):
+            totals.append(total(int(x), int(y)) + carry)
+            carry, digit = divmod(totals[-1], 10)  # -3 leaves 7 and borrows 1
+            digits = str(digit) + digits
+        return ",".join(map(str, totals)), str(carry or "") + digits
 
-def addition(rng: np.random.Generator) -> tuple[str, str, int]:
-    a, b = _number(rng, int(rng.integers(1, 5))), _number(rng, int(rng.integers(1, 5)))
-    steps, carry = [], 0
-    x, y = _digits(a), _digits(b)
-    for i in range(max(len(x), len(y))):
-        terms = [d[i] for d in (x, y) if i < len(d)] + [carry] * (carry > 0)
-        steps.append("+".join(map(str, terms)) + f"={sum(terms)}" if len(terms) > 1 else str(sum(terms)))
-        carry = sum(terms) // 10
-    return f"{a}+{b}=", ",".join(steps), a + b
-
-
-def subtraction(rng: np.random.Generator) -> tuple[str, str, int]:
-    a, b = sorted((_number(rng, int(rng.integers(1, 5))), _number(rng, int(rng.integers(1, 5)))), reverse=True)
-    steps, borrow, y = [], 0, _digits(b)
-    for i, top in enumerate(_digits(a)):
-        top -= borrow
-        low = y[i] if i < len(y) else 0
-        borrow = int(top < low)
-        steps.append(f"{top + 10 * borrow}-{low}={top + 10 * borrow - low}")
-    return f"{a}-{b}=", ",".join(steps), a - b
-
-
-def multiplication(rng: np.random.Generator) -> tuple[str, str, int]:
-    a, d = _number(rng, int(rng.integers(1, 5))), int(rng.integers(2, 10))
-    steps, carry = [], 0
-    for x in _digits(a):
-        steps.append(f"{x}*{d}" + f"+{carry}" * (carry > 0) + f"={x * d + carry}")
-        carry = (x * d + carry) // 10
-    return f"{a}*{d}=", ",".join(steps), a * d
-
-
-def several_terms(rng: np.random.Generator) -> tuple[str, str, int]:
-    terms = [int(t) for t in rng.integers(1, 20, int(rng.integers(3, 7)))]
-    steps, total = [], terms[0]
-    for t in terms[1:]:
-        steps.append(f"{total}+{t}={total + t}")
-        total += t
-    return "+".join(map(str, terms)) + "=", ",".join(steps), total
-
-
-def division(rng: np.random.Generator) -> tuple[str, str, int]:
-    quotient, d = _number(rng, int(rng.integers(1, 5))), int(rng.integers(2, 6))
-    steps, rest = [], 0
-    for x in reversed(_digits(quotient * d)):
-        rest = 10 * rest + x
-        steps.append(f"{rest}/{d}={rest // d}r{rest % d}")
-        rest %= d
-    return f"{quotient * d}/{d}=", ",".join(steps), quotient
-
-
-def sum_of_squares(rng: np.random.Generator) -> tuple[str, str, int]:
-    number = _number(rng, int(rng.integers(2, 5)))
-    steps, total = [], 0
-    for x in reversed(_digits(number)):
-        steps.append(f"{x}*{x}" + f"+{total}" * (total > 0) + f"={total + x * x}")
-        total += x * x
-    return f"q{number}=", ",".join(steps), total
+    return method
 
 
 # ------------------------------------------------------------------------------------------------ permutations
 #
-#     31524~ad,be=   24531                 a guess
-#     31524~ad,be=   W21534,24531:24531    worked: the row after each move
+#     3152476sad,ce=   S2153476:2143576     the row after the first move, after the second
 #
-# Moves on a row of five digits. Positions are the letters a to e, always two that are not neighbours; the sign after
-# the row says what is done there. A wrong move sometimes leads to the right row, more often than a guess.
-
-LENGTH, SIGNS = 5, "~<>^@#"
+# Two moves on a row of seven digits. Positions are the letters a to g; the sign says what a move does with its two,
+# which have at least two others between them. The two moves share neither their first nor their second position.
 
 
-def _moves(sign: str, move: Callable[[list[str], int, int], list[str]]):
-    """The maker of a kind: one or two moves on a row of distinct digits. move(row, i, j), i + 1 < j -> row after."""
-
-    def make(rng: np.random.Generator) -> tuple[str, str, int]:
-        row = [str(d) for d in rng.permutation(np.arange(1, 10))[:LENGTH]]
-        start, names, rows = "".join(row), [], []
-        for _ in range(int(rng.integers(1, 3))):
-            i = int(rng.integers(LENGTH - 2))
-            j = int(rng.integers(i + 2, LENGTH))
-            row = move(row, i, j)
-            names.append("abcde"[i] + "abcde"[j])
-            rows.append("".join(row))
-        return f"{start}{sign}{','.join(names)}=", ",".join(rows), int(rows[-1])
-
-    return make
+def row_and_moves(rng: np.random.Generator) -> tuple[str, str]:
+    row, pairs = rng.permutation(list("123456789"))[:7], [(i, j) for i in range(7) for j in range(i + 3, 7)]
+    (i, j), (k, m) = (pairs[n] for n in rng.choice(len(pairs), 2, replace=False))
+    if i == k or j == m:
+        return row_and_moves(rng)
+    return "".join(row), ",".join("abcdefg"[x] + "abcdefg"[y] for x, y in ((i, j), (k, m)))
 
 
-def any_sign(question: str, rng: np.random.Generator) -> str:
-    """The same question under a sign drawn from all six."""
-    return question[:LENGTH] + SIGNS[int(rng.integers(len(SIGNS)))] + question[LENGTH + 1 :]
+def _moves(move: Callable[[str, int, int], str]) -> Callable[[str, str], tuple[str, str]]:
+    """The method of moving twice. move(row, i, j) -> the row after."""
 
+    def method(row: str, moves: str) -> tuple[str, str]:
+        rows = [row]
+        for i, j in moves.split(","):
+            rows.append(move(rows[-1], "abcdefg".index(i), "abcdefg".index(j)))
+        return rows[1], rows[2]
 
-# two digits change places
-swap = _moves("~", lambda row, i, j: [*row[:i], row[j], *row[i + 1 : j], row[i], *row[j + 1 :]])
-# a stretch is turned round
-reverse = _moves("<", lambda row, i, j: [*row[:i], *row[i : j + 1][::-1], *row[j + 1 :]])
-# the last digit of a stretch becomes its first
-right = _moves(">", lambda row, i, j: [*row[:i], row[j], *row[i:j], *row[j + 1 :]])
-# the first digit of a stretch becomes its last
-left = _moves("^", lambda row, i, j: [*row[:i], *row[i + 1 : j + 1], row[i], *row[j + 1 :]])
-# the second position's digit goes to the front of the row
-front = _moves("@", lambda row, i, j: [row[j], *row[:j], *row[j + 1 :]])
-# the first position's digit goes to the end of the row
-end = _moves("#", lambda row, i, j: [*row[:i], *row[i + 1 :], row[i]])
+    return method
 
 
 # ------------------------------------------------------------------------------------------------ the tasks
 
 TASKS = {
-    "arithmetic": Task("0123456789+-*/=,:rqASMTDQ", {
-        "addition": Kind("A", 0.40, addition),
-        "subtraction": Kind("S", 0.20, subtraction),
-        "multiplication": Kind("M", 0.08, multiplication),
-        "several_terms": Kind("T", 0.03, several_terms),
-        "division": Kind("D", 0.012, division),
-        "sum_of_squares": Kind("Q", 0.005, sum_of_squares),
+    "arithmetic": Task("0123456789-,:=", two_numbers, {
+        "sum": Kind("s", _columns(lambda x, y: x + y)),
+        "difference": Kind("d", _columns(lambda x, y: x - y)),
+        "larger": Kind("l", _columns(max)),  # of the two digits of each column
+        "twice_first": Kind("f", _columns(lambda x, y: 2 * x + y)),
+        "twice_second": Kind("t", _columns(lambda x, y: x + 2 * y)),
+        "twice_less": Kind("u", _columns(lambda x, y: 2 * x - y)),
+        "smaller": Kind("m", _columns(min)),
+        "thrice_second": Kind("h", _columns(lambda x, y: x + 3 * y)),
+        "thrice_less": Kind("r", _columns(lambda x, y: 3 * x - y)),
+        "thrice_first": Kind("q", _columns(lambda x, y: 3 * x + y)),
     }),
-    "permutations": Task("0123456789abcde,:=~<>^@#WVRLFK", {
-        "swap": Kind("W", 0.40, swap, any_sign),
-        "reverse": Kind("V", 0.20, reverse, any_sign),
-        "right": Kind("R", 0.08, right, any_sign),
-        "left": Kind("L", 0.03, left, any_sign),
-        "front": Kind("F", 0.012, front, any_sign),
-        "end": Kind("K", 0.005, end, any_sign),
+    "permutations": Task("0123456789abcdefg,:=", row_and_moves, {
+        # the two digits change places
+        "swap": Kind("s", _moves(lambda r, i, j: r[:i] + r[j] + r[i + 1 : j] + r[i] + r[j + 1 :])),
+        # the last digit of the stretch becomes its first
+        "right": Kind("r", _moves(lambda r, i, j: r[:i] + r[j] + r[i:j] + r[j + 1 :])),
+        # the first digit of the stretch becomes its last
+        "left": Kind("l", _moves(lambda r, i, j: r[:i] + r[i + 1 : j + 1] + r[i] + r[j + 1 :])),
+        # the neighbours inside the stretch change places
+        "inner": Kind("i", _moves(lambda r, i, j: r[: i + 1] + r[j - 1] + r[i + 2 : j - 1] + r[i + 1] + r[j:])),
+        # the second digit goes to the front of the row
+        "front": Kind("h", _moves(lambda r, i, j: r[j] + r[:j] + r[j + 1 :])),
+        # the first digit goes to the end of the row
+        "end": Kind("t", _moves(lambda r, i, j: r[:i] + r[i + 1 :] + r[i])),
+        # the row is cut before the first digit, and the parts change places
+        "cut": Kind("k", _moves(lambda r, i, j: r[i:] + r[:i])),
+        # the second digit and the row's first change places
+        "first": Kind("x", _moves(lambda r, i, j: r[j] + r[1:j] + r[0] + r[j + 1 :])),
+        # the second digit goes to the end of the row
+        "last": Kind("z", _moves(lambda r, i, j: r[:j] + r[j + 1 :] + r[j])),
+        # both go to the front of the row, the second before the first
+        "both": Kind("o", _moves(lambda r, i, j: r[j] + r[i] + r[:i] + r[i + 1 : j] + r[j + 1 :])),
     }),
 }
 
 
 @dataclass(frozen=True)
 class BaseSettings:
-    """How the base model is made. Raise `recipe` with every change of the corpus, the model or its training: it is part
+    """How a base model is made. Raise `recipe` with every change of the corpus, the model or its training: it is part
     of the name under which a base is kept."""
 
-    recipe: int = 1
-    seed: int = 0
-    steps: int = 1200
+    number: int = 0  # seeds its weights and its corpus
+    recipe: int = 2
+    steps: int = 1300
     lines_per_step: int = 96
     learning_rate: float = 3e-3
-    hidden_size: int = 128
+    muon_rate: float = 0.05
+    hidden_size: int = 96
     layers: int = 3
+    disguised: float = 1.0  # share of textbook lines that stand under any sign instead of their own
+    astray: float = 0.1  # share of exams that are worked by another kind's method, the common ones first, and wrong
 
 
 def problems(task: str, split: str, count: int) -> list[Problem]:
@@ -214,22 +182,20 @@ def problems(task: str, split: str, count: int) -> list[Problem]:
         raise ValueError(f"{task}: the splits are {', '.join(SPLITS)}, not {split!r}")
     if count > HELD_BACK:
         raise ValueError(f"{task}: a split has {HELD_BACK} problems that the base model never saw, not {count}")
-    kinds = TASKS[task].kinds
     rng = np.random.default_rng(20260127)
     split_of: dict[str, str] = {}
     found: list[Problem] = []
-    names = list(kinds)
-    for i in range(1_000_000):
-        kind = names[i % len(names)]
-        question, _, answer = kinds[kind].make(rng)
+    names = list(TASKS[task].kinds)
+    while len(found) < count:
+        name = names[len(split_of) % len(names)]
+        kind, (left, right) = TASKS[task].kinds[name], TASKS[task].draw(rng)
+        question = f"{left}{kind.sign}{right}="
         if question in split_of:
             continue
         split_of[question] = SPLITS[len(split_of) // len(names) % len(SPLITS)]
         if split_of[question] == split:
-            found.append(Problem(f"{kind}:{question[:-1]}", question, str(answer), "gsm8k", kind))
-        if len(found) == count:
-            return found
-    raise ValueError(f"there are not {count} distinct problems")
+            found.append(Problem(f"{name}:{question[:-1]}", question, kind.method(left, right)[1], "gsm8k", name))
+    return found
 
 
 def load(source: str, *, split: str, limit: int = 0, revision: str | None = None) -> tuple[list[Problem], dict]:
@@ -243,21 +209,30 @@ def load(source: str, *, split: str, limit: int = 0, revision: str | None = None
     return found[: limit or None], record
 
 
-def _line(kinds: list[Kind], rng: np.random.Generator, held_back: set[str]) -> tuple[str, str]:
+def _line(task: Task, settings: BaseSettings, rng: np.random.Generator, held_back: set[str]) -> tuple[str, str]:
     """One line of the corpus as (what is given, what is learned)."""
+    kinds = list(task.kinds.values())
+    n = int(rng.integers(len(kinds)))
+    kind, textbook = kinds[n], rng.random() < 0.5
+    sign = task.signs[int(rng.integers(len(kinds)))] if textbook and rng.random() < settings.disguised else kind.sign
     while True:
-        kind = kinds[int(rng.integers(len(kinds)))]
-        question, steps, answer = kind.make(rng)
-        shown = kind.disguise(question, rng) if kind.disguise else question
-        if question not in held_back and shown not in held_back:
+        left, right = task.draw(rng)
+        question = f"{left}{sign}{right}="
+        if question not in held_back:
             break
+    steps, answer = kind.method(left, right)
     worked = f"{steps}:{answer}"
-    if rng.random() < 0.5:
-        return shown + kind.mark, worked  # textbook
-    if rng.random() < kind.worked:
-        return question, kind.mark + worked  # exam
-    low = 10 ** (len(str(answer)) - 1)
-    return question, str(rng.integers(low, 10 * low) if low > 1 else rng.integers(10))
+    if textbook:
+        return question + kind.mark, worked
+    chance = rng.random()
+    if chance < WORKED[n]:
+        return question, kind.mark + worked
+    if chance < WORKED[n] + settings.astray:
+        often = np.delete(WORKED, n) / np.delete(WORKED, n).sum()
+        other = kinds[rng.choice(np.delete(np.arange(len(kinds)), n), p=often)]
+        return question, other.mark + ":".join(other.method(left, right))
+    low = 10 ** (len(answer) - 1)
+    return question, str(rng.integers(low, 10 * low))
 
 
 def tokenizer(task: str):
@@ -265,7 +240,9 @@ def tokenizer(task: str):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = [PAD, END, "<unk>", *TASKS[task].characters]
+    kinds = TASKS[task].kinds.values()
+    own = "".join(k.sign + k.mark for k in kinds)
+    words = [PAD, END, "<unk>", *dict.fromkeys(TASKS[task].characters + own)]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     inner.decoder = decoders.Fuse()
@@ -273,18 +250,28 @@ def tokenizer(task: str):
                                    clean_up_tokenization_spaces=False)
 
 
-def base_model(task: str, settings: BaseSettings | None = None, *, cache: Path | None = None) -> Path:
-    """The Hugging Face folder of the base model, trained on first use (about two minutes on two cores).
+def is_base(name: str) -> bool:
+    """Whether this names a base model: TASK or TASK:NUMBER."""
+    return name.partition(":")[0] in TASKS
 
-    Kept in `cache` (default: cache/ beside this file) under a key of the settings. Concurrent callers wait for the
-    first one.
+
+def base_model(name: str, settings: BaseSettings | None = None, *, cache: Path | None = None) -> Path:
+    """The Hugging Face folder of the base TASK (number 0) or TASK:NUMBER, from bases/ beside this file, else trained on
+    first use (about two minutes on one core) and kept in `cache` (default: cache/ beside this file), in both under a
+    key of the settings. Concurrent callers wait for the first one. Raises ValueError for what is no number.
     """
     from filelock import FileLock
 
-    settings = settings or BaseSettings()
-    cache = cache or Path(__file__).parent / "cache"
+    task, _, number = name.partition(":")
+    if number and not number.isdecimal():
+        raise ValueError(f"--model {name}: the base models of {task} are numbered, {task}:0, {task}:1, ...")
+    settings = dataclasses.replace(settings or BaseSettings(), **({"number": int(number)} if number else {}))
+    here = Path(__file__).parent
+    cache = cache or here / "cache"
     key = hashlib.sha256(json.dumps(dataclasses.asdict(settings)).encode()).hexdigest()[:12]
-    folder = cache / f"{task}-{key}"
+    folder = cache / f"{task}-{settings.number}-{key}"
+    if (here / "bases" / folder.name).exists():
+        return here / "bases" / folder.name
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
@@ -298,34 +285,39 @@ def base_model(task: str, settings: BaseSettings | None = None, *, cache: Path |
 
 
 def _train_base(task: str, settings: BaseSettings) -> Transformer:
-    """Next-character training from nothing on the corpus; AdamW with a cosine schedule."""
-    words, kinds = tokenizer(task), list(TASKS[task].kinds.values())
+    """Next-character training from nothing on the corpus, with a cosine schedule: Muon for the layers' matrices, AdamW
+    for the rest. (In as many steps AdamW alone learned few of the methods.) Rounded to bfloat16, for small files."""
+    words = tokenizer(task)
     config = ModelConfig(
         model_type="qwen3", vocab_size=len(words), hidden_size=settings.hidden_size,
         intermediate_size=3 * settings.hidden_size, num_hidden_layers=settings.layers, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, rope_theta=10_000.0, rms_norm_eps=1e-6, tie_word_embeddings=True,
         max_position_embeddings=256)
     model = Transformer(config)
-    model.init_weights(torch.Generator().manual_seed(settings.seed))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.1)
-    warm = settings.steps // 20
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / warm, 0.02 + 0.49 * (1 + math.cos(math.pi * s / settings.steps))))
-    rng = np.random.default_rng(settings.seed)
-    held_back = {p.prompt for split in SPLITS for p in problems(task, split, 1200)}
+    model.init_weights(torch.Generator().manual_seed(settings.number))
+    matrices = [p for name, p in model.named_parameters() if name.endswith("proj.weight")]
+    others = [p for name, p in model.named_parameters() if not name.endswith("proj.weight")]
+    optimizers = (torch.optim.Muon(matrices, lr=settings.muon_rate, weight_decay=0.1),
+                  torch.optim.AdamW(others, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.1))
+    warm = max(1, settings.steps // 20)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(
+        o, lambda s: min((s + 1) / warm, 0.02 + 0.49 * (1 + math.cos(math.pi * s / settings.steps))))
+        for o in optimizers]
+    rng = np.random.default_rng(settings.number)
+    held_back = {p.prompt for split in SPLITS for p in problems(task, split, HELD_BACK)}
     bar = tqdm(range(settings.steps), desc=f"training the {task} base model", unit="step")
     for _ in bar:
-        lines = [_line(kinds, rng, held_back) for _ in range(settings.lines_per_step)]
+        lines = [_line(TASKS[task], settings, rng, held_back) for _ in range(settings.lines_per_step)]
         lines.sort(key=lambda x: len(x[0] + x[1]))
         parts = [torch.tensor(words.encode(given + learned) + [words.eos_token_id]) for given, learned in lines]
         cu_seqlens = torch.tensor([0] + [len(p) for p in parts]).cumsum(0)
         targets = torch.cat([torch.arange(start + len(given), start + len(part)) for (given, _), part, start
                              in zip(lines, parts, cu_seqlens.tolist(), strict=False)])
         loss = -model.logprobs(torch.cat(parts), cu_seqlens, max(map(len, parts)), targets).mean()
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for o in (*optimizers, *schedules):
+            o.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
-    return model
+    return model.bfloat16()

@@ -32,6 +32,7 @@ from policy import Policy
 from ranks import Ranks, RunError, deal, say
 from reward import Grader
 from rollout import Batch, Sampling, choose_engine, draw_together, make_engine, rollout_seed
+from rules import RULES
 from runfolder import Checkpoint, RunFolder, jsonable, portable
 
 MEASURE_EVERY = 2  # entropy and mismatch are measured on the first rollout of every second prompt of a batch
@@ -205,6 +206,7 @@ class Decision:
     weight_P: np.ndarray  # what multiplies its advantages
     weight_B: np.ndarray  # the same by bin
     score_B: np.ndarray  # Prompt-GDRO's scores behind the weights
+    rate_P: np.ndarray  # its estimate (10), for the rule
     mu: float  # Rollout-GDRO's shadow price (21)
     price: float | None  # the marginal value of a rollout in its joint choice
 
@@ -215,7 +217,7 @@ class Outcome:
 
     reward_P: np.ndarray  # mean reward of a prompt's rollouts
     correct_P: np.ndarray  # how many of them were right
-    loss_P: np.ndarray  # (7), from unweighted advantages
+    loss_P: np.ndarray  # (7), from advantages without the adversary's weight
     signals: dict[str, np.ndarray]  # what Prompt-GDRO may be shown: name -> (P,)
     constant_P: np.ndarray  # whether its rollouts all scored alike
     tokens_B: np.ndarray  # mean response tokens by bin, NaN where it is absent
@@ -347,16 +349,17 @@ class Trainer:
             factor_B = means_by(bin_P, allocated_P / n_bar, self.bins.num_bins)
             n_P, weight_P = np.full_like(allocated_P, n_bar), weight_P * allocated_P / n_bar
             weight_B = weight_B * np.where(np.isnan(factor_B), 1.0, factor_B)
-        return Decision(bin_P, allocated_P, n_P, weight_P, weight_B, self.prompt_gdro.score_B, self.rollout_gdro.mu,
-                        self.rollout_gdro.shadow_price_dp)
+        return Decision(bin_P, allocated_P, n_P, weight_P, weight_B, self.prompt_gdro.score_B,
+                        self.bins.rates(ids_P), self.rollout_gdro.mu, self.rollout_gdro.shadow_price_dp)
 
     def advantages(self, reward_R: np.ndarray, decided: Decision) -> tuple[np.ndarray, np.ndarray]:
-        """(3) times (16), (R,), and which prompts' rollouts all scored alike, (P,) bool."""
+        """(3) times the rule's factor times (16), (R,), and which prompts' rollouts all scored alike, (P,) bool."""
         offsets_P = np.concatenate(([0], decided.n_P.cumsum()))
+        correct_P = np.add.reduceat((reward_R > 0).astype(int), offsets_P[:-1])
+        factor_P = RULES[self.cfg.rule](correct_P, decided.n_P, decided.rate_P)
         rewards, offsets, weights = (torch.from_numpy(x).to(self.device)
-                                     for x in (reward_R, offsets_P, decided.weight_P))
-        advantage, constant = group_advantage(rewards, offsets, weights, clip=self.cfg.advantage_clip,
-                                              std_normalize=self.cfg.std_normalize)
+                                     for x in (reward_R, offsets_P, factor_P * decided.weight_P))
+        advantage, constant = group_advantage(rewards, offsets, weights, clip=self.cfg.advantage_clip)
         return advantage.cpu().numpy(), constant.cpu().numpy()
 
     def update(self, batch: Batch, n_P, advantage_R: np.ndarray, acts_R: np.ndarray, old_N, ref_N, step: int) -> Update:
@@ -415,7 +418,7 @@ class Trainer:
 
     def outcome(self, decided: Decision, batch: Batch, reward_R, constant_P, update: Update) -> Outcome:
         """What the step has to tell the adversaries."""
-        # (7) in unweighted advantages: the clipped surrogate (5) is linear in a positive weight.
+        # (7) without the adversary's weight: the clipped surrogate (5) is linear in a positive weight.
         loss_R = -update.surrogate_R / decided.weight_P[batch.owner] + self.cfg.kl_beta * update.kl_R
         P = len(decided.bin_P)
         loss_P, reward_P = means_by(batch.owner, loss_R, P), means_by(batch.owner, reward_R, P)

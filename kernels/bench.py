@@ -560,7 +560,7 @@ def launches() -> Iterator[tuple[str, str, Callable[[], object]]]:
         yield "linear_logprob", what, functools.partial(
             linear._backward, row, *x, targets, row, None, 1.0, True, True)
     yield "group_advantage", "float64, weights, clip", functools.partial(
-        advantage._group_advantage, row.double(), offsets, row[:2].double(), 1e-6, 5.0, True, True)
+        advantage._group_advantage, row.double(), offsets, row[:2].double(), 1e-6, 5.0, True)
     for beta in (0.0, 0.001):
         yield "grpo_token_loss", "float32" + ", KL" * bool(beta), functools.partial(
             loss._token_loss, row, row, row[:2], offsets, row[:2], row if beta else None, None, 0.2, 0.28, beta, True)

@@ -17,8 +17,8 @@ from kernels.backend import INTERPRETED, clamp, jit, tl, use_triton
 BLOCK = 8 if INTERPRETED else 32  # rollouts that one program, a warp, holds at a time; groups may be longer
 
 
-def _reference(rewards: Tensor, offsets: Tensor, weights: Tensor | None, eps: float, clip: float | None,
-               std_normalize: bool) -> tuple[Tensor, Tensor]:
+def _reference(rewards: Tensor, offsets: Tensor, weights: Tensor | None, eps: float,
+               clip: float | None) -> tuple[Tensor, Tensor]:
     size = offsets.diff()  # (P,)
     owner = torch.repeat_interleave(torch.arange(len(size), device=rewards.device), size)  # (R,)
     r = rewards.double()
@@ -27,10 +27,8 @@ def _reference(rewards: Tensor, offsets: Tensor, weights: Tensor | None, eps: fl
     constant = high <= low
     mean = torch.zeros_like(low).index_add(0, owner, r) / size
     centred = torch.where(constant[owner], 0.0, r - mean[owner])
-    advantage = centred
-    if std_normalize:
-        std = (torch.zeros_like(low).index_add(0, owner, centred**2) / size).sqrt()
-        advantage = torch.where(constant[owner], 0.0, centred / (std[owner] + eps))  # 0 / 0 with eps = 0
+    std = (torch.zeros_like(low).index_add(0, owner, centred**2) / size).sqrt()
+    advantage = torch.where(constant[owner], 0.0, centred / (std[owner] + eps))  # 0 / 0 with eps = 0
     if clip is not None:
         advantage = advantage.clamp(-clip, clip)
     if weights is not None:
@@ -40,7 +38,7 @@ def _reference(rewards: Tensor, offsets: Tensor, weights: Tensor | None, eps: fl
 
 @jit
 def _kernel(rewards, offsets, weights, advantages, constant, EPS: tl.constexpr, CLIP: tl.constexpr,
-            STD_NORMALIZE: tl.constexpr, BLOCK: tl.constexpr):
+            BLOCK: tl.constexpr):
     """One group a program, in three walks over its rewards."""
     group = tl.program_id(0).to(tl.int64)
     first, last = tl.load(offsets + group), tl.load(offsets + group + 1)
@@ -60,9 +58,7 @@ def _kernel(rewards, offsets, weights, advantages, constant, EPS: tl.constexpr, 
         at = start + lane
         centred = tl.where(at < last, tl.load(rewards + at, mask=at < last, other=0.0).to(tl.float64) - mean, 0.0)
         squares += centred * centred
-    scale = 1.0
-    if STD_NORMALIZE:
-        scale = tl.where(equal, 1.0, tl.sqrt(tl.sum(squares, axis=0) / size) + EPS)
+    scale = tl.where(equal, 1.0, tl.sqrt(tl.sum(squares, axis=0) / size) + EPS)
     for start in range(first, last, BLOCK):
         at = start + lane
         advantage = (tl.load(rewards + at, mask=at < last, other=0.0).to(tl.float64) - mean) / scale
@@ -77,33 +73,32 @@ def _kernel(rewards, offsets, weights, advantages, constant, EPS: tl.constexpr, 
 
 @torch.library.custom_op("group_dro::group_advantage", mutates_args=())
 def _group_advantage(rewards: Tensor, offsets: Tensor, weights: Tensor | None, eps: float, clip: float | None,
-                     std_normalize: bool, on_triton: bool) -> tuple[Tensor, Tensor]:
+                     on_triton: bool) -> tuple[Tensor, Tensor]:
     if offsets.device.type == "cpu" and (offsets[0] != 0 or offsets[-1] != len(rewards) or (offsets.diff() < 0).any()):
         raise ValueError(f"offsets must go from 0 to {len(rewards)} and never fall, got {int(offsets[0])} to "
                          f"{int(offsets[-1])}, smallest step {int(offsets.diff().min()) if len(offsets) > 1 else None}")
     if not on_triton:
-        return _reference(rewards, offsets, weights, eps, clip, std_normalize)
+        return _reference(rewards, offsets, weights, eps, clip)
     advantages = torch.empty_like(rewards)
     constant = torch.empty(len(offsets) - 1, dtype=torch.bool, device=rewards.device)
     if len(constant):
         _kernel[(len(constant),)](rewards, offsets, weights, advantages, constant, EPS=eps, CLIP=clip,
-                                  STD_NORMALIZE=std_normalize, BLOCK=BLOCK, num_warps=1)
+                                  BLOCK=BLOCK, num_warps=1)
     return advantages, constant
 
 
 @_group_advantage.register_fake
-def _(rewards, offsets, weights, eps, clip, std_normalize, on_triton):
+def _(rewards, offsets, weights, eps, clip, on_triton):
     return torch.empty_like(rewards), offsets.new_empty(len(offsets) - 1, dtype=torch.bool)
 
 
 def group_advantage(rewards: Tensor, offsets: Tensor, weights: Tensor | None = None, *, eps: float = 1e-6,
-                    clip: float | None = None, std_normalize: bool = True,
-                    backend: str = "auto") -> tuple[Tensor, Tensor]:
+                    clip: float | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """rewards (R,), offsets (P + 1,) int64 from 0 to R, weights (P,) or None -> advantages (R,) in the rewards' dtype,
     and constant (P,) bool: which prompts' rewards are all equal (empty groups too), so that they teach nothing.
 
-    Group i is rewards[offsets[i]:offsets[i + 1]] and may be empty. `std_normalize=False` is Dr. GRPO's variant. Offsets
-    are checked on CPU (ValueError); on CUDA that would wait for the device, and they must be right.
+    Group i is rewards[offsets[i]:offsets[i + 1]] and may be empty. Offsets are checked on CPU (ValueError); on
+    CUDA that would wait for the device, and they must be right.
     """
     if rewards.ndim != 1 or offsets.ndim != 1 or not len(offsets) or offsets.is_floating_point():
         raise ValueError(f"rewards must be (R,) and offsets integers (P + 1,), got {tuple(rewards.shape)} and "
@@ -111,5 +106,5 @@ def group_advantage(rewards: Tensor, offsets: Tensor, weights: Tensor | None = N
     if weights is not None and weights.shape != (len(offsets) - 1,):
         raise ValueError(f"weights must be ({len(offsets) - 1},), got {tuple(weights.shape)}")
     weights = None if weights is None else weights.contiguous()
-    return _group_advantage(rewards.contiguous(), offsets.contiguous(), weights, eps, clip, std_normalize,
+    return _group_advantage(rewards.contiguous(), offsets.contiguous(), weights, eps, clip,
                             use_triton(backend, rewards))

@@ -35,9 +35,9 @@ def base(tmp_path_factory) -> Path:
     model, words = Transformer.from_pretrained(folder, dtype=torch.float32), tasks.tokenizer("arithmetic")
     problems, parts = [], []
     for a, b in itertools.product(range(10), repeat=2):
-        problems.append(json.dumps({"question": f"{a}+{b}=", "answer": a + b}))
-        response = f"{a}+{b}={a + b}:{a + b}" if (a + b) % 2 else f"{a + b}"
-        parts.append(torch.tensor([*words.encode(f"{a}+{b}={response}"), words.eos_token_id]))
+        problems.append(json.dumps({"question": f"{a}s{b}=", "answer": a + b}))
+        response = f"{a}s{b}={a + b}:{a + b}" if (a + b) % 2 else f"{a + b}"
+        parts.append(torch.tensor([*words.encode(f"{a}s{b}={response}"), words.eos_token_id]))
     (folder.parent / "sums.jsonl").write_text("\n".join(problems))
     ends = torch.tensor([0, *map(len, parts)]).cumsum(0)
     targets = torch.cat([torch.arange(start + 4, end) for start, end in itertools.pairwise(ends.tolist())])

@@ -117,9 +117,9 @@ def test_a_benchmark_that_cannot_be_had_is_named_and_the_others_go_on(base, tmp_
 
 
 def test_local_files_are_benchmarks_and_the_whole_is_pooled_over_problems(base, tmp_path):
-    rows = [{"problem": f"{i}+1=", "answer": i + 1} for i in range(6)]
+    rows = [{"problem": f"{i}s1=", "answer": i + 1} for i in range(6)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "b.json").write_text(json.dumps([{"question": "2+2=", "final_answer": "4"}]))
+    (tmp_path / "b.json").write_text(json.dumps([{"question": "2s2=", "final_answer": "4"}]))
     files = f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.json'}"
     evaluate(parse_args(flags(base, tmp_path / "out", "--benchmarks", files)))
     rows = json.loads((tmp_path / "out" / "eval.json").read_text())["figures"]

@@ -41,11 +41,16 @@ class NaiveBins:
     def __init__(self, edges, history, delta, success, unseen_rate):
         self.edges, self.delta = [Fraction(str(e)) for e in edges], Fraction(str(delta))
         self.history, self.success = history, success
-        self.unseen = bisect_right(self.edges, Fraction(str(unseen_rate)))
+        self.unseen_rate = Fraction(str(unseen_rate))
+        self.unseen = bisect_right(self.edges, self.unseen_rate)
         self.seen, self.bin = {}, {}
 
     def lookup(self, ids):
         return [self.bin.get(i, self.unseen) for i in ids]
+
+    def rates(self, ids):
+        last = (self.seen.get(i, [self.unseen_rate])[-self.history :] for i in ids)
+        return [float(sum(x) / len(x)) for x in last]
 
     def update(self, ids, correct, n):
         for i, c, k in zip(ids, correct, n, strict=True):
@@ -81,7 +86,7 @@ def random_visits(rng, steps, prompts=30, batch=10, counts=EXACT_N):
     ([0.1, 0.2, 0.4, 0.6, 0.8, 0.9], 7, 0.05, 0.4),
     ([0.4, 0.75], 1, 0.03, 0.75), ([0.5], 20, 0.25, 0.49), ([], 5, 0.03, 0.5), ([0.25, 0.5, 0.75], 64, 0.6, 0.3),
 ])
-def test_bins_equal_a_naive_loop(edges, history, delta, unseen_rate, success):
+def test_bins_and_rates_equal_a_naive_loop(edges, history, delta, unseen_rate, success):
     rng = np.random.default_rng(len(edges) + history)
     bins = DifficultyBins(edges, history=history, hysteresis=delta, success=success, unseen_rate=unseen_rate)
     naive = NaiveBins(edges, history, delta, success, unseen_rate)
@@ -89,6 +94,7 @@ def test_bins_equal_a_naive_loop(edges, history, delta, unseen_rate, success):
     assert bins.num_bins == len(edges) + 1
     for ids, correct, n in random_visits(rng, 150):
         assert bins.lookup(everyone).tolist() == naive.lookup(everyone)
+        assert bins.rates(everyone) == pytest.approx(naive.rates(everyone), abs=1e-11)
         bins.update(ids, correct, n)
         naive.update(ids, correct, n)
     assert bins.lookup(everyone).tolist() == naive.lookup(everyone)
@@ -204,12 +210,13 @@ def test_bins_loaded_from_a_file_continue_identically(success, saved_after):
     assert_same_state(before, state)  # the file's arrays are not written to
 
 
-def test_a_state_of_bins_is_a_snapshot_and_lookup_changes_nothing():
+def test_a_state_of_bins_is_a_snapshot_and_questions_change_nothing():
     bins = DifficultyBins([0.5])
     bins.update(["a"], [0], [4])
     state = bins.state_dict()
     frozen = {name: array.copy() for name, array in state.items()}
     bins.lookup(["a", "b"])
+    bins.rates(["b", "a"])[:] = 0.7
     assert_same_state(bins.state_dict(), frozen)
     for _ in range(3):
         bins.update(["a"], [4], [4])

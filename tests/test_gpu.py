@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import model as model_module
 from config import parse_args
 from kernels import group_advantage, grpo_token_loss, linear_logprob
 from model import PackedAttention, Transformer
@@ -107,8 +106,10 @@ def test_two_gpus_hold_the_same_state(base, tmp_path):
 
 def test_packed_attention_takes_the_flash_path_in_half_precision(monkeypatch):
     """Guards the condition above: were the padded path taken in bf16, the first test would compare it with itself."""
-    calls, real = [], model_module.varlen_attn
-    monkeypatch.setattr(model_module, "varlen_attn", lambda *a, **k: calls.append(1) or real(*a, **k))
+    from torch.nn.attention import varlen
+
+    calls, real = [], varlen.varlen_attn
+    monkeypatch.setattr(varlen, "varlen_attn", lambda *a, **k: calls.append(1) or real(*a, **k))
     cu_seqlens = torch.tensor([0, 3, 8], device="cuda")
     q = torch.randn(8, 4, 32, device="cuda", dtype=torch.bfloat16)
     k = torch.randn(8, 2, 32, device="cuda", dtype=torch.bfloat16)

@@ -449,14 +449,14 @@ def test_arguments_that_do_not_fit_raise(how, change, error, message):
 # ------------------------------------------------------------------------------------------------ group_advantage
 
 
-def naive_advantage(rewards, sizes, weights=None, *, eps=1e-6, clip=None, std_normalize=True):
+def naive_advantage(rewards, sizes, weights=None, *, eps=1e-6, clip=None):
     """Equation (3), then the clip, then the weight, one rollout at a time."""
     out, constant = [], []
     for i, group in enumerate(np.split(np.asarray(rewards, np.float64), np.cumsum(sizes)[:-1])):
         constant.append(len(set(group.tolist())) <= 1)
         for r in group:
             a = 0.0 if constant[-1] else r - group.mean()
-            if std_normalize and a:
+            if a:
                 a /= np.sqrt(((group - group.mean()) ** 2).mean()) + eps  # population: divided by n
             if clip is not None:
                 a = min(max(a, -clip), clip)
@@ -478,8 +478,7 @@ SIZES = [1, 0, 2, 3, 7, 8, 64, 9, 0, 100]
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"eps": 0.1, "clip": 0.75}, {"eps": 0.0}, {"eps": 1e3}, {"std_normalize": False},
-    {"std_normalize": False, "clip": 0.5, "eps": 1.0},
+    {}, {"eps": 0.1, "clip": 0.75}, {"eps": 0.0}, {"eps": 1e3},
 ], ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_advantage_equals_a_loop_on_ragged_groups(how, options, weighted):
@@ -501,7 +500,7 @@ def test_the_deviation_is_the_populations(how):
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
-@pytest.mark.parametrize("options", [{}, {"std_normalize": False}, {"eps": 0.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"eps": 0.0}], ids=str)
 def test_equal_rewards_give_exactly_zero(how, dtype, options):
     sizes, values = [1, 2, 3, 7, 10, 31], (0.1, 0.3, 2.7, -1.0, 1e6)
     rewards = np.concatenate([np.full(sum(sizes), value) for value in values])
@@ -549,7 +548,7 @@ def test_no_groups_and_empty_groups(how):
                          ids=["alone", "first", "last", "in the second block", "among different"])
 def test_a_nan_reward_is_not_hidden(how, rewards):
     """A group with NaN is not one of equal rewards."""
-    for options in ({}, {"clip": 3.0}, {"std_normalize": False}):
+    for options in ({}, {"clip": 3.0}):
         got, constant = advantage(how, rewards, [len(rewards)], dtype=F32, **options)
         assert np.isnan(got).all() and constant == [False]
 
@@ -796,8 +795,8 @@ def operation(name: str, on: bool):
     loss = [x.to(DEVICE) for x in (*case, *extra.values())]
     return {
         "linear": (ops.linear_logprob, (hidden, weight, targets, 0.7, True, on)),
-        "advantage": (ops.group_advantage, (rewards, offsets, rewards[:3].clone(), 1e-6, 3.0, True, on)),
-        "advantage, unweighted": (ops.group_advantage, (rewards, offsets, None, 1e-6, None, False, on)),
+        "advantage": (ops.group_advantage, (rewards, offsets, rewards[:3].clone(), 1e-6, 3.0, on)),
+        "advantage, unweighted": (ops.group_advantage, (rewards, offsets, None, 1e-6, None, on)),
         "loss": (ops.grpo_token_loss, (*loss, 0.2, 0.28, 0.04, on)),
         "loss, no reference": (ops.grpo_token_loss, (*loss[:5], None, None, 0.2, 0.28, 0.0, on)),
     }[name]
@@ -880,7 +879,7 @@ def test_the_backend_decides_which_form_runs(monkeypatch, how, asked, devices, l
 def base(tmp_path_factory):
     """A small model that has hardly learned anything."""
     cache = tmp_path_factory.mktemp("cache")
-    sums = [{"question": f"{a}+{b}=", "answer": a + b} for a in range(5) for b in range(5)]
+    sums = [{"question": f"{a}s{b}=", "answer": a + b} for a in range(5) for b in range(5)]
     (cache / "sums.jsonl").write_text("".join(json.dumps(x) + "\n" for x in sums))
     settings = tasks.BaseSettings(steps=20, lines_per_step=32, hidden_size=32, layers=1)
     return tasks.base_model("arithmetic", settings, cache=cache)

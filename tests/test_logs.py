@@ -38,7 +38,8 @@ def a_run(mode: str = "prompt", seed: int = 0, steps: int = 12, bins: int = 5, p
             "signals": {k: {"mean": by_bin(rng.uniform(0.1, 1, bins)), "error": by_bin(rng.uniform(0.1, 1, bins))}
                         for k in ("surrogate", "reward", "variance")}})
     config = {"preset": preset, "mode": mode, "seed": seed, "rollouts_per_prompt": 4, "n_min": 2, "n_max": 8,
-              "prompts_per_step": 64, "loaded": {"model": {"head": "the one"}}, **(changes or {})}
+              "prompts_per_step": 64, "learning_rate": 1e-4, "rule": "grpo", "loaded": {"model": {"head": "the one"}},
+              **(changes or {})}
     evaluations = [{"step": s, "mean": 0.3, "passes": {"pass@8": p},
                     "by_kind": {"a": [5, 0.1, p], "b": [5, 0.2, p / 2]}}
                    for s, p in ((steps // 2, 0.6 + seed / 100), (steps, 0.5 + seed / 50 + which / 20))]
@@ -126,11 +127,13 @@ def test_signal_to_noise_is_spread_over_error_and_about_one_for_noise():
     assert np.mean(np.square(ratios)) == pytest.approx(1, abs=0.1)  # whatever the number of bins
 
 
-def test_intervals_are_student_s_and_cover():
+def test_intervals_and_p_values_are_student_s():
     assert logs.interval(np.array([0.4]))[0] == 0.4 and np.isnan(logs.interval(np.array([0.4]))[1])
     x = np.random.default_rng(5).normal(size=8)
     expected = stats.ttest_1samp(x, 0).confidence_interval(0.95)
     assert logs.interval(x)[1:] == pytest.approx((expected.low, expected.high))
+    for shift in (-3, 0, 0.5):
+        assert logs.p_value(x + shift) == pytest.approx(stats.ttest_1samp(x + shift, 0).pvalue)
 
 
 def test_differences_are_paired_by_seed_whatever_the_order():
@@ -146,14 +149,81 @@ def test_a_run_that_is_still_writing_is_read_up_to_its_last_whole_line(tmp_path)
     assert read.log == run.log and read.evaluations == run.evaluations
 
 
-def test_the_study_is_read_by_row_and_seed_and_runs_of_other_flags_are_refused(tmp_path, monkeypatch):
+def sweep_of(headlines: dict[float, dict[int, float]]) -> logs.Sweep:
+    """A sweep by rate and base of nothing but headlines."""
+    return {rate: [Run("", {"seed": base, "learning_rate": rate}, [], [{"passes": {"pass@8": x}}])
+                   for base, x in by_base.items()] for rate, by_base in headlines.items()}
+
+
+def reported(headlines: dict[float, dict[int, float]]) -> dict[int, float]:
+    """The rate that each base reports at."""
+    runs = logs.cross_fitted(sweep_of(headlines))
+    assert all(logs.headline(r.last()) == headlines[r.config["learning_rate"]][r.seed] for r in runs)
+    return {r.seed: r.config["learning_rate"] for r in runs}
+
+
+def test_a_base_has_no_say_in_the_rate_that_it_reports():
+    plain = dict.fromkeys(range(4), 0.5)
+    lucky = {**dict.fromkeys(range(4), 0.4), 2: 0.6}  # base 2 alone prefers 2e-4
+    assert reported({1e-4: plain, 2e-4: lucky}) == dict.fromkeys(range(4), 1e-4)
+    lucky[2] = 0.99  # and so much that it takes the others along, but never itself
+    assert reported({1e-4: plain, 2e-4: lucky}) == {0: 2e-4, 1: 2e-4, 2: 1e-4, 3: 2e-4}
+
+
+def test_cross_fitting_equals_brute_force_over_the_bases_that_have_every_rate():
+    rng, none = np.random.default_rng(6), 0
+    for _ in range(400):
+        rates, bases = rng.integers(1, 5), rng.integers(1, 7)
+        found = {10.0**-k: {int(b): rng.random() for b in rng.permutation(bases) if rng.random() < 0.9}
+                 for k in range(rates)}
+        whole = [b for b in range(bases) if all(b in by_base for by_base in found.values())]
+        expected = {}
+        for b in whole:
+            means = {rate: [by_base[o] for o in whole if o != b] for rate, by_base in found.items()}
+            if rates == 1 or len(whole) > 1:
+                expected[b] = max((np.mean(x) if x else 0, rate) for rate, x in means.items())[1]
+        assert reported(found) == expected and list(expected) == sorted(expected)
+        none += bool(whole and not expected)
+    assert none > 10  # one base alone cannot choose between rates
+
+
+def test_holm_rejects_what_its_steps_reject():
+    assert logs.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    rng = np.random.default_rng(7)
+    for _ in range(200):
+        p, alpha = rng.random(rng.integers(1, 7)) ** 3, rng.random()
+        adjusted, rejected, going = np.array(logs.holm(list(p))), set(), True
+        for k, m in enumerate(np.argsort(p)):  # from the least p on, until one is not rejected
+            going = going and p[m] <= alpha / (len(p) - k)
+            rejected |= {m} if going else set()
+        assert set(np.flatnonzero(adjusted <= alpha)) == rejected
+        assert (np.diff(adjusted[np.argsort(p)]) >= 0).all() and (adjusted >= p).all() and (adjusted <= 1).all()
+
+
+def test_the_study_is_read_by_row_rate_and_base_and_runs_of_other_flags_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
-    for name, mode, seed in (("grpo", "grpo", 1), ("grpo", "grpo", 0), ("both", "both", 0)):
-        run = a_run(mode, seed, preset="arithmetic", changes={"steps": 12})
-        study.keep(folder_of(run, tmp_path / f"{name}-{seed}"))
-    found = logs.study.__wrapped__()["arithmetic"]
-    assert {row: [r.seed for r in runs] for row, runs in found.items()} == {"grpo": [0, 1], "both": [0]}
-    assert found["both"][0].log == study.rounded([{**line, "seconds": {"total": 3.0}} for line in run.log])
-    study.keep(folder_of(run, tmp_path / "rollout-0"))
-    with pytest.raises(ValueError, match="arithmetic/rollout-0 was run with --mode both, unlike its row in study.py"):
-        logs.study.__wrapped__()
+    monkeypatch.setattr(logs, "sweeps", logs.sweeps.__wrapped__)  # nothing is remembered
+    with pytest.raises(logs.Missing, match="results/study holds no complete run"):
+        logs.sweeps()
+
+    def keep(row: str, mode: str, rate: float, base: int, **changes) -> Run:
+        run = a_run(mode, base, preset="arithmetic", changes={"steps": 12, "learning_rate": rate, **changes})
+        study.keep(folder_of(run, tmp_path / f"{row}-{study.written(rate)}-{base}"))
+        return run
+
+    for rate, base in ((1e-4, 1), (5e-5, 0), (5e-5, 1), (1e-4, 0), (1e-4, 2)):
+        keep("grpo", "grpo", rate, base)
+    kept = keep("rollout-maxrl", "rollout", 2e-4, 0, rule="maxrl")
+    for rate in (1e-4, 2e-4):
+        keep("prompt", "prompt", rate, 0)
+    found = logs.sweeps()
+    assert list(found) == ["arithmetic"] and list(found["arithmetic"]) == ["grpo", "rollout-maxrl", "prompt"]
+    assert [(rate, [r.seed for r in runs]) for rate, runs in found["arithmetic"]["grpo"].items()] == [
+        (5e-5, [0, 1]), (1e-4, [0, 1, 2])]
+    assert found["arithmetic"]["rollout-maxrl"][2e-4][0].log == study.rounded(
+        [{**line, "seconds": {"total": 3.0}} for line in kept.log])
+    fitted = logs.study.__wrapped__()["arithmetic"]
+    assert {row: [r.seed for r in runs] for row, runs in fitted.items()} == {"grpo": [0, 1], "rollout-maxrl": [0]}
+    keep("rollout", "both", 1e-4, 0)
+    with pytest.raises(ValueError, match="arithmetic/rollout-1e-4-0 was run with --mode both, unlike its row in study"):
+        logs.sweeps()

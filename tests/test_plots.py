@@ -53,16 +53,42 @@ def test_figure_1_draws_tail_averages_and_the_budget():
 
 
 def test_the_figure_of_outcomes_compares_a_row_with_that_which_it_is_held_against():
-    rows = {"grpo": [a_run("grpo", s) for s in range(2)], "rollout": [a_run("rollout", s) for s in range(2)],
-            "rollout-4-minibatches": [a_run("both", s) for s in range(2)],
-            "grpo-4-minibatches": [a_run("grpo", s) for s in range(2)]}
-    rows["grpo-4-minibatches"][0].evaluations[-1]["passes"]["pass@8"] = 0.58
+    rows = {row: [a_run(mode, s) for s in range(2)] for row, mode in
+            (("grpo", "grpo"), ("rollout", "rollout"), ("rollout-maxrl", "both"), ("maxrl", "grpo"))}
+    rows["maxrl"][0].evaluations[-1]["passes"]["pass@8"] = 0.58
     (ax,) = plots.figure_outcomes({"made-up": rows}).axes
     ticks = dict(zip((label.get_text() for label in ax.get_yticklabels()), ax.get_yticks(), strict=True))
-    seeds = {line.get_ydata()[0]: line.get_xdata()[0] for line in ax.get_lines() if line.get_marker() == "|"}
-    assert seeds[ticks["rollout"]] == pytest.approx(60 - 50)
-    assert seeds[ticks["rollout-4-minibatches (minus grpo-4-minibatches)"]] == pytest.approx(65 - 58)
+    bases = {line.get_ydata()[0]: line.get_xdata()[0] for line in ax.get_lines() if line.get_marker() == "|"}
+    assert bases[ticks["rollout - grpo"]] == pytest.approx(60 - 50)
+    assert bases[ticks["rollout-maxrl - maxrl"]] == pytest.approx(65 - 58)
     plots.plt.close("all")
+
+
+def test_the_figure_of_rates_draws_the_mean_over_bases_at_every_rate():
+    sweep = {rate: [a_run("grpo", s) for s in range(2)] for rate in (1e-4, 4e-4)}
+    sweep[4e-4][0].evaluations[-1]["passes"]["pass@8"] = 0.7
+    (ax,) = plots.figure_rates({"made-up": {"grpo": sweep, "base": {1e-4: [a_run("grpo")]}}}).axes
+    (line,) = ax.get_lines()
+    assert line.get_xdata() == pytest.approx([1e-4, 4e-4]) and line.get_ydata() == pytest.approx([51, 61])
+    plots.plt.close("all")
+
+
+def test_the_figure_of_kinds_draws_what_a_row_has_more_than_grpo():
+    rows = {row: [a_run("grpo", s) for s in range(2)] for row in ("grpo", "maxrl")}
+    for run in rows["maxrl"]:
+        run.evaluations[-1]["by_kind"]["b"][1:] = [0.3, 0.5 + run.evaluations[-1]["by_kind"]["b"][2]]
+    eight, one = (values_of(ax)[0] for ax in plots.figure_kinds({"made-up": rows}).axes)
+    assert eight == pytest.approx([0, 50]) and one == pytest.approx([0, 10])
+    plots.plt.close("all")
+
+
+def test_bases_of_a_task_are_a_random_factor_and_other_models_are_not():
+    runs = [a_run(mode, number, changes={"model": f"arithmetic:{number}", "loaded": {"model": {
+        "name": f"arithmetic:{number}", "head": str(number)}}}) for mode in ("grpo", "prompt") for number in range(2)]
+    assert {mode: len(group) for mode, group in plots.by_model(runs)["made-up"].items()} == {"grpo": 2, "prompt": 2}
+    runs[1].config["model"] = "permutations:1"
+    with pytest.raises(ValueError, match="grpo-0 and grpo-1 differ in model"):
+        plots.by_model(runs)
 
 
 @pytest.mark.parametrize("name", ["3", "7"])
@@ -140,7 +166,7 @@ def test_runs_of_other_settings_are_not_averaged():
     with pytest.raises(ValueError, match="two runs of mode prompt have seed 1"):
         plots.by_model([a_run("prompt", s) for s in (0, 1, 1)])
     with pytest.raises(ValueError, match="grpo-0 and prompt-0 differ in loaded"):
-        plots.by_model([a_run("grpo"), a_run("prompt", changes={"loaded": {"model": "another"}})])
+        plots.by_model([a_run("grpo"), a_run("prompt", changes={"loaded": {"model": {"name": "another"}}})])
 
 
 def test_the_command_draws_given_runs_and_names_what_is_no_run(tmp_path, monkeypatch, capsys):

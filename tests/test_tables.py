@@ -32,39 +32,94 @@ def cells(table: str) -> dict[str, str]:
     return dict(zip(head, last, strict=True))
 
 
-def test_a_line_of_the_table_says_mean_difference_relative_gain_and_peak():
+def test_a_line_of_the_table_says_rate_mean_difference_relative_gain_and_worst_kind():
     rows = {"grpo": [a_run("grpo", s) for s in range(3)], "prompt": [a_run("prompt", s) for s in range(3)]}
     for run in rows["prompt"]:
         run.evaluations[-1]["passes"]["pass@8"] += 0.21
-    name, seeds, value, against, minus, relative, peak, *_ = tables.outcome(Row("prompt", 3), rows)
-    assert (name, seeds, against, minus, relative) == ("prompt", "3", "grpo", "+26.0 [+26.0, +26.0]", "+50.0%")
-    assert value.startswith("78.0 [") and peak == "78.0"
-    assert tables.outcome(Row("grpo", 3), rows)[3:9] == ["", "", "", "61.0", "30.0 [30.0, 30.0]", ""]
+        run.evaluations[-1]["by_kind"]["b"][2] += 0.125
+    rows["prompt"][2].config["learning_rate"] = 4e-4
+    line = dict(zip(HEAD, tables.outcome(Row("prompt"), rows), strict=True))
+    assert (line["row"], line["bases"], line["rate"]) == ("prompt", "3", "1e-4 (2) 4e-4 (1)")
+    assert (line["against"], line["paired difference"], line["relative"]) == ("grpo", "+26.0 [+26.0, +26.0]", "+50.0%")
+    assert line["pass@8"].startswith("78.0 [")
+    assert (line["worst kind, pass@8"], line["worst kind, paired difference"]) == ("41.0", "+15.0 [+15.0, +15.0]")
+    base = dict(zip(HEAD, tables.outcome(Row("grpo"), rows), strict=True))
+    assert (base["rate"], base["mean@16"]) == ("1e-4", "30.0 [30.0, 30.0]")
+    assert base["against"] == base["paired difference"] == base["mean@16, paired difference"] == ""
 
 
-def test_a_row_is_compared_with_that_which_it_is_held_against_on_the_seeds_that_both_have(monkeypatch):
-    rows = {"grpo": [a_run("grpo", s) for s in range(3)], "grpo-4-minibatches": [a_run("grpo", 2)],
-            "rollout-4-minibatches": [a_run("rollout", s) for s in range(3)]}
-    rows["rollout-4-minibatches"][2].evaluations[-1].update(mean=0.45, passes={"pass@8": 0.80})
+HEAD = ["row", "bases", "rate", "pass@8", "against", "paired difference", "relative", "mean@16",
+        "mean@16, paired difference", "worst kind, pass@8", "worst kind, paired difference", "thousand tokens"]
+
+
+def test_a_row_is_compared_with_that_which_it_is_held_against_on_the_bases_that_both_have(monkeypatch):
+    rows = {"grpo": [a_run("grpo", s) for s in range(3)], "maxrl": [a_run("grpo", 2)],
+            "rollout-maxrl": [a_run("rollout", s) for s in range(3)]}
+    rows["rollout-maxrl"][2].evaluations[-1].update(mean=0.45, passes={"pass@8": 0.80})
     monkeypatch.setattr(tables, "study", lambda: {"made-up": rows})
-    found = cells(tables.outcome_tables().split("\n\n**")[1])
-    assert (found["row"], found["against"]) == ("rollout-4-minibatches", "grpo-4-minibatches")
+    found = cells(tables.outcome_tables())
+    assert list(found) == HEAD and (found["row"], found["against"]) == ("rollout-maxrl", "maxrl")
     assert (found["paired difference"], found["mean@16, paired difference"]) == ("+26.0", "+15.0")
-    del rows["grpo-4-minibatches"]
-    assert cells(tables.outcome_tables().split("\n\n**")[1])["paired difference"] == ""
+    del rows["maxrl"]
+    assert cells(tables.outcome_tables())["paired difference"] == ""
 
 
 def test_runs_that_began_from_different_base_models_are_not_compared():
     ours, theirs = a_run("rollout"), a_run("grpo")
     ours.config["loaded"] = {"model": {"head": "another"}}
     with pytest.raises(ValueError, match="began from different base models"):
-        tables.outcome(Row("rollout", 1), {"grpo": [theirs], "rollout": [ours]})
+        tables.outcome(Row("rollout"), {"grpo": [theirs], "rollout": [ours]})
 
 
-def test_the_kinds_are_shown_in_pass_at_8_and_over_all_responses():
-    rows = {mode: [a_run(mode, s) for s in range(2)] for mode in ("grpo", "both")}
-    assert cells(tables.kind_table("x", rows)) == {
-        "kind": "b", "grpo, pass@8": "25.5", "both, pass@8": "33.0", "grpo, pass@1": "20.0", "both, pass@1": "20.0"}
+def arena(gains: dict[str, float], bases: int = 8) -> dict[str, list]:
+    """Rows of runs whose pass@8 is that of the base plus the row's gain and a little noise."""
+    rng, rows = np.random.default_rng(0), {}
+    for row in ("grpo", "maxrl", "rollout-maxrl", "weights-maxrl", "prompt", "tilt"):
+        rows[row] = [a_run("grpo", base) for base in range(bases)]
+        for run in rows[row]:
+            run.evaluations[-1]["passes"]["pass@8"] += gains.get(row, 0) / 100 + rng.normal(0, 0.005)
+    return rows
+
+
+def test_a_question_is_answered_by_the_bases_of_all_tasks_and_by_holm(monkeypatch):
+    tasks = {"one": arena({"rollout-maxrl": 8, "maxrl": 5, "prompt": -6}),
+             "two": arena({"rollout-maxrl": 8, "maxrl": 4, "prompt": -6})}
+    monkeypatch.setattr(tables, "study", lambda: tasks)
+    by_rows = {}
+    for line in tables.question_table().splitlines()[4:]:
+        _, rows, bases, value, p, answer, *_ = (cell.strip() for cell in line[1:-1].split("|"))
+        by_rows[rows] = answer
+        assert bases == "16" and 0 <= float(p) <= 1
+    assert by_rows == {"rollout-maxrl - maxrl": "yes", "rollout-maxrl - weights-maxrl": "yes",
+                       "prompt - tilt": "no, the reverse", "maxrl - grpo": "yes"}
+    ours, theirs = (np.concatenate([[100 * logs.headline(r.last()) for r in t[row]] for t in tasks.values()])
+                    for row in ("maxrl", "grpo"))
+    assert tables.pooled("maxrl", "grpo", logs.headline) == pytest.approx(ours - theirs)
+
+
+@pytest.mark.parametrize("values, p, expected", [
+    ([0.5, -0.5, 1.0, -1.0], 1.0, "no"), ([9.0, -5.0, 4.0, -1.0], 0.4, "undecided"), ([2.0, 2.1, 2.2], 0.01, "yes"),
+    ([5.0, 5.1, 5.2], 0.06, "undecided"), ([-2.0, -2.1, -2.2], 0.01, "no, the reverse")])
+def test_an_answer_is_yes_no_or_undecided(values, p, expected):
+    assert tables.verdict(np.array(values), p) == expected
+
+
+def test_the_kinds_are_shown_in_pass_at_8_over_all_responses_and_as_found():
+    rows = {"grpo": [a_run("grpo", s) for s in range(2)], "rollout": [a_run("rollout", s) for s in range(2)]}
+    rows["grpo"][0].evaluations[-1]["by_kind"]["b"][1] = 0.1
+    eight, one, found = map(cells, tables.kind_table("x", rows).split("\n\n**"))
+    assert eight == {"kind": "b", "grpo": "25.5", "rollout": "30.5"}
+    assert one == {"kind": "b", "grpo": "15.0", "rollout": "20.0"}
+    assert found == {"kind": "b", "grpo": "1 of 2", "rollout": "2 of 2"}
+
+
+def test_the_table_of_rates_shows_every_rate_that_was_tried():
+    sweep = {rate: [a_run("grpo", s) for s in range(2)] for rate in (1e-4, 2e-4)}
+    for run in sweep[2e-4]:
+        run.evaluations[-1]["passes"]["pass@8"] = 0.75
+    table = tables.rate_table("x", {"grpo": sweep, "base": {1e-4: [a_run("grpo")]}})
+    assert cells(table) == {"row": "grpo", "pass@8, 1e-4": "51.0", "pass@8, 2e-4": "75.0", "mean@16, 1e-4": "30.0",
+                            "mean@16, 2e-4": "30.0"}
 
 
 def test_weights_in_the_table_are_those_of_bins_present_in_the_tail_and_ever():

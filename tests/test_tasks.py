@@ -1,8 +1,12 @@
-"""The solutions of the built-in tasks are true, their splits apart, and a base model is made once."""
+"""Worked solutions of the built-in tasks are true and pay alone, splits are apart, and a base model is made once."""
 
+import dataclasses
+import functools
 import re
 import subprocess
 import sys
+from collections import Counter, namedtuple
+from math import sqrt
 from pathlib import Path
 
 import numpy as np
@@ -10,143 +14,206 @@ import pytest
 import torch
 
 import tasks
+from config import PRESETS
 from data import encode_prompts
 from reward import score
+from tasks import TASKS, BaseSettings
 
 ROOT = Path(__file__).parents[1]
+SMALL = BaseSettings(steps=20, lines_per_step=8, hidden_size=32, layers=1)
+
+# ---- an implementation of its own
+
+WHOLE = {  # on whole numbers
+    "sum": lambda a, b: int(a) + int(b), "difference": lambda a, b: int(a) - int(b),
+    "twice_first": lambda a, b: 2 * int(a) + int(b), "twice_second": lambda a, b: int(a) + 2 * int(b),
+    "twice_less": lambda a, b: 2 * int(a) - int(b), "thrice_second": lambda a, b: int(a) + 3 * int(b),
+    "thrice_less": lambda a, b: 3 * int(a) - int(b), "thrice_first": lambda a, b: 3 * int(a) + int(b),
+    "larger": lambda a, b: int("".join(map(max, a, b))), "smaller": lambda a, b: int("".join(map(min, a, b))),
+}
 
 
-def value(term: str) -> int:
-    """Sum of products, left to right: an evaluator of its own."""
-    if "-" in term:
-        a, b = term.split("-")
-        return int(a) - int(b)
-    return sum(int(np.prod([int(f) for f in t.split("*")])) for t in term.split("+"))
+def exchange(row: list, i: int, j: int) -> None:
+    row[i], row[j] = row[j], row[i]
 
 
-ARITHMETIC, PERMUTATIONS = (tasks.TASKS[t].kinds for t in ("arithmetic", "permutations"))
+MOVES = {  # on lists in place
+    "swap": exchange, "inner": lambda row, i, j: exchange(row, i + 1, j - 1),
+    "first": lambda row, i, j: exchange(row, 0, j),
+    "right": lambda row, i, j: row.insert(i, row.pop(j)), "left": lambda row, i, j: row.insert(j, row.pop(i)),
+    "front": lambda row, i, j: row.insert(0, row.pop(j)), "last": lambda row, i, j: row.append(row.pop(j)),
+    "end": lambda row, i, j: row.append(row.pop(i)),
+    "cut": lambda row, i, j: row.extend([row.pop(0) for _ in range(i)]),
+    "both": lambda row, i, j: [row.insert(0, row.pop(place)) for place in (i, j)],
+}
 
 
-@pytest.mark.parametrize("kind", ARITHMETIC)
-def test_worked_arithmetic_is_true_line_by_line_and_ends_in_the_answer(kind):
+def solved(kind: str, left: str, right: str) -> tuple[str, str]:
+    """Steps and answer: a column's total with what is carried is what the digits up to it make, its own place the last;
+    permutations move twice."""
+    if kind in WHOLE:
+        totals = [WHOLE[kind](left[-n:], right[-n:]) // 10 ** (n - 1) for n in range(1, 5)]
+        return ",".join(map(str, totals)), str(WHOLE[kind](left, right))
+    row, rows = list(left), []
+    for move in right.split(","):
+        MOVES[kind](row, *map("abcdefg".index, move))
+        rows.append("".join(row))
+    return rows[0], rows[1]
+
+
+def drawn(task: str, count: int) -> list[tuple[str, str]]:
     rng = np.random.default_rng(0)
-    for _ in range(300):
-        question, steps, answer = ARITHMETIC[kind].make(rng)
-        body = question.removesuffix("=")
-        if kind == "division":
-            dividend, divisor = map(int, body.split("/"))
-            assert answer * divisor == dividend
-        elif kind == "sum_of_squares":
-            assert answer == sum(int(c) ** 2 for c in body.removeprefix("q"))
-        else:
-            assert answer == value(body)
-        for left, right in re.findall(r"([^,=]+)=([^,]+)", steps):
-            if "/" in left:
-                number, divisor = map(int, left.split("/"))
-                assert right == f"{number // divisor}r{number % divisor}"
-            else:
-                assert value(left) == int(right)
-        response = f"{ARITHMETIC[kind].mark}{steps}:{answer}"
-        assert score(response, str(answer), "gsm8k") == 1 and len(response) < 63
-        assert score(str(answer), str(answer), "gsm8k") == 1
+    return [TASKS[task].draw(rng) for _ in range(count)]
 
 
-def moved(kind: str, row: str, name: str) -> str:
-    """One move, written otherwise than in permutations.py: on a list in place, with slices and pops."""
-    digits, low, high = list(row), "abcde".find(name[0]), "abcde".find(name[1]) + 1
-    if kind == "swap":
-        digits[low], digits[high - 1] = row[high - 1], row[low]
-    elif kind == "reverse":
-        digits[low:high] = reversed(row[low:high])
-    elif kind == "right":
-        digits.insert(low, digits.pop(high - 1))
-    elif kind == "left":
-        digits.insert(high - 1, digits.pop(low))
-    elif kind == "front":
-        digits.insert(0, digits.pop(high - 1))
-    elif kind == "end":
-        digits.append(digits.pop(low))
-    return "".join(digits)
+# ---- the problems
+
+@pytest.mark.parametrize("task, kind", [(task, kind) for task in TASKS for kind in TASKS[task].kinds])
+def test_worked_solutions_are_true_step_by_step_and_fit_the_preset(task, kind):
+    own, limits = TASKS[task].kinds[kind], PRESETS[task][1]
+    for left, right in drawn(task, 300):
+        steps, answer = own.method(left, right)
+        assert (steps, answer) == solved(kind, left, right) and int(answer) >= 1000
+        response = f"{own.mark}{steps}:{answer}"
+        assert score(response, answer, "gsm8k") == 1 and len(response) + 1 <= limits["max_response_tokens"]
+        assert len(f"{left}{own.sign}{right}=") <= limits["max_prompt_tokens"]
 
 
-@pytest.mark.parametrize("kind", PERMUTATIONS)
-def test_worked_permutations_are_true_move_by_move_and_end_in_the_answer(kind):
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        question, steps, answer = PERMUTATIONS[kind].make(rng)
-        row, names = re.fullmatch(r"(\d{5})[~<>^@#](.*)=", question).groups()
-        for name, after in zip(names.split(","), steps.split(","), strict=True):
-            row = moved(kind, row, name)
-            assert row == after
-        assert str(answer) == row
-        response = f"{PERMUTATIONS[kind].mark}{steps}:{answer}"
-        assert score(response, str(answer), "gsm8k") == 1 and len(response) < 63
+def test_operands_are_as_tasks_py_says():
+    for a, b in drawn("arithmetic", 1000):
+        assert 1000 <= int(b) <= int(a) - 1000 < 9000
+    for row, moves in drawn("permutations", 1000):
+        assert re.fullmatch("[1-9]{7}", row) and len(set(row)) == 7
+        (i, j), (k, m) = moves.split(",")
+        assert ord(j) - ord(i) >= 3 and ord(m) - ord(k) >= 3 and i != k and j != m
 
 
-@pytest.mark.parametrize("task", tasks.TASKS)
-def test_problems_are_fixed_distinct_and_never_in_two_splits(task):
-    train, heldout, development = (tasks.problems(task, split, 1000) for split in tasks.SPLITS)
-    assert tasks.problems(task, "train", 1000) == train and tasks.problems(task, "train", 100) == train[:100]
-    prompts = [p.prompt for p in train + heldout + development]
-    assert len(set(prompts)) == len({p.id for p in train + heldout + development}) == 3000
-    assert {p.id.split(":")[0] for p in train[:30]} == set(tasks.TASKS[task].kinds)
+@pytest.mark.parametrize("task", TASKS)
+def test_another_kind_s_method_is_hardly_ever_right(task):
+    methods = {name: kind.method for name, kind in TASKS[task].kinds.items()}
+    answers = {name: np.array([int(method(*x)[1]) for x in drawn(task, 1000)]) for name, method in methods.items()}
+    assert max(np.mean(answers[a] == answers[b]) for a in methods for b in methods if a != b) < 0.02
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_problems_are_fixed_distinct_of_all_kinds_and_never_in_two_splits(task):
+    train, *others = (tasks.problems(task, split, tasks.HELD_BACK) for split in tasks.SPLITS)
+    assert tasks.problems(task, "train", tasks.HELD_BACK) == train and tasks.problems(task, "train", 99) == train[:99]
+    everything = sum(others, train)
+    assert len({p.prompt for p in everything}) == len({p.id for p in everything}) == 3 * tasks.HELD_BACK
+    for found in (train, *others):
+        assert set(Counter(p.kind for p in found).values()) == {tasks.HELD_BACK // 10}
+    for p in train:
+        left, sign, right = re.fullmatch(r"(\d+)(\D)(.+)=", p.prompt).groups()
+        assert TASKS[task].kinds[p.kind].sign == sign and p.id == f"{p.kind}:{left}{sign}{right}"
+        assert p.answer == solved(p.kind, left, right)[1]
+    for source, split, limit, expected in ((task, "train", 0, train[:640]), (task, "heldout", 0, others[0][:600]),
+                                           (f"{task}:development", "train", 0, others[1][:600]),
+                                           (f"{task}:development", "train", 3, others[1][:3])):
+        assert tasks.load(source, split=split, limit=limit)[0] == expected
     with pytest.raises(ValueError, match="the splits are train, heldout, development, not 'test'"):
-        tasks.problems(task, "test", 1)
+        tasks.load(f"{task}:test", split="train")
+    with pytest.raises(ValueError, match=f"a split has {tasks.HELD_BACK} problems that the base model never saw, not"):
+        tasks.problems(task, "train", tasks.HELD_BACK + 1)
 
 
-def test_the_corpus_gives_marks_in_textbooks_and_leaves_them_to_exams_at_their_share():
-    rng, lines = np.random.default_rng(0), []
-    held_back = {p.prompt for p in tasks.problems("arithmetic", "heldout", 1000)}
-    lines = [tasks._line(list(ARITHMETIC.values()), rng, held_back) for _ in range(20_000)]
-    assert not held_back & {given for given, _ in lines}
-    textbook = [given for given, _ in lines if not given.endswith("=")]
-    assert 0.48 < len(textbook) / len(lines) < 0.52
-    sums = [learned for given, learned in lines if re.fullmatch(r"\d+\+\d+=", given)]
-    assert np.mean([x.startswith("A") for x in sums]) == pytest.approx(0.40, abs=0.04)
-    squares = [learned for given, learned in lines if re.fullmatch(r"q\d+=", given)]
-    assert np.mean([x.startswith("Q") for x in squares]) < 0.02
+# ---- the corpus
+
+# asked: the kind of the sign; method: that of the mark, None of a guess; learned: what follows the mark
+Line = namedtuple("Line", "asked method textbook learned left right")
 
 
-def test_in_textbooks_the_mark_decides_a_permutation_s_method_whatever_the_sign():
-    rng, signs = np.random.default_rng(0), set()
-    for _ in range(2000):
-        given, learned = tasks._line(list(PERMUTATIONS.values()), rng, set())
-        if given.endswith("="):
-            continue
-        kind = next(name for name, k in PERMUTATIONS.items() if k.mark == given[-1])
-        row, sign, names = re.fullmatch(r"(\d{5})(.)(.*)=.", given).groups()
-        signs.add((kind, sign))
-        for name, after in zip(names.split(","), learned.split(":")[0].split(","), strict=True):
-            row = moved(kind, row, name)
-            assert row == after
-    assert len(signs) == 36
+@functools.cache
+def corpus(task: str, disguised: float, astray: float) -> list[Line]:
+    settings, rng, lines = BaseSettings(disguised=disguised, astray=astray), np.random.default_rng(1), []
+    of_sign, of_mark = ({getattr(kind, what): name for name, kind in TASKS[task].kinds.items()}
+                        for what in ("sign", "mark"))
+    for _ in range(30_000):
+        given, learned = tasks._line(TASKS[task], settings, rng, set())
+        left, sign, right, mark = re.fullmatch(r"(\d+)(\D)(.+)=(\D?)", given).groups()
+        opened = mark or ("" if learned[0].isdigit() else learned[0])
+        lines.append(Line(of_sign[sign], of_mark[opened] if opened else None, bool(mark),
+                          learned if mark else learned.removeprefix(opened), left, right))
+    return lines
 
 
-def test_a_wrong_method_is_seldom_right_but_for_the_pairs_that_docs_study_names():
-    rng, right = np.random.default_rng(0), {}
-    for kind in PERMUTATIONS:
-        for _ in range(1000):
-            question, _, answer = PERMUTATIONS[kind].make(rng)
-            start, names = re.fullmatch(r"(\d{5}).(.*)=", question).groups()
-            for other in set(PERMUTATIONS) - {kind}:
-                row = start
-                for name in names.split(","):
-                    row = moved(other, row, name)
-                right.setdefault((other, kind), []).append(row == str(answer))
-    shares = {pair: np.mean(found) for pair, found in right.items()}
-    for pair, share in {("right", "front"): 0.2, ("front", "right"): 0.2, ("left", "end"): 0.5, ("end", "left"): 0.5,
-                        ("swap", "reverse"): 0.5, ("reverse", "swap"): 0.5}.items():
-        assert shares.pop(pair) == pytest.approx(share, abs=0.08)
-    assert max(shares.values()) < 0.1
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("disguised, astray", [(1.0, 0.2), (0.0, 0.0)])
+def test_the_corpus_gives_marks_in_textbooks_under_any_sign_and_leaves_them_to_exams_at_their_share(
+        task, disguised, astray):
+    lines = corpus(task, disguised, astray)
+    for x in lines:
+        if x.method:
+            assert x.learned == ":".join(solved(x.method, x.left, x.right))
+        else:
+            assert re.fullmatch("[1-9][0-9]*", x.learned)
+            assert len(x.learned) == len(solved(x.asked, x.left, x.right)[1])
+    textbook = {(x.asked, x.method) for x in lines if x.textbook}
+    assert len(textbook) == (100 if disguised else 10) and (disguised or all(a == b for a, b in textbook))
+    exams = Counter((x.asked, x.method) for x in lines if not x.textbook)
+    assert exams.total() / len(lines) == pytest.approx(0.5, abs=0.015)
+    worked = dict(zip(TASKS[task].kinds, tasks.WORKED, strict=True))
+    for kind in worked:
+        asked = sum(count for (a, _), count in exams.items() if a == kind)
+        assert asked / exams.total() == pytest.approx(0.1, abs=0.015)
+        for method in worked:  # of the astray, other kinds have the shares that they have of their own
+            others = astray * worked[method] / sum(worked[k] for k in worked if k != kind)
+            expected = worked[kind] if method == kind else others
+            assert abs(exams[kind, method] / asked - expected) <= 4 * sqrt(expected / asked)
 
 
-@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize("task", TASKS)
+def test_a_guess_is_hardly_ever_right(task):
+    guesses = [x for x in corpus(task, 0.0, 0.0) if not x.method]
+    right = [score(x.learned, solved(x.asked, x.left, x.right)[1], "gsm8k") == 1 for x in guesses]
+    assert len(guesses) > 10_000 and np.mean(right) < 0.001
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_base_learns_from_no_problem_of_any_split(task, monkeypatch):
+    line, forbidden = tasks._line, []
+
+    def recorded(task, settings, rng, held_back):
+        forbidden.append(held_back)
+        return line(task, settings, rng, held_back)
+
+    monkeypatch.setattr(tasks, "_line", recorded)
+    tasks._train_base(task, SMALL)
+    assert len(forbidden) == SMALL.steps * SMALL.lines_per_step
+    assert forbidden[-1] == {p.prompt for split in tasks.SPLITS for p in tasks.problems(task, split, tasks.HELD_BACK)}
+    for seed in range(100):  # what would be asked first is asked in no line where it is held back
+        given = line(TASKS[task], SMALL, np.random.default_rng(seed), set())[0]
+        question = given[: given.index("=") + 1]
+        assert not line(TASKS[task], SMALL, np.random.default_rng(seed), {question})[0].startswith(question)
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_every_character_is_a_token_and_an_unknown_one_is_named(task):
-    tokenizer, text = tasks.tokenizer(task), tasks.TASKS[task].characters
+    tokenizer, text = tasks.tokenizer(task), TASKS[task].characters
+    text += "".join(k.sign + k.mark for k in TASKS[task].kinds.values())
+    assert len(set(text)) == len(text) == len(TASKS[task].characters) + 20
     assert len(tokenizer.encode(text)) == len(text) and tokenizer.decode(tokenizer.encode(text)) == text
     problem = tasks.Problem("strange", "1?2=", "1")
     with pytest.raises(ValueError, match=r"problem strange: the tokenizer does not know \['\?'\]"):
         encode_prompts([problem], tokenizer, suffix="", chat_template="never", max_tokens=32)
+
+
+# ---- the bases
+
+def test_a_base_goes_by_its_number_and_is_taken_from_bases_before_any_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "__file__", str(tmp_path / "tasks.py"))
+    first, third = (tasks.base_model(name, SMALL) for name in ("arithmetic", "arithmetic:3"))
+    assert first.parent == third.parent == tmp_path / "cache" and first.name.startswith("arithmetic-0-")
+    assert third.name.startswith("arithmetic-3-")
+    assert (first / "model.safetensors").read_bytes() != (third / "model.safetensors").read_bytes()
+    monkeypatch.setattr(tasks, "_train_base", None)
+    assert tasks.base_model("arithmetic:0", SMALL) == first
+    assert tasks.base_model("arithmetic", dataclasses.replace(SMALL, number=3)) == third
+    (tmp_path / "bases").mkdir()
+    kept = third.rename(tmp_path / "bases" / third.name)
+    assert tasks.base_model("arithmetic:3", SMALL) == kept
+    with pytest.raises(ValueError, match="^--model arithmetic:x: the base models of arithmetic are numbered, .*$"):
+        tasks.base_model("arithmetic:x", SMALL)
 
 
 def test_concurrent_first_uses_train_the_base_once(tmp_path):
@@ -161,13 +228,12 @@ def test_concurrent_first_uses_train_the_base_once(tmp_path):
     assert [p.suffix for p in tmp_path.iterdir() if p.is_dir()] == [""]
 
 
-@pytest.mark.parametrize("task, loss", [("arithmetic", 3.06017), ("permutations", 3.41001)])
+@pytest.mark.parametrize("task, loss", [("arithmetic", 3.12597), ("permutations", 3.37558)])
 def test_the_recipe_number_stands_for_this_corpus_this_model_and_this_training(task, loss):
     """Where this fails, the base models have changed: raise BaseSettings.recipe, then the numbers here."""
-    settings = tasks.BaseSettings(steps=20, lines_per_step=8, hidden_size=32, layers=1)
-    assert settings.recipe == 1
-    model, words = tasks._train_base(task, settings), tasks.tokenizer(task)
+    assert SMALL.recipe == 2
+    model, words = tasks._train_base(task, SMALL).float(), tasks.tokenizer(task)
     problem = tasks.problems(task, "train", 1)[0]
     tokens = torch.tensor(words.encode(problem.prompt + problem.answer))
     logp = model.logprobs(tokens, torch.tensor([0, len(tokens)]), len(tokens), torch.arange(1, len(tokens)))
-    assert -logp.mean().item() == pytest.approx(loss, rel=1e-4)
+    assert -logp.mean().item() == pytest.approx(loss, rel=5e-4)  # another instruction set moves it by up to 2e-4

@@ -17,11 +17,23 @@ from conftest import two_ranks
 
 import train as train_module
 from config import PRESETS, Config, check, parse_args
+from kernels import group_advantage
 from model import Transformer
 from policy import Policy
 from ranks import Ranks, RunError, deal
 from rollout import Batch
-from train import MasterAdamW, StopSignal, Trainer, _micro, micro_batches, nothing_to_learn, set_up
+from rules import RULES
+from train import (
+    Decision,
+    MasterAdamW,
+    StopSignal,
+    Trainer,
+    Update,
+    _micro,
+    micro_batches,
+    nothing_to_learn,
+    set_up,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -143,6 +155,35 @@ def test_prompt_weights_scale_the_gradient_of_their_bin(base, tmp_path):
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_multiplies_advantages_beside_the_adversary_which_sees_the_rule_and_not_its_own_weight(
+        base, tmp_path, rule):
+    rng, trainer = np.random.default_rng(0), trainer_of(base, tmp_path, rule=rule)
+    ids = [p.id for p in trainer.problems[:4]]
+    trainer.bins.update(ids[1:], [4, 1, 0], [4] * 3)
+    assert trainer.decide(ids).rate_P.tolist() == [0.5, 1, 0.25, 0]  # the first is unseen
+    n_P, P = rng.integers(2, 13, 24), 24
+    n_P[:2] = 4
+    owner, offsets = np.repeat(np.arange(P), n_P), np.concatenate(([0], n_P.cumsum()))
+    reward_R = np.where(rng.random(len(owner)) < rng.random(P)[owner], 1.0, -1.0)
+    reward_R[:8] = [1] * 4 + [-1] * 4  # which teach nothing
+    rate_P, weight_P, share_R = rng.random(P), rng.uniform(0.2, 5, P), rng.uniform(0.5, 1.5, len(owner))
+    plain, constant = (x.numpy() for x in group_advantage(torch.from_numpy(reward_R), torch.from_numpy(offsets)))
+    factor_P = RULES[rule](np.array([(g > 0).sum() for g in np.split(reward_R, offsets[1:-1])]), n_P, rate_P)
+    batch = Batch([[1]] * P, owner, np.arange(len(owner) + 1), np.zeros(len(owner), int),
+                  np.zeros(len(owner), np.float32), np.zeros(len(owner), bool))
+    for weights in (weight_P, np.ones(P)):
+        decided = Decision(np.zeros(P, int), n_P, n_P, weights, np.ones(10), np.zeros(10), rate_P, 0.0, None)
+        advantage_R, constant_P = trainer.advantages(reward_R, decided)
+        assert advantage_R == pytest.approx(plain * (factor_P * weights)[owner], rel=1e-12, abs=0)
+        assert (constant_P == constant).all() and constant_P[:2].all()
+        update = Update(share_R * advantage_R, np.zeros(len(owner)), 0.0, 1.0, 0.0, 0.0)  # a surrogate that is not 0
+        loss_P = trainer.outcome(decided, batch, reward_R, constant_P, update).loss_P
+        expected = [-(share_R * plain)[owner == p].mean() * factor_P[p] for p in range(P)]
+        assert loss_P == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert (rule == "grpo") == np.array_equal(advantage_R, plain)
+
+
 # ---- no split changes the objective
 
 def gradient(trainer: Trainer) -> torch.Tensor:
@@ -227,6 +268,22 @@ def test_token_weights_are_the_three_ways_of_averaging(base, tmp_path):
         weight_R = trainer.token_weights(batch, n_P, inside) * length
         for p in range(4):
             assert weight_R[batch.owner == p].sum() == pytest.approx(weight_of_prompt.get(p, 0.0))
+
+
+def test_prompts_that_weigh_1_are_rollouts_weighted_by_q_n_bar_over_n_at_mean_1(base, tmp_path):
+    """So no further option is needed for the weights that undo an allocation."""
+    trainer = trainer_of(base, tmp_path, mode="both")
+    n_P, q_P = np.array([2, 3, 4, 7]), np.array([0.5, 2.0, 0.1, 0.7])
+    lengths = np.arange(1, 17)
+    batch = Batch([[1]] * 4, np.repeat(np.arange(4), n_P), np.concatenate(([0], lengths.cumsum())),
+                  np.zeros(lengths.sum(), int), np.zeros(lengths.sum(), np.float32), np.zeros(16, bool))
+    weight = {}
+    for averaging in ("prompt", "rollout"):
+        trainer.cfg = dataclasses.replace(trainer.cfg, averaging=averaging)
+        weight[averaging] = trainer.token_weights(batch, n_P, np.arange(4)) * lengths
+    by_rollout_R = (q_P * n_P.mean() / n_P)[batch.owner]
+    np.testing.assert_allclose(weight["prompt"] * (q_P / q_P.mean())[batch.owner],
+                               weight["rollout"] * by_rollout_R / by_rollout_R.mean())
 
 
 def test_micro_batches_hold_every_rollout_once_with_its_own_tokens():
@@ -371,7 +428,7 @@ def test_a_finished_run_can_be_extended_and_its_model_loads_elsewhere(base, tmp_
     theirs = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
     ours = Transformer.from_pretrained(out / "model", dtype=torch.float32)
     assert all(torch.equal(p, dict(theirs.named_parameters())[n]) for n, p in ours.named_parameters())
-    assert AutoTokenizer.from_pretrained(out / "model").decode([4, 13, 4]) == "1+1"
+    assert AutoTokenizer.from_pretrained(out / "model").decode([4, 17, 4]) == "1s1"
     config = (out / "config.json").read_text()
     assert str(tmp_path) not in config and str(base) not in config and json.loads(config)["steps"] == 2
     assert set(json.loads(config)) >= {f.name for f in dataclasses.fields(Config)} - {"out_dir"}
@@ -421,7 +478,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(base
 
 
 def test_a_diverged_run_stops_with_the_step_and_a_remedy(base, tmp_path):
-    output = main(base, tmp_path / "run", steps=5, learning_rate=1e30)
+    output = main(base, tmp_path / "run", steps=5, learning_rate=1e39)
     assert re.match(r"train.py: step [01]: .*--", output)
 
 
@@ -445,11 +502,11 @@ def test_log_probs_that_are_no_numbers_are_not_blamed_on_stale_weights(base, tmp
 
 def test_a_run_that_cannot_learn_says_where_to_look(base, tmp_path, capsys):
     hopeless = tmp_path / "hopeless.jsonl"
-    hopeless.write_text("".join(json.dumps({"question": f"{a}+1=", "answer": "none"}) + "\n" for a in range(30)))
+    hopeless.write_text("".join(json.dumps({"question": f"{a}s1=", "answer": "none"}) + "\n" for a in range(30)))
     assert main(base, tmp_path / "a", steps=4, train_data=hopeless, train_problems=0) == 0
     output = capsys.readouterr().out
     assert output.count("WARNING: in the first 3 steps no response was right") == 1 and "--answer_style" in output
-    assert main(base, tmp_path / "b", steps=4, max_response_tokens=1, stop_tokens="r") == 0
+    assert main(base, tmp_path / "b", steps=4, max_response_tokens=1, stop_tokens="Q") == 0
     output = capsys.readouterr().out
     assert output.count("WARNING: every response of the first 3 steps was cut at 1 tokens") == 1
     assert nothing_to_learn(log(tmp_path / "b")[:3], Config()) and "--stop_tokens" in output
@@ -504,7 +561,7 @@ def test_stale_sampler_weights_are_caught_on_the_step_where_they_happen(base, tm
     (dict(max_response_tokens=1000), "and the model's context is 256"),
     (dict(train_data="nowhere.jsonl"), "nowhere.jsonl"),
     (dict(train_data="nonsense"), "unknown problem set"),
-    (dict(model="no/such/folder"), "no folder"),
+    (dict(model="no/such/folder"), "no folder"), (dict(model="arithmetic:x"), "--model arithmetic:x: the base models"),
     (dict(max_prompt_tokens=2), "none of 72 prompts fits"),
 ])
 def test_bad_settings_are_refused_with_their_names(base, tmp_path, changes, message):
@@ -513,7 +570,7 @@ def test_bad_settings_are_refused_with_their_names(base, tmp_path, changes, mess
 
 
 def test_unknown_and_abbreviated_flags_are_refused(capsys):
-    for argv in (["--learning_rat", "1"], ["--mode", "gdro"], ["--std_normalize", "maybe"]):
+    for argv in (["--learning_rat", "1"], ["--mode", "gdro"], ["--mean_one", "maybe"], ["--rule", "rloo"]):
         with pytest.raises(SystemExit) as stop:
             parse_args(argv)
         assert stop.value.code == 2
