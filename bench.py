@@ -37,7 +37,7 @@ from config import parse_args
 from gdro import BUDGETS, UTILITIES, DifficultyBins, PromptGDRO, RolloutGDRO
 from kernels.bench import VOCABULARY, bench_kernels, bench_sm90, forget_peak, in_fresh_process, resident_mib
 from ranks import Ranks
-from reward import Grader
+from reward import Grader, Problem
 from rollout import Sampling, TorchEngine, rollout_seed
 from runfolder import environment
 from train import Trainer
@@ -274,11 +274,11 @@ def bench_grader(count: int = 900) -> list[dict]:
 
     rows = []
     for load, pairs in answer_pairs(np.random.default_rng(0), count).items():
-        responses, golds = map(list, zip(*pairs, strict=True))
+        responses, golds = [r for r, _ in pairs], [Problem("", "", gold) for _, gold in pairs]
         with Grader(workers=2) as grader:
-            grader.grade([r"\boxed{\sqrt{8}}", r"\boxed{\sqrt{7}}"], [r"2\sqrt{2}"] * 2, ["math"] * 2)
+            grader.grade([r"\boxed{\sqrt{8}}", r"\boxed{\sqrt{7}}"], [Problem("", "", r"2\sqrt{2}")] * 2)
             start = time.perf_counter()
-            ours = [g.right for g in grader.grade(responses, golds, ["math"] * count)]
+            ours = [g.right for g in grader.grade(responses, golds)]
             seconds = time.perf_counter() - start
         start = time.perf_counter()
         theirs = [math_verify.verify(math_verify.parse(f"${gold}$"), math_verify.parse(response))
@@ -300,7 +300,7 @@ def longest_delay(count: int = 2000, timeout: float = 1.0) -> dict:
             text = "".join(pieces[j] for j in rng.integers(0, len(pieces), rng.integers(1, 60)))
             text = hard[i // 100 % len(hard)] if i % 100 == 0 else text * (2500 if i % 50 == 1 else 1)
             start, workers = time.perf_counter(), list(grader._workers)
-            grade = grader.grade([rf"Answer: {text}"], [r"\sqrt{2}+\pi"], ["math"])[0]
+            grade = grader.grade([rf"Answer: {text}"], [Problem("", "", r"\sqrt{2}+\pi")])[0]
             delays.append((time.perf_counter() - start, workers == grader._workers or grade.timed_out))
             gave_up += grade.timed_out
     steady = max(d for d, kept in delays if kept)

@@ -2,11 +2,16 @@
 
 import argparse
 import dataclasses
+import difflib
+import importlib.util
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 import tasks
+from data import SUFFIXES
 from gdro import BUDGETS, SIGNALS, UTILITIES
 from ranks import say
 from reward import STYLES
@@ -29,9 +34,11 @@ class Config:
     steps: int = arg(1000, "training steps, one batch each; 0 only evaluates the base", low=0)
     seed: int = arg(0, "seeds the order of prompts and every rollout, alike in every mode", low=0)
     out_dir: str = arg("", "run folder: config.json, metrics.jsonl, eval.json, checkpoint/, ...; empty = "
-                           "out/PRESET-MODE-SEED")
+                           "out/PRESET-MODE-SEED, or out/MODEL-DATA-MODE-SEED for own ones")
     save_every: int = arg(50, "steps between checkpoints; 0 = only at the end", low=0)
     keep: int = arg(2, "checkpoints kept, the newest ones; 0 = all", low=0)
+    tracker: str = arg("none", "also send each line of metrics.jsonl to this (pip install it)",
+                       ("none", "tensorboard", "wandb"))
 
     model: str = arg("Qwen/Qwen3-1.7B-Base", "Hugging Face folder or hub id; 'arithmetic' and 'permutations' = base "
                                              "model 0 of the built-in task, 'arithmetic:3' = its base model 3",
@@ -41,17 +48,24 @@ class Config:
                                    ".jsonl/.json/.parquet")
     train_revision: str = arg("main", "hub revision of the training data; the commit it resolves to is recorded")
     train_problems: int = arg(0, "use the first so many training problems; 0 = all (built-in tasks: 640)", low=0)
-    eval_data: str = arg("math500", "problems for evaluation, in the same forms")
+    eval_data: str = arg("math500", "problems for evaluation, in the same forms; empty = the last tenth of train_data, "
+                                    "at most 200, which is then not trained on")
     eval_revision: str = arg("main", "hub revision of the evaluation data; the commit it resolves to is recorded")
     eval_problems: int = arg(0, "use the first so many; 0 = all (built-in tasks: 600)", low=0)
     answer_style: str = arg("auto", "where a response's answer is: math = \\boxed, 'Answer:', ####, the last number; "
                                     "dapo = 'Answer:' near the end; gsm8k = the number after ####, boxed or last; "
                                     "choice = a letter; auto = as the data set says", ("auto", *STYLES))
+    reward: str = arg("", "FILE.py:function, a reward of your own: (response: str, problem: data.Problem) -> float in "
+                          "[-1, 1]; what is above 0 counts as right. Empty = +1 for the right answer, else -1")
+    allow_bad_golds: float = arg(0.02, "largest share of problems whose gold answer could match no response", low=0,
+                                 high=1)
     prompt_suffix: str = arg(PROMPT_SUFFIX, "appended to every prompt")
     chat_template: str = arg("auto", "auto = when the tokenizer has one", ("auto", "always", "never"))
     stop_tokens: str = arg("auto", "comma-separated tokens that end a response; auto = the model's own")
-    max_prompt_tokens: int = arg(3200, "longer prompts are dropped and counted", low=1)
-    max_response_tokens: int = arg(4096, "a response cut here counts as wrong", low=1)
+    max_prompt_tokens: int = arg(3200, "longer prompts are dropped and counted; 0 = half of the model's context, at "
+                                       "most 1024", low=0)
+    max_response_tokens: int = arg(4096, "a response cut here counts as wrong; 0 = what prompts leave of the context, "
+                                         "at most 1024", low=0)
 
     engine: str = arg("auto", "auto = vLLM if it imports and finds its device, else torch", ("auto", "vllm", "torch"),
                       heading="sampling")
@@ -148,8 +162,13 @@ BUILT_IN = dict(
     max_prompt_tokens=16, max_response_tokens=32, steps=50, prompts_per_step=64,
     minibatch_prompts=16, learning_rate=1e-4, kl_beta=0.0, gradient_checkpointing=False, save_every=25, eval_every=25,
     eval_rollouts=16, eval_temperature=1.0, eval_top_p=1.0, eval_top_k=0, max_rollouts=512)
+# For --model and --train_data of one's own: what one small machine can do, the rest from the model and its tokenizer.
+OWN = dict(model="", train_data="", eval_data="", max_prompt_tokens=0, max_response_tokens=0, prompts_per_step=16,
+           minibatch_prompts=4, kl_beta=0.0, steps=100, save_every=25, eval_every=25, eval_problems=100,
+           microbatch_tokens=8192, max_rollouts=64)
 # name -> (adversary, settings)
 PRESETS = {
+    "own": ("tuned", OWN),
     **{task: ("tuned", dict(BUILT_IN, model=task, train_data=task, eval_data=task)) for task in tasks.TASKS},
     "qwen3-1.7b": ("paper", dict(model="Qwen/Qwen3-1.7B-Base")),
     "qwen3-4b": ("paper", dict(model="Qwen/Qwen3-4B-Base")),
@@ -161,20 +180,42 @@ MAY_CHANGE = ("steps", "out_dir", "save_every", "keep", "eval_every", "grader_wo
               "microbatch_tokens", "max_rollouts", "gpu_memory_utilization", "gradient_checkpointing", "learning_rate")
 
 
+class Parser(argparse.ArgumentParser):
+    """Names the flag that an unknown one probably meant."""
+
+    def error(self, message: str):
+        unknown = [word for word in message.split() if word.startswith("--")]
+        if message.startswith("unrecognized arguments") and unknown:
+            meant = nearest(unknown[0].lstrip("-").partition("=")[0].replace("-", "_"))
+            message += f"; did you mean --{meant}?" if meant else "; --help lists all flags"
+        super().error(message)
+
+
+def nearest(flag: str) -> str | None:
+    """The setting of this name, or of these initials (lr), or the one that is spelt most alike."""
+    names = [f.name for f in dataclasses.fields(Config)]
+    by_initials = {"".join(word[0] for word in name.split("_")): name for name in names if "_" in name}
+    alike = difflib.get_close_matches(flag, names, 1)
+    return flag if flag in names else by_initials.get(flag) or (alike[0] if alike else None)
+
+
 def parse_args(argv: list[str] | None = None) -> tuple[Config, str, bool]:
-    """Command line -> (config, preset name, resume). A preset sets fields; flags given override it."""
-    parser = argparse.ArgumentParser(
+    """Command line -> (config, preset name, resume). A preset sets fields; flags given override it. With --resume the
+    rest comes from the run's own config.json. Raises ValueError for values that cannot be (`check`)."""
+    parser = Parser(
         description="GRPO, Prompt-GDRO and Rollout-GDRO (arXiv 2601.19280). Several GPUs or processes: torchrun.",
-        usage="train.py [--preset PRESET] [--adversary paper|tuned] [--mode MODE] [--resume] [--FLAG VALUE ...]\n"
-              "--help lists all flags",
+        usage="train.py [--preset PRESET] [--adversary paper|tuned] [--mode MODE] [--FLAG VALUE ...]\n"
+              "       train.py --out_dir RUN --resume [--FLAG VALUE ...]\n--help lists all flags",
         formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
     parser.add_argument("--preset", default="auto", choices=["auto", *PRESETS],
-                        help="a set of values for the flags below; auto = qwen3-1.7b with CUDA, else arithmetic")
+                        help="a set of values for the flags below; auto = that of a built-in task that is named, own\n"
+                             "for other --model and --train_data; without either qwen3-1.7b with CUDA, else arithmetic")
     parser.add_argument("--adversary", default="auto", choices=["auto", *ADVERSARIES],
                         help="settings of bins and adversaries: the paper's, or what our study found to work;\n"
-                             "auto = tuned for the built-in tasks, else paper")
+                             "auto = paper for the paper's models, else tuned")
     parser.add_argument("--resume", action="store_true",
-                        help="go on from the last checkpoint in out_dir; may change: " + ", ".join(MAY_CHANGE))
+                        help="go on from the last checkpoint in out_dir, with the settings of the run; may change:\n"
+                             + ", ".join(MAY_CHANGE))
     group = parser
     for f in dataclasses.fields(Config):
         group = parser.add_argument_group(f.metadata["heading"]) if f.metadata["heading"] else group
@@ -184,14 +225,72 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, str, bool]:
                            help=f"{f.metadata['help']} [{f.default!r}]".replace("%", "%%"))
     given = vars(parser.parse_args(argv))
     preset, adversary, resume = given.pop("preset"), given.pop("adversary"), given.pop("resume")
-    if preset == "auto":
-        preset = "qwen3-1.7b" if torch.cuda.is_available() else "arithmetic"
-        say(f"preset {preset} (auto: CUDA is {'present' if torch.cuda.is_available() else 'not present'})")
-    usual, settings = PRESETS[preset]
-    cfg = Config(**{**ADVERSARIES[usual if adversary == "auto" else adversary], **settings, **given})
-    if not cfg.out_dir:
-        cfg = dataclasses.replace(cfg, out_dir=f"out/{preset}-{cfg.mode}-{cfg.seed}")
+    if resume and given.get("out_dir") and (Path(given["out_dir"]) / "config.json").exists():
+        chosen = {} if adversary == "auto" else ADVERSARIES[adversary]
+        cfg, preset = of_run(Path(given["out_dir"]), preset, {**chosen, **given})
+    else:
+        preset = choose_preset(given) if preset == "auto" else preset
+        usual, settings = PRESETS[preset]
+        cfg = Config(**{**ADVERSARIES[usual if adversary == "auto" else adversary], **settings, **given})
+        if "minibatch_prompts" not in given:
+            cfg = dataclasses.replace(cfg, minibatch_prompts=min(cfg.minibatch_prompts, cfg.prompts_per_step))
+        cfg = dataclasses.replace(cfg, out_dir=cfg.out_dir or f"out/{own_name(cfg, preset)}-{cfg.mode}-{cfg.seed}")
+    idle = [f"--{name}" for name in given if not acts(name, cfg.mode)]
+    if idle:
+        say(f"WARNING: {', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect in mode {cfg.mode}")
+    check(cfg)
+    if cfg.mode in ("rollout", "both") and cfg.rollouts_per_prompt in (cfg.n_min, cfg.n_max):
+        say(f"WARNING: a mean of {cfg.rollouts_per_prompt} rollouts from --n_min {cfg.n_min} to --n_max {cfg.n_max} "
+            "leaves Rollout-GDRO no choice: every prompt gets as many")
     return cfg, preset, resume
+
+
+def choose_preset(given: dict) -> str:
+    """The preset of a command that names none."""
+    named = [given[k] for k in ("train_data", "model") if k in given]
+    task = next((name.partition(":")[0] for name in named if tasks.is_base(name)), None)
+    if task or named:
+        preset, why = task or "own", "for what --model and --train_data name"
+    else:
+        preset = "qwen3-1.7b" if torch.cuda.is_available() else "arithmetic"
+        why = f"CUDA is {'present' if torch.cuda.is_available() else 'not present'}"
+    say(f"preset {preset} (auto: {why})")
+    return preset
+
+
+def own_name(cfg: Config, preset: str) -> str:
+    """What a run is called: its preset, unless model or data are others than the preset's."""
+    usual = PRESETS[preset][1]
+    if preset != "own" and cfg.model == usual["model"] and cfg.train_data == usual.get("train_data", Config.train_data):
+        return preset
+    model, data = (Path(x.removesuffix(Path(x).suffix * x.endswith(SUFFIXES))).name.replace(":", "-")
+                   for x in (cfg.model, cfg.train_data))
+    return model if model.startswith(data) else f"{model}-{data}"
+
+
+def acts(name: str, mode: str) -> bool:
+    """Whether a setting can matter in a mode: those of an adversary only where it acts."""
+    heading = ""
+    for f in dataclasses.fields(Config):
+        heading = f.metadata["heading"] or heading
+        if f.name == name:
+            adversary = heading.partition("-GDRO")[0].lower()
+            return adversary not in ("prompt", "rollout") or mode in (adversary, "both")
+    raise KeyError(name)
+
+
+def of_run(folder: Path, preset: str, given: dict) -> tuple[Config, str]:
+    """The settings of the run in `folder`, as last resumed, with those given on top, and its preset. What config.json
+    keeps by its last name alone stands in paths.json."""
+    saved = json.loads((folder / "config.json").read_text())
+    if preset not in ("auto", saved["preset"]):
+        raise ValueError(f"--resume with another preset: this run has {saved['preset']}; leave --preset out")
+    paths = folder / "paths.json"
+    for change in saved.get("resumed", []):
+        saved |= change["changed"]
+    saved |= json.loads(paths.read_text()) if paths.exists() else {}
+    known = {f.name for f in dataclasses.fields(Config)}
+    return Config(**{**{k: v for k, v in saved.items() if k in known}, **given}), saved["preset"]
 
 
 def _boolean(text: str) -> bool:
@@ -216,6 +315,15 @@ def check(cfg: Config) -> None:
     if cfg.minibatch_prompts > cfg.prompts_per_step:
         raise ValueError(f"--minibatch_prompts {cfg.minibatch_prompts} is more than --prompts_per_step "
                          f"{cfg.prompts_per_step}")
+    if cfg.tracker != "none" and importlib.util.find_spec(cfg.tracker) is None:
+        raise ValueError(f"--tracker {cfg.tracker}: it is not installed; pip install {cfg.tracker}")
+    for name in ("model", "train_data"):
+        if not getattr(cfg, name):
+            raise ValueError(f"--{name} is missing: own models and data (--preset own) need both --model and "
+                             "--train_data; with the paper's settings: --preset qwen3-1.7b")
+    if cfg.mode in ("rollout", "both") and not cfg.n_min <= cfg.rollouts_per_prompt <= cfg.n_max:
+        raise ValueError(f"--rollouts_per_prompt {cfg.rollouts_per_prompt} is the mean, so it must lie between --n_min "
+                         f"{cfg.n_min} and --n_max {cfg.n_max}")
     if cfg.allocation == "weights" and cfg.mode in ("rollout", "both") and not UTILITIES[cfg.rollout_utility].by_share:
         raise ValueError(f"--allocation weights draws {cfg.rollouts_per_prompt} rollouts of every prompt, so "
                          f"--rollout_utility {cfg.rollout_utility} would only ever see that arm; take one that is "

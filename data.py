@@ -4,16 +4,17 @@ Everything is checked before the first step: a training run should not find the 
 The order of prompts is a function of (seed, step), so a resumed run needs no saved sampler.
 """
 
+import difflib
 import hashlib
 import json
 import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from reward import STYLES
+from reward import STYLES, Problem, boxed
 
 log = logging.getLogger(__name__)
 
@@ -31,21 +32,11 @@ HUB_SETS = {
 # the first column present is taken; `solution` last, as MATH-500 has both a worked solution and an answer
 PROMPT_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "final_answer", "solution", "reward_model")  # the last: raw DAPO and other verl data
+KIND_COLUMNS = ("kind", "level", "subject", "type", "category")  # MATH has a level beside its subject or type
 ID_COLUMNS = ("id", "uid", "unique_id", "Record ID")
 CHOICE_COLUMNS = ("Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)))  # of GPQA
 SUFFIXES = (".jsonl", ".json", ".parquet")
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>")  # what chat models end a turn with, where it is not their eos token
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One question with a checkable answer."""
-
-    id: str
-    prompt: str
-    answer: str
-    style: str = "math"  # where a response states its answer, a key of reward.STYLES
-    kind: str = ""  # what evaluations tell apart; "" = nothing
 
 
 # ---- loading
@@ -54,7 +45,8 @@ def load_problems(source: str, *, revision: str | None = None) -> tuple[list[Pro
     """Problems of `source`, and the record of what exactly they are.
 
     source: a path ending in .jsonl, .json (a list of objects) or .parquet; a key of HUB_SETS; or
-        `hub:owner/name[:config[:split]]` (split: train).
+        `hub:owner/name[:config[:split]]` (split: train). Columns: PROMPT_COLUMNS and ANSWER_COLUMNS; optional are
+        style, KIND_COLUMNS and ID_COLUMNS.
     revision: commit, branch or tag of a hub set; a full commit sha needs no network if the set is cached.
     Returns the problems in file order, and {source, counts: {rows, merged, conflicting}} with {repo, config, split,
     revision: the commit sha} or {sha256}: no absolute path, so it can be published and compared.
@@ -64,18 +56,34 @@ def load_problems(source: str, *, revision: str | None = None) -> tuple[list[Pro
     if source in HUB_SETS or source.startswith("hub:"):
         rows, record = _read_hub(source, revision)
         name = source
-    elif source.endswith(SUFFIXES):
+    elif source and (Path(source).suffix or "/" in source or Path(source).exists()):
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for hub sets; {Path(source).name} is a local file")
-        rows, record = _read_file(Path(source))
+        rows, record = _read_file(_local(source))
         name = Path(source).name
     else:
-        raise ValueError(f"unknown problem set {source!r}: give a local {', '.join(SUFFIXES)} file, one of "
-                         f"{', '.join(HUB_SETS)}, or hub:owner/name[:config[:split]]")
+        raise ValueError(f"unknown problem set {source!r}{_meant(source, HUB_SETS)} Give a local {', '.join(SUFFIXES)} "
+                         f"file, one of {', '.join(HUB_SETS)}, or hub:owner/name[:config[:split]]")
     if not rows:
         raise ValueError(f"{name} has no rows")
     problems, counts = _merge([(where, _problem(row, f"{name}, {where}")) for where, row in rows], name)
     return problems, {"source": name, **record, "counts": {"rows": len(rows), **counts}}
+
+
+def _local(source: str) -> Path:
+    path = Path(source)
+    if not path.exists():
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        hub = f" On the hub it would be hub:{source}" if not path.suffix and source.count("/") == 1 else ""
+        raise FileNotFoundError(f"no file {source}{_meant(path.name, beside)}{hub}")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{source} is none of the files that can be read: {', '.join(SUFFIXES)}")
+    return path
+
+
+def _meant(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, names)
+    return f"; is it {' or '.join(near)}?" if near else "."
 
 
 def _read_file(path: Path) -> tuple[list[tuple[str, dict]], dict]:
@@ -94,7 +102,7 @@ def _read_file(path: Path) -> tuple[list[tuple[str, dict]], dict]:
             raise ValueError(f"{path.name} is not a parquet file: {error}") from error
         return [(f"row {i}", row) for i, row in enumerate(table.to_pylist(), 1)], record
     try:
-        text = content.decode("utf-8")
+        text = content.decode("utf-8").removeprefix("\ufeff")  # a byte-order mark, as editors on Windows write it
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} is not UTF-8 (byte {error.start}): convert it, e.g. with iconv") from error
     if path.suffix == ".jsonl":
@@ -147,20 +155,22 @@ def _problem(row: dict, where: str) -> Problem:
     if isinstance(prompt, list):  # chat messages, as in raw DAPO
         users = [m.get("content") for m in prompt if isinstance(m, dict) and m.get("role") == "user"]
         prompt = users[-1] if users else None
-    answer = _column(row, ANSWER_COLUMNS, where)
-    style = "math"
+    answer, style = _column(row, ANSWER_COLUMNS, where), "math"
     if isinstance(answer, dict):  # verl's rows, whose prompts ask for a last line "Answer: ..."
         answer, style = answer.get("ground_truth"), "dapo"
     if isinstance(answer, list):
         answer = ", ".join(_text(part) for part in answer)
-    prompt, (_, hashes, answer) = _text(prompt).strip(), _text(answer).rpartition("####")  # GSM8K: "... #### 18"
+    prompt, answer = _text(prompt).strip(), _text(answer)
+    if row.keys().isdisjoint(ANSWER_COLUMNS[:2]):  # a worked solution, as in MATH
+        answer = boxed(answer) or answer
+    _, hashes, answer = answer.rpartition("####")  # GSM8K: "... #### 18"
     answer, style = answer.strip(), _text(row.get("style")) or ("gsm8k" if hashes else style)
     if style not in STYLES:
         raise ValueError(f"{where}: unknown answer style {style!r}; there are {', '.join(STYLES)}")
     for field, value in ("prompt", prompt), ("answer", answer):
         if not value:
             raise ValueError(f"{where}: the {field} is empty or not text; fill it in or remove the row")
-    return Problem(_id(row, prompt), prompt, answer, style)
+    return Problem(_id(row, prompt), prompt, answer, style, _kind(row))
 
 
 def _multiple_choice(row: dict, where: str) -> Problem:
@@ -172,12 +182,16 @@ def _multiple_choice(row: dict, where: str) -> Problem:
     order = np.random.default_rng(seed).permutation(4)  # place -> option; option 0 is the right one
     lines = [f"({letter}) {options[option]}" for letter, option in zip("ABCD", order, strict=True)]
     prompt = "\n".join([question, "", *lines, "", "Answer with the letter of the right option."])
-    return Problem(_id(row, prompt), prompt, "ABCD"[list(order).index(0)], "choice")
+    return Problem(_id(row, prompt), prompt, "ABCD"[list(order).index(0)], "choice", _kind(row))
 
 
 def _id(row: dict, prompt: str) -> str:
     own = next((str(row[c]) for c in ID_COLUMNS if row.get(c) not in (None, "")), None)
     return own or hashlib.blake2b(prompt.encode(), digest_size=8).hexdigest()
+
+
+def _kind(row: dict) -> str:
+    return next((_text(row[c]).strip() for c in KIND_COLUMNS if c in row), "")
 
 
 def _column(row: dict, accepted: tuple[str, ...], where: str):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import stdtr, stdtrit
 
-from study import PARTS, kept_lines, row_file
+from study import BOTH_TASKS, PARTS, kept_lines, row_file
 
 MODES = {"grpo": "GRPO", "prompt": "Prompt-GDRO", "rollout": "Rollout-GDRO", "both": "both"}
 TAIL = 0.6  # tail averages are over the steps at or past this quantile
@@ -38,12 +38,20 @@ class Run:
     def load(cls, folder: Path) -> "Run":
         if not (folder / "config.json").exists():
             raise Missing(f"{folder} is no run folder: it has no config.json")
-        metrics, evaluations = folder / "metrics.jsonl", folder / "eval.json"
-        lines = metrics.read_text().split("\n") if metrics.exists() else [""]
-        # What follows the last line break is a line that is being written.
-        return cls(folder.name, json.loads((folder / "config.json").read_text()),
-                   [json.loads(x) for x in lines[:-1] if x],
+        evaluations = folder / "eval.json"
+        return cls(folder.resolve().name, json.loads((folder / "config.json").read_text()),
+                   whole_lines(folder / "metrics.jsonl"),
                    json.loads(evaluations.read_text()) if evaluations.exists() else [])
+
+    @property
+    def subject(self) -> str:
+        """What was trained on what: "Qwen3-1.7B-Base on dapo", or "arithmetic", a task's own base on the task."""
+        model, data = last_name(self.config["model"]), last_name(self.config["train_data"])
+        return model if model == data else f"{model} on {data}"
+
+    @property
+    def rule(self) -> str:
+        return self.config.get("rule", "grpo")
 
     @property
     def mode(self) -> str:
@@ -76,6 +84,17 @@ class Run:
         if not self.evaluations:
             raise Missing(f"{self.name}: eval.json is missing or empty")
         return self.evaluations[-1]
+
+
+def whole_lines(path: Path) -> list[dict]:
+    """The lines of a .jsonl file, none if there is no file; what follows the last line break is still being written."""
+    return [json.loads(x) for x in path.read_text().split("\n")[:-1] if x] if path.exists() else []
+
+
+def last_name(source: str) -> str:
+    """data/mine.jsonl -> mine, Qwen/Qwen3-1.7B-Base -> Qwen3-1.7B-Base, arithmetic:3 -> arithmetic"""
+    path, task = Path(source), source.partition(":")[0]
+    return task if task in BOTH_TASKS else path.stem if path.suffix in (".jsonl", ".json", ".parquet") else path.name
 
 
 Sweep = dict[float, list[Run]]  # learning rate -> the runs at it, by base model
@@ -113,6 +132,11 @@ def study() -> dict[str, dict[str, list[Run]]]:
 
 
 # ------------------------------------------------------------------------------------------------ what is computed
+
+
+def stages(steps: int, count: int = 4) -> np.ndarray:
+    """Evenly spaced steps from the first to the last, as indices; fewer when there are fewer."""
+    return np.unique(np.linspace(0, steps - 1, count).round().astype(int))
 
 
 def tail(x_T: np.ndarray) -> np.ndarray:

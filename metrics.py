@@ -48,6 +48,19 @@ def figures(strata: list[np.ndarray]) -> dict[str, list[float]]:
             zip([f"mean@{drawn}", *(f"pass@{k}" for k in powers)], values, low, high, strict=True)}
 
 
+def headline(drawn: int) -> int:
+    """The k of the one pass@k that is shown first: 8 as in the paper, or the largest power of two up to `drawn`."""
+    return min(8, 1 << drawn.bit_length() - 1)
+
+
+def by_kind(kinds: list[str], right: np.ndarray) -> dict[str, list[float]]:
+    """kind -> [problems, mean, pass@k] with the headline's k. kinds: (P,), "" = "all"; right: (P, m) bool."""
+    passed_P = pass_at_k(right.sum(axis=1), right.shape[1], headline(right.shape[1]))
+    kind_P = np.array([kind or "all" for kind in kinds])
+    return {str(kind): [int((kind_P == kind).sum()), float(right[kind_P == kind].mean()),
+                        float(passed_P[kind_P == kind].mean())] for kind in dict.fromkeys(kind_P)}
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The figures of one evaluation during training."""
@@ -64,8 +77,7 @@ class Evaluation:
 
     @property
     def k(self) -> int:
-        """The k of the headline: 8 as in the paper, or the largest there is."""
-        return min(8, max(self.passes))
+        return headline(self.rollouts)
 
     @classmethod
     def of(cls, step: int, kinds: list[str], right: np.ndarray, response_tokens_mean: float,
@@ -73,12 +85,8 @@ class Evaluation:
         """kinds: of the P problems, "" = of none in particular; right: (P, rollouts) bool."""
         found = figures([right])
         passes = {int(name.removeprefix("pass@")): f[0] for name, f in found.items() if name.startswith("pass@")}
-        headline = pass_at_k(right.sum(axis=1), right.shape[1], min(8, max(passes)))
-        kind_P = np.array([kind or "all" for kind in kinds])
-        by_kind = {str(kind): [int((kind_P == kind).sum()), float(right[kind_P == kind].mean()),
-                               float(headline[kind_P == kind].mean())] for kind in dict.fromkeys(kind_P)}
         return cls(step, len(kinds), right.shape[1], float(right.mean()), passes, response_tokens_mean,
-                   truncated_frac, by_kind, {name: f[1:] for name, f in found.items()})
+                   truncated_frac, by_kind(kinds, right), {name: f[1:] for name, f in found.items()})
 
     def to_json(self) -> dict:
         out = dataclasses.asdict(self)

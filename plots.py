@@ -1,15 +1,19 @@
 """From logs to the paper's figures. Reads run folders and results/, writes figures/ and nothing else.
 
     python plots.py                    every figure of the study, from results/, into figures/ (PNG and PDF)
-    python plots.py RUN_DIR ...        the same from any runs: one row a preset, seeds of one mode together
-    python plots.py --live RUN_DIR     one run as it stands now, finished or not
+    python plots.py RUN ...            the paper's from any runs, into figures/NAME/: one row for what was trained on
+                                       what, seeds of one mode together
+    python plots.py --live RUN ...     each run as it stands now, finished or not, likewise
     python plots.py --table            the study's tables in Markdown
+    python plots.py --table RUN ...    one line a run
+    python plots.py --samples RUN ...  rollouts to read, of the start, middle and end of training
 
-One function a figure; numbers and titles of figures are the paper's. The numbers come from logs.py, the tables from
-tables.py.
+One function a figure; numbers and titles of figures are the paper's. The numbers come from logs.py, tables and samples
+from tables.py.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,12 +34,13 @@ from logs import (
     paired,
     present,
     square_root_law,
+    stages,
     study,
     sweeps,
     tail,
 )
 from study import BOTH_TASKS, PARTS, written
-from tables import tables
+from tables import run_table, sample_page, tables
 
 matplotlib.use("Agg")
 FIGURES = Path(__file__).parent / "figures"
@@ -52,32 +57,35 @@ plt.rcParams.update({"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "
 
 # ------------------------------------------------------------------------------------------------ runs
 
-Models = dict[str, dict[str, list[Run]]]  # preset -> mode -> its runs by seed
+Models = dict[str, dict[str, list[Run]]]  # what was trained on what, and the rule -> mode -> its runs by seed
+COMPARABLE = {"loaded", "steps", "prompts_per_step", "rollouts_per_prompt", "eval_rollouts", "eval_temperature",
+              "eval_top_p", "eval_top_k"}
 
 
 def by_model(runs: list[Run]) -> Models:
-    """Groups runs; raises ValueError when runs of one preset and mode differ in more than the seed, or modes of one
-    preset in the model, the data or the number of rollouts."""
+    """Groups runs; raises ValueError when runs of one model and mode differ in more than the seed, or modes of one
+    model in what was loaded, in the number of rollouts or in how they were evaluated."""
     models: Models = {}
     for run in sorted(runs, key=lambda r: r.seed):
-        models.setdefault(run.config["preset"], {}).setdefault(run.mode, []).append(run)
-    for preset, modes in models.items():
+        name = run.subject if run.rule == "grpo" else f"{run.subject}, {run.rule}"
+        models.setdefault(name, {}).setdefault(run.mode, []).append(run)
+    for name, modes in models.items():
         first = next(iter(modes.values()))[0]
         for group in modes.values():
             for run in group[1:]:
                 refuse_difference(group[0], run, set(group[0].config) | set(run.config))
                 if [r.seed for r in group].count(run.seed) > 1:
-                    raise ValueError(f"{preset}: two runs of mode {run.mode} have seed {run.seed}")
-            refuse_difference(first, group[0], {"loaded", "steps", "prompts_per_step", "rollouts_per_prompt"})
+                    raise ValueError(f"{name}: two runs of mode {run.mode} have seed {run.seed}")
+            refuse_difference(first, group[0], COMPARABLE)
     return models
 
 
 def refuse_difference(a: Run, b: Run, keys: set[str]) -> None:
-    differing = [k for k in sorted(keys - {"seed", "environment", "resumed", "seconds"})
+    differing = [k for k in sorted(keys - {"preset", "seed", "environment", "resumed", "seconds"})
                  if whatever_base(a.config.get(k)) != whatever_base(b.config.get(k))]
     if differing:
-        raise ValueError(f"{a.config['preset']}: {a.name} and {b.name} differ in {', '.join(differing)}; figures take "
-                         "runs of a preset that differ in seed and mode")
+        raise ValueError(f"{a.subject}: {a.name} and {b.name} differ in {', '.join(differing)}; figures take runs that "
+                         "differ in seed and mode, --table RUN ... takes any")
 
 
 def whatever_base(value):
@@ -163,11 +171,6 @@ def bin_ticks(ax, bins: int) -> None:
     ax.set_xlabel("difficulty bin (0 = hardest)")
 
 
-def stages(steps: int, count: int = 4) -> np.ndarray:
-    """Evenly spaced steps from the first to the last, as indices; fewer when there are fewer."""
-    return np.unique(np.linspace(0, steps - 1, count).round().astype(int))
-
-
 def pooled(runs: list[Run], *path: str, around: int, reach: int) -> np.ndarray:
     """Mean over seeds and the steps within `reach` of one, (B,): a single batch is too noisy to be a stage."""
     parts = [r.series(*path)[max(0, around - reach) : around + reach + 1] for r in runs]
@@ -213,7 +216,7 @@ def benchmarks(ax, name: str, modes: dict[str, list[Run]]) -> None:
         ax.bar(centres, found.mean(axis=1), width, color=COLOURS[mode], label=MODES[mode], alpha=0.75)
         ax.plot(np.repeat(centres, found.shape[1]), found.ravel(), ".", color="black", markersize=1.5)
     ax.set_xticks(range(len(groups)), [g.replace("_", " ") for g in groups], rotation=25, ha="right")
-    panel(ax, f"{name} (dots: seeds)", y=f"pass@{headline_k(modes[shown[0]][0].last())}, %")
+    panel(ax, f"{name}\ndots: seeds", y=f"pass@{headline_k(modes[shown[0]][0].last())}, %")
 
 
 def bars(ax, values: list[np.ndarray], colour: str, start: float = 0) -> None:
@@ -235,7 +238,7 @@ def share_and(models: Models, mode: str, others: dict[str, Callable]):
         run = modes[mode][0]
         share = run.series("bins", "share")
         heatmap(figure, row[0], run, np.where(share > 0, share, np.nan), gamma=0.5)
-        panel(row[0], f"{name}, seed {run.seed}: prompt share", y="bin (0 = hardest)")
+        panel(row[0], f"{name}\nprompt share, seed {run.seed}", y="bin (0 = hardest)")
         for ax, (title, draw_map) in zip(row[1:], others.items(), strict=True):
             draw_map(figure, ax, run)
             panel(ax, title)
@@ -275,7 +278,7 @@ def dynamics(models: Models, mode: str, acted: Callable[[Run], np.ndarray], what
             band(row[2], runs, [logs.entropy(v) for v in values], colour, label)
         bins = len(runs[0].log[0]["bins"]["share"])
         row[2].axhline(np.log(bins), color=COLOURS["uniform"], linestyle=":", label="uniform over bins")
-        panel(row[0], name, y="mean bin (0 = hardest)")
+        panel(row[0], f"{name}\nmean bin", y="bin (0 = hardest)")
         panel(row[1], "bins >= 3 (solid), >= 8 (dashed)", y="mass")
         panel(row[2], "entropy", y="nats")
     for ax in axes[-1]:
@@ -298,7 +301,7 @@ def figure_5(models: Models):
         for ax, at in zip(row, stages(len(runs[0].log)), strict=False):
             share = pooled(runs, "bins", "share", around=at, reach=len(runs[0].log) // 20)
             ax.bar(range(len(share)), np.where(share > 0, share, np.nan), color=COLOURS["prompt"])
-            panel(ax, f"{name}, step {runs[0].steps[at]}" if ax is row[0] else f"step {runs[0].steps[at]}")
+            panel(ax, f"{name}\nstep {runs[0].steps[at]}" if ax is row[0] else f"step {runs[0].steps[at]}")
             bin_ticks(ax, len(share))
         row[0].set_ylabel("prompt share")
     return figure
@@ -315,7 +318,7 @@ def figure_6(models: Models):
         even = [logs.lead_lag(np.ones_like(x), x) for x in (r.series("bins", "share") for r in runs)]
         band(left, runs, gap, COLOURS["prompt"], "Prompt-GDRO")
         band(left, runs, even, COLOURS["uniform"], "uniform", "--", spread=False)
-        panel(left, f"{name}: lead-lag (32)", y="bins (lower: on harder ones)")
+        panel(left, f"{name}\nlead-lag (32)", y="bins (lower: on harder ones)")
         runs = modes["rollout"]
         sigma, n_bar = logs.bin_sigma(runs), runs[0].n_bar
         share = [r.series("bins", "share") for r in runs]
@@ -359,7 +362,7 @@ def figure_9(models: Models):
             places = np.arange(len(share))
             ax.bar(places - 0.2, np.where(share > 0, share, np.nan), 0.4, color=COLOURS["grpo"], label="prompts")
             ax.bar(places + 0.2, np.where(share > 0, given, np.nan), 0.4, color=COLOURS["rollout"], label="rollouts")
-            panel(ax, f"{name}, step {runs[0].steps[at]}" if ax is row[0] else f"step {runs[0].steps[at]}")
+            panel(ax, f"{name}\nstep {runs[0].steps[at]}" if ax is row[0] else f"step {runs[0].steps[at]}")
             bin_ticks(ax, len(share))
         row[0].set_ylabel("share")
     legend(figure, axes[0, 0])
@@ -404,14 +407,20 @@ def colour(row: str) -> str:
 
 
 def figure_rates(tasks: dict[str, dict[str, Sweep]]):
-    """The arena: pass@8 against the learning rate, one line a row; bands are 95% intervals over bases."""
+    """The arena: pass@8 against the learning rate, one line a row. Bands are standard errors over bases of what a base
+    has above its own mean over all rows and rates: bases differ by more than rows do."""
     figure, axes = plt.subplots(1, len(tasks), figsize=(PAGE, 2.9), squeeze=False, sharey=True)
     for ax, (task, rows) in zip(axes[0], tasks.items(), strict=True):
         swept = {row.name: rows[row.name] for row in PARTS["The arena"] if len(rows.get(row.name, ())) > 1}
+        bases = set.intersection(*({r.seed for r in runs} for sweep in swept.values() for runs in sweep.values()))
+        found = {name: 100 * np.array([[headline(r.last()) for r in runs if r.seed in bases]
+                                       for runs in sweep.values()]) for name, sweep in swept.items()}  # (rates, bases)
+        of_base = np.concatenate(list(found.values())).mean(axis=0)
         for name, sweep in swept.items():
-            found = np.array([interval(100 * np.array([headline(r.last()) for r in runs])) for runs in sweep.values()])
-            ax.plot(list(sweep), found[:, 0], ".-", color=colour(name), label=name)
-            ax.fill_between(list(sweep), found[:, 1], found[:, 2], color=colour(name), alpha=0.08, linewidth=0)
+            mean, above = found[name].mean(axis=1), found[name] - of_base
+            error = above.std(axis=1, ddof=1) / np.sqrt(above.shape[1])
+            ax.plot(list(sweep), mean, ".-", color=colour(name), label=name)
+            ax.fill_between(list(sweep), mean - error, mean + error, color=colour(name), alpha=0.12, linewidth=0)
         ax.set_xscale("log")
         rates = sorted({rate for sweep in swept.values() for rate in sweep})
         ax.set_xticks(rates, [written(r) for r in rates])
@@ -490,17 +499,17 @@ def figure_learning(models: Models):
             for run in runs:
                 right.plot([e["step"] for e in run.evaluations], [100 * headline(e) for e in run.evaluations], ".-",
                            color=COLOURS[mode], alpha=0.6, linewidth=0.8)
-        panel(left, f"{name}: training batches, running median", x="step", y="mean reward")
+        panel(left, f"{name}\ntraining batches, running median", x="step", y="mean reward")
         panel(right, "held-out problems, each seed", x="step", y="pass@k, %")
     legend(figure, axes[0, 0])
     return figure
 
 
 def figure_overview(run: Run):
-    """One run at a glance, finished or not."""
+    """One run at a glance, finished or not. Of its reward it asks no more than to lie in [-1, 1]."""
     figure, axes = plt.subplots(2, 3, figsize=(PAGE + 1, 4.4))
     steps, colour = run.steps, COLOURS[run.mode]
-    (reward, solved, weight), (rollouts, price, seconds) = axes
+    (reward, by_bin, weight), (rollouts, price, seconds) = axes
     reward.plot(steps, run.series("reward_mean"), color=colour)
     if run.evaluations:
         right = reward.twinx()
@@ -508,9 +517,9 @@ def figure_overview(run: Run):
                    color="black", markersize=3)
         right.set_ylabel(f"held-out pass@{headline_k(run.last())}, % (dots)")
         right.spines["right"].set_visible(True)
-    panel(reward, f"{run.name}: reward", x="step", y="mean reward")
-    heatmap(figure, solved, run, (1 + run.series("bins", "reward")) / 2, high=1)
-    panel(solved, "success of rollouts by bin", x="step", y="bin (0 = hardest)")
+    panel(reward, f"{run.name}: {run.subject}\nreward", x="step", y="mean reward")
+    reward_map(figure, by_bin, run)
+    panel(by_bin, "reward by bin", x="step", y="bin (0 = hardest)")
     weight_map(figure, weight, run)
     panel(weight, "weight by bin", x="step")
     rollouts_map(figure, rollouts, run)
@@ -560,33 +569,47 @@ def draw(figures: dict[str, Callable], data, folder: Path) -> bool:
     return complete
 
 
+def own_folder(runs: list[Run]) -> Path:
+    """Where figures of these runs go: the study's, which are tracked, stay as they are."""
+    return FIGURES / (runs[0].name + f"+{len(runs) - 1}" * (len(runs) > 1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN_DIR", help="run folders; none = the study's")
-    parser.add_argument("--live", action="store_true", help="an overview of each RUN_DIR, no figure of the paper")
-    parser.add_argument("--table", action="store_true", help="print the study's tables and draw nothing")
-    parser.add_argument("--out", type=Path, default=FIGURES, metavar="DIR", help="where figures go [figures/]")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders; none = the study's")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--live", action="store_true", help="an overview of each RUN, no figure of the paper")
+    instead.add_argument("--table", action="store_true", help="print tables and draw nothing")
+    instead.add_argument("--samples", action="store_true", help="print rollouts of each RUN and draw nothing")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where figures go [the study's: figures/, others: "
+                                                                "figures/NAME/, the first run's name and +N]")
     args = parser.parse_args()
-    if args.table and (args.runs or args.live) or args.live and not args.runs:
-        parser.error("--live needs RUN_DIR, and --table takes none")
+    if (args.live or args.samples) and not args.runs:
+        parser.error(f"--{'live' if args.live else 'samples'} needs RUN, one or more run folders")
+    if args.runs and args.out and args.out.resolve() == FIGURES.resolve():
+        parser.error(f"--out {args.out} holds the study's figures; take another folder, or leave --out away")
     try:
+        runs = [Run.load(folder) for folder in args.runs]
         if args.table:
-            print(tables())
+            print(run_table(runs) if runs else tables())
+        elif args.samples:
+            print("\n\n".join(map(sample_page, args.runs)))
         elif args.live:
-            for folder in args.runs:
-                save(figure_overview(Run.load(folder)), f"overview_{folder.resolve().name}", args.out)
-        elif args.runs:
-            sys.exit(not draw(PAPER_FIGURES, by_model([Run.load(f) for f in args.runs]), args.out))
+            for run in runs:
+                save(figure_overview(run), f"overview_{run.name}", args.out or own_folder([run]))
+        elif runs:
+            sys.exit(not draw(PAPER_FIGURES, by_model(runs), args.out or own_folder(runs)))
         else:
-            parts = study()
+            parts, out = study(), args.out or FIGURES
             modes = {task: {m: rows[m] for m in MODES if m in rows} for task, rows in parts.items()}
-            complete = draw(PAPER_FIGURES, modes, args.out)
-            complete = draw(STUDY_FIGURES, parts, args.out) and complete
-            sys.exit(not (draw({"rates": figure_rates}, sweeps(), args.out) and complete))
+            complete = draw(PAPER_FIGURES, modes, out)
+            complete = draw(STUDY_FIGURES, parts, out) and complete
+            sys.exit(not (draw({"rates": figure_rates}, sweeps(), out) and complete))
     except ValueError as error:
         sys.exit(f"plots.py: {error}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` and `| less` may end it
     main()

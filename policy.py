@@ -3,6 +3,7 @@
 What `train.py` and `eval.py` both need to know of a model before its weights are loaded.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 import tasks
 from data import stop_token_ids
 from model import ModelConfig, Transformer, fetch
+from ranks import say
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
     generation: dict  # its generation_config.json, or one that names the stop tokens: else others never stop
+    stored: str | None = None  # dtype of the weights in `folder`, where its config.json names it
 
     @classmethod
     def open(cls, name: str, *, revision: str | None, dtype: str, device: torch.device,
@@ -38,8 +41,27 @@ class Policy:
         stop_ids = stop_token_ids(tokenizer, generation_config=generation, override=stop_tokens)
         if dtype == "auto":
             dtype = "bfloat16" if device.type == "cuda" else "float32"
-        return cls(folder, ModelConfig.from_hf(json.loads((folder / "config.json").read_text())),
-                   getattr(torch, dtype), tokenizer, stop_ids, generation or {"eos_token_id": list(stop_ids)})
+        hf = json.loads((folder / "config.json").read_text())
+        return cls(folder, ModelConfig.from_hf(hf), getattr(torch, dtype), tokenizer, stop_ids,
+                   generation or {"eos_token_id": list(stop_ids)}, hf.get("dtype", hf.get("torch_dtype")))
+
+    def weights_hash(self) -> str:
+        """blake2b, 16 hex digits, of the bytes of all *.safetensors in the folder, by name."""
+        digest = hashlib.blake2b(digest_size=8)
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 24):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+    def limits(self, prompt: int, response: int, most: tuple[int, int] = (1024, 1024)) -> tuple[int, int]:
+        """Tokens of a prompt and of a response at most. 0 = half of the context, and what the prompt leaves of it, each
+        up to `most`. Raises ValueError where they may not fit together."""
+        context = self.config.max_position_embeddings
+        prompt = prompt or min(most[0], context // 2)
+        response = response or min(most[1], max(1, context - prompt))
+        self.check_context(prompt, response)
+        return prompt, response
 
     def check_context(self, max_prompt_tokens: int, max_response_tokens: int) -> None:
         """Raises ValueError where a prompt and a response may not fit together."""
@@ -65,7 +87,12 @@ class Policy:
                 "--kl_beta 0, which saves the reference")
 
     def save(self, model: Transformer, path: Path) -> None:
-        """The weights of `model` as a Hugging Face folder with this policy's tokenizer."""
+        """The weights of `model` as a Hugging Face folder with this policy's tokenizer. Where their dtype is
+        another than they came in, a new folder is told of."""
+        known = path.exists()
         model.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
         (path / "generation_config.json").write_text(json.dumps(self.generation, indent=2) + "\n")
+        saved = str(self.dtype).removeprefix("torch.")
+        if self.stored not in (None, saved) and not known:
+            say(f"{path} holds {saved} weights, as they were trained; those it began with were {self.stored}")

@@ -6,12 +6,18 @@ math-verify, whose running time nothing bounds (`9^{9^{9^9}}`): `Grader` asks it
 
 A worker is this very file run as a program, so it starts in about a second whatever the trainer has imported, shares
 no memory with CUDA or vLLM, and gets its work through a pipe as JSON: bytes that are text, parsed and never unpickled.
+
+A reward of one's own, `--reward FILE.py:function`, takes the place of all three stages and runs in the same workers
+under the same deadline: `load_reward`.
 """
 
 import contextlib
+import dataclasses
 import functools
+import hashlib
 import itertools
 import json
+import logging
 import multiprocessing
 import multiprocessing.connection
 import re
@@ -20,14 +26,20 @@ import string
 import subprocess
 import sys
 import time
+import traceback
+import types
 from collections import deque
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, SupportsFloat
 
 from equivalence import MAX_ANSWER, NUMBER_DIGITS, PLAIN, SPACES, VULGAR, ask_math_verify, compare, equivalent, failures
 
+log = logging.getLogger(__name__)
+
 MAX_CACHE = 100_000  # graded pairs kept
-CHUNK = 32  # pairs that a worker gets at a time
+CHUNK = 32  # jobs that a worker gets at a time
 START_SECONDS = 120  # for imports from a slow disk
 WORKER_BYTES = 2 << 30  # of address space that a worker may add: 10^5 x 10^5 zeros are a MemoryError, no swap storm
 DAPO_TAIL = 300  # characters at the end of a response that count in the style `dapo`, as in verl's math_dapo
@@ -65,9 +77,20 @@ _LETTER = re.compile(r"\W*(?:(?:option|choice|answer)\W+)?([A-Ja-j])(?![\w'^=+/-
 _LETTER_IN_BRACKETS = re.compile(r"\(([A-J])\)|^\W*([A-J])\W*$", re.MULTILINE)
 
 
+@dataclass(frozen=True)
+class Problem:
+    """One question with a checkable answer."""
+
+    id: str
+    prompt: str
+    answer: str
+    style: str = "math"  # where a response states its answer, a key of STYLES
+    kind: str = ""  # what evaluations tell apart; "" = nothing
+
+
 # ---- extraction
 
-def _boxed(text: str) -> str | None:
+def boxed(text: str) -> str | None:
     """Content of the last-opened box that is closed and not empty (an echoed "within \\boxed{}" is no answer)."""
     stack, best = [], (-1, -1)
     for token in _BRACE.finditer(text):
@@ -114,7 +137,7 @@ _hashes = functools.partial(_last_line_after, re.compile("#{4,}"))
 
 def _answer_in_the_tail(text: str) -> str | None:
     line = _answer_colon(text[-DAPO_TAIL:])
-    return line and (_boxed(line) or line)
+    return line and (boxed(line) or line)
 
 
 def _last_number(text: str) -> str | None:
@@ -138,7 +161,7 @@ def _only_words(rest: str) -> bool:
 
 def _choice(text: str) -> str | None:
     """A letter A to J: that of the box or the answer line, else the last one in brackets or alone on its line."""
-    for found in (_boxed(text), _answer_line(text)):
+    for found in (boxed(text), _answer_line(text)):
         content = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{", "", found or "")
         if letter := _LETTER.match(content):
             return letter[1].upper()
@@ -146,12 +169,13 @@ def _choice(text: str) -> str | None:
     return (last[0][1] or last[0][2]) if last else None
 
 
+_STATED = boxed, _answer_line, _hashes  # \boxed{x}, "Answer: x" / "answer is x", "#### x"
 # style -> where to look, in this order; the first that finds something is the answer
 STYLES = {
-    "math": (_boxed, _answer_line, _hashes, _last_number),  # \boxed{x}, "Answer: x" / "answer is x", "#### x", number
+    "math": (*_STATED, _last_number),
     "dapo": (_answer_in_the_tail,),  # "Answer: x" in the last 300 characters, nothing else
     # word problems and arithmetic: what follows ####, what is in the box, each if there is a number, or the last number
-    "gsm8k": (lambda text: _value(_hashes(text)), lambda text: _value(_boxed(text)), _last_number),
+    "gsm8k": (lambda text: _value(_hashes(text)), lambda text: _value(boxed(text)), _last_number),
     "choice": (_choice,),
 }
 
@@ -167,49 +191,126 @@ def score(response: str, answer: str, style: str = "math") -> float:
     return 1.0 if equivalent(extract(response, style), answer) else -1.0
 
 
+# ---- a reward of one's own
+
+class _Source(NamedTuple):
+    """A reward function as text. The workers get the text and not the path: one that is started late in a run, in the
+    place of one that was killed, must not run what the file has become meanwhile."""
+
+    path: str
+    function: str
+    text: str
+    sha256: str  # of the file
+
+    @classmethod
+    def read(cls, spec: str) -> "_Source":
+        path, colon, function = spec.rpartition(":")
+        if not (colon and function and path.endswith(".py")):
+            raise ValueError(f"--reward must be FILE.py:FUNCTION, got {spec!r}")
+        try:
+            content = Path(path).read_bytes()
+            return cls(path, function, content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest())
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--reward {spec}: cannot read {path}: {error}") from error
+
+    def define(self) -> Callable[[str, Problem], float]:
+        """Runs the file, which the user wrote and named, and returns its function."""
+        module = sys.modules["_custom_reward"] = types.ModuleType("_custom_reward")
+        module.__file__ = self.path
+        try:
+            exec(compile(self.text, self.path, "exec"), vars(module))
+        except Exception as error:
+            raise ValueError(f"--reward: {self.path} does not run: {type(error).__name__}: {error}") from error
+        if not hasattr(module, self.function):
+            raise ValueError(f"--reward: there is no {self.function} in {self.path}")
+        if not callable(function := getattr(module, self.function)):
+            raise ValueError(f"--reward: {self.function} in {self.path} is no function but {function!r:.100}")
+        return function
+
+
+def load_reward(spec: str) -> tuple[Callable[[str, Problem], float], str]:
+    """The function of "FILE.py:function" and the sha256 of the file, 64 hexadecimal digits.
+
+    It is called with a response and its Problem and returns a number from -1 to 1; above 0 is right. Raises ValueError
+    that says what is wrong with the spec or the file.
+    """
+    source = _Source.read(spec)
+    return source.define(), source.sha256
+
+
 # ---- workers
 
 def _confine() -> None:
-    """Leave signals to the trainer, bound the memory, and (Linux) die with the parent even if it is killed with -9."""
+    """Leave signals to the trainer and (Linux) die with the parent even if it is killed with -9."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to the whole process group; the trainer ends us
     if sys.platform != "linux":
         return  # there the end of the pipe, which closes with the parent, ends a worker that is not computing
     import ctypes
-    import resource
 
     if ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL) != 0:  # 1 = PR_SET_PDEATHSIG
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+
+
+def _bound_memory() -> None:
+    if sys.platform != "linux":
+        return
+    import resource
+
     with open("/proc/self/statm") as file:  # on top of what is mapped already
         limit = int(file.read().split()[0]) * resource.getpagesize() + WORKER_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
+def _same(answer: str, gold: str) -> bool | str:
+    before = failures.total()
+    return compare(answer, gold, ask_math_verify) or (failures.total() > before and FAILED)
+
+
+def _ask(function: Callable, response: str, problem: dict) -> float | str:
+    """What the user's function says, or the traceback of what went wrong in it."""
+    try:
+        value = function(response, Problem(**problem))
+        if not isinstance(value, SupportsFloat) or not -1 <= float(value) <= 1:
+            raise ValueError(f"a reward is a number from -1 to 1, not {value!r:.200}")
+        return float(value)
+    except MemoryError:
+        raise  # what comes after it is not to be trusted
+    except Exception:
+        return traceback.format_exc()
+
+
 def _serve(pipe: multiprocessing.connection.Connection) -> None:
-    """Worker: [[answer, gold], ...] in; true, false or FAILED out for each as soon as it is known."""
+    """Worker. In comes what to do, a _Source or null, then lists of jobs, [answer, gold] or [response, problem]; out
+    goes the verdict on each as soon as it is known: true, false or FAILED; a reward or a traceback."""
     _confine()
+    source = json.loads(pipe.recv_bytes())
+    decide = functools.partial(_ask, _Source(*source).define()) if source else _same
+    _bound_memory()  # behind what the user's file imports
     ask_math_verify("x", "y")  # pays for the imports before the first deadline runs
     pipe.send_bytes(b"null")  # ready
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the trainer is gone
         while True:
-            for answer, gold in json.loads(pipe.recv_bytes()):
-                before = failures.total()
-                verdict = compare(answer, gold, ask_math_verify) or (failures.total() > before and FAILED)
-                pipe.send_bytes(json.dumps(verdict).encode())
+            for job in json.loads(pipe.recv_bytes()):
+                pipe.send_bytes(json.dumps(decide(*job)).encode())
 
 
 class _Worker:
-    def __init__(self):
+    def __init__(self, source: _Source | None):
         self.pipe, theirs = multiprocessing.Pipe()
         self.process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], stdin=subprocess.DEVNULL,
                                         pass_fds=[theirs.fileno()])  # a new program: never a fork of one with a GPU
         theirs.close()  # ours must be the only other end, or neither side would ever see end-of-file
         self.ready, self.jobs, self.deadline = False, deque(), float("inf")
+        self._send(source)
 
-    def give(self, jobs: list[tuple[str, str]], timeout: float) -> None:
+    def _send(self, message) -> None:
+        with contextlib.suppress(ConnectionError):  # it died: its pipe reads end-of-file, seen in `_grade`
+            self.pipe.send_bytes(json.dumps(message, default=dataclasses.asdict).encode())
+
+    def give(self, jobs: list[tuple], timeout: float) -> None:
         self.jobs, self.deadline = deque(jobs), time.monotonic() + (timeout if self.ready else START_SECONDS)
-        with contextlib.suppress(BrokenPipeError):  # it died while idle: its pipe reads end-of-file, seen in `_grade`
-            self.pipe.send_bytes(json.dumps(jobs).encode())
+        self._send(jobs)
 
     def receive(self, timeout: float, verdicts: dict) -> None:
         """Takes one reply; the clock of the next job starts now."""
@@ -229,42 +330,50 @@ class _Worker:
 class Grade(NamedTuple):
     """The verdict on one response."""
 
-    right: bool
+    reward: float  # 1 or -1; of a reward of one's own, anything between
     extracted: str | None  # the answer found, None if there is none
-    timed_out: bool  # not graded in time, or two workers died of it; counts as wrong
-    failed: bool = False  # math-verify raised an exception over it; counts as wrong
+    timed_out: bool = False  # not graded in time, or two workers died of it; counts as wrong
+    failed: bool = False  # math-verify or the user's function raised an exception over it; counts as wrong
 
     @property
-    def reward(self) -> float:
-        return 1.0 if self.right else -1.0
+    def right(self) -> bool:
+        return self.reward > 0
 
 
 class Grader:
     """Grades responses; no answer can hold it for longer than `timeout` seconds. A context manager.
 
     workers: processes, started when first needed. timeout: seconds for one answer, hard: its worker is killed and
-    replaced. Use it from the main thread: workers die with the thread that started them.
+    replaced. reward: "FILE.py:function" decides instead, see `load_reward`, which may raise ValueError.
+    Use it from the main thread: workers die with the thread that started them.
     """
 
-    def __init__(self, *, workers: int = 2, timeout: float = 5.0):
+    def __init__(self, *, workers: int = 2, timeout: float = 5.0, reward: str = ""):
         if workers < 1 or timeout <= 0:
             raise ValueError(f"{workers=}, {timeout=}: both must be positive")
         self.num_workers, self.timeout = workers, timeout
+        self.source = _Source.read(reward) if reward else None
+        if self.source:
+            self.source.define()  # raises here rather than in a worker
         self._workers: list[_Worker] = []
         self._cache: dict[tuple[str | None, str], bool | str] = {}
+        self._warned = False
 
-    def grade(self, responses: list[str], answers: list[str], styles: list[str],
+    def grade(self, responses: Sequence[str], problems: Sequence[Problem], *,
               cut: Sequence[bool] | None = None) -> list[Grade]:
-        """One verdict a response; R texts, R gold answers and R keys of STYLES, else ValueError.
+        """One verdict a response; R texts and the R problems they answer, whose styles are keys of STYLES, else
+        ValueError.
 
         `cut`: which responses ended at the length limit (none if not given); those are wrong, whatever they say. Equal
-        (extracted, gold) pairs are decided once, now and later.
+        (extracted, gold) pairs are decided once, now and later; equal (response, problem) pairs once a call.
         """
-        if unknown := set(styles) - STYLES.keys():
+        if unknown := {p.style for p in problems} - STYLES.keys():
             raise ValueError(f"unknown answer style {sorted(unknown)}; there are {', '.join(STYLES)}")
         cut = [False] * len(responses) if cut is None else cut
-        pairs = [(None if over else extract(r, style), gold)
-                 for r, gold, style, over in zip(responses, answers, styles, cut, strict=True)]
+        found = [None if over else extract(r, p.style) for r, p, over in zip(responses, problems, cut, strict=True)]
+        if self.source:
+            return self._ask_user(responses, problems, cut, found)
+        pairs = [(answer, p.answer) for answer, p in zip(found, problems, strict=True)]
         verdicts = {p: self._cache[p] if p in self._cache else compare(*p) for p in dict.fromkeys(pairs)}
         hard = self._grade([p for p, verdict in verdicts.items() if verdict is None])
         verdicts |= hard
@@ -272,10 +381,23 @@ class Grader:
         self._cache |= {p: verdict for p, verdict in hard.items() if verdict is not None}
         while len(self._cache) > MAX_CACHE:
             del self._cache[next(iter(self._cache))]  # the oldest
-        return [Grade(verdicts[p] is True, p[0], verdicts[p] is None, verdicts[p] == FAILED) for p in pairs]
+        return [Grade(1.0 if verdicts[p] is True else -1.0, p[0], verdicts[p] is None, verdicts[p] == FAILED)
+                for p in pairs]
 
-    def _grade(self, jobs: list[tuple[str, str]]) -> dict[tuple[str, str], bool | str | None]:
-        """job -> verdict; FAILED where math-verify raised, None where the deadline passed or two workers died of it."""
+    def _ask_user(self, responses: Sequence[str], problems: Sequence[Problem], cut: Sequence[bool],
+                  found: list[str | None]) -> list[Grade]:
+        jobs = [None if over else (r, p) for r, p, over in zip(responses, problems, cut, strict=True)]
+        verdicts = self._grade(list(dict.fromkeys(job for job in jobs if job)))
+        if not self._warned and (why := next((v for v in verdicts.values() if isinstance(v, str)), None)):
+            log.warning("%s:%s failed; where it does, a response counts as wrong. This is said once:\n%s",
+                        self.source.path, self.source.function, why)
+            self._warned = True
+        verdicts[None] = -1.0
+        return [Grade(verdicts[job] if isinstance(verdicts[job], float) else -1.0, answer, verdicts[job] is None,
+                      isinstance(verdicts[job], str)) for job, answer in zip(jobs, found, strict=True)]
+
+    def _grade(self, jobs: list[tuple]) -> dict[tuple, bool | float | str | None]:
+        """job -> what a worker said (see `_serve`), None where the deadline passed or two workers died of it."""
         queue, died, verdicts = deque(jobs), set(), {}
         try:
             while len(verdicts) < len(jobs):
@@ -304,10 +426,12 @@ class Grader:
         idle = deque(w for w in self._workers if not w.jobs)
         while queue and (idle or len(self._workers) < self.num_workers):
             if not idle:
-                idle.append(_Worker())
+                idle.append(_Worker(self.source))
                 self._workers.append(idle[0])
-            share = min(CHUNK, -(-len(queue) // self.num_workers))
-            idle.popleft().give([queue.popleft() for _ in range(share)], self.timeout)
+            worker = idle.popleft()
+            # one that is starting does not read yet: much text would fill its pipe and hold us
+            share = min(CHUNK, -(-len(queue) // self.num_workers)) if worker.ready else 1
+            worker.give([queue.popleft() for _ in range(share)], self.timeout)
 
     def _bury(self, worker: _Worker, queue: deque, died: set, verdicts: dict) -> None:
         """It died (memory, a crash in C) over its first job: once may be bad luck, twice is the answer's doing."""
@@ -339,6 +463,61 @@ class Grader:
 
     def __exit__(self, *exc):
         self.close()
+
+
+# ---- golds
+
+# how a response that gives the gold answer ends, style by style
+_GIVEN = {"math": r"\boxed{%s}", "dapo": "Answer: %s", "gsm8k": "#### %s", "choice": "Answer: %s"}
+_LATEX = re.compile(  # what has letters and is no word; \text{...} is left
+    r"\\(?:begin|end)\s*\{[^{}]*\}(?:\{[^{}]*\})?|\\(?:operatorname\*?|math[a-z]*)\s*\{[^{}]*\}|\\[A-Za-z]+")
+_WORD = re.compile(r"(?<![A-Za-z_^])[A-Za-z]{2,}(?![A-Za-z])")
+_WORDS_OF_SENTENCES = set(
+    "is are was were be been has have had will would can could does did do so thus hence therefore because since we he "
+    "she it they there this that these".split())
+
+
+def bad_golds(problems: Sequence[Problem], grader: Grader) -> list[Problem]:
+    """The problems that hardly any response could get right, in their order; none for a reward of one's own.
+
+    Their gold is not graded right when a response gives it as its style asks; or is longer than MAX_ANSWER, right only
+    to the letter; or is text in which an answer stands: "So Ann has 14 apples", which 14 does not equal.
+    """
+    if grader.source:
+        return []
+    given = grader.grade([_GIVEN[p.style] % p.answer for p in problems], problems)
+    texts = [dataclasses.replace(p, style="math") for p in problems if _is_text(p.answer)]
+    read = grader.grade([p.answer for p in texts], texts)
+    unlike = {p.answer for p, grade in zip(texts, read, strict=True) if not grade.right}
+    return [p for p, grade in zip(problems, given, strict=True)
+            if not grade.right or len(p.answer) > MAX_ANSWER or p.answer in unlike]
+
+
+def _is_text(gold: str) -> bool:
+    """Whether a gold is a sentence or says where the answer stands, rather than a number with its unit, a formula or a
+    name. Where there is no number a few words may well be the answer; the limits are from golds of a dozen benchmarks.
+    """
+    words = _WORD.findall(_LATEX.sub(" ", gold))
+    sentence = len(words) >= 3 and any(word.lower() in _WORDS_OF_SENTENCES for word in words)
+    return len(words) >= 6 or sentence and _last_number(gold) is not None or any(find(gold) for find in _STATED)
+
+
+def check_golds(problems: Sequence[Problem], grader: Grader, *, allowed: float, name: str) -> dict[str, int]:
+    """{"bad_golds": how many there are}, with a warning if there are any.
+
+    allowed: the share of the problems that may have one. name: of the data set, for messages. Raises ValueError for a
+    larger share, with examples and what to do.
+    """
+    bad = bad_golds(problems, grader)
+    if bad:
+        examples = "\n".join(f"  {p.id} ({p.style}): {p.answer[:70]!r}{'...' * (len(p.answer) > 70)}" for p in bad[:3])
+        message = (f"{name}: {len(bad)} of {len(problems)} gold answers equal hardly any answer that a response could "
+                   f"give, so that all would count as wrong (in brackets the style):\n{examples}\n"
+                   r"give a column `answer` with the bare answer (14, \frac{1}{2}) or another `style`")
+        if len(bad) > allowed * len(problems):
+            raise ValueError(f"{message}, or admit a share of them with --allow_bad_golds SHARE (now {allowed:g})")
+        log.warning("%s", message)
+    return {"bad_golds": len(bad)}
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import random
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +24,11 @@ from tqdm import tqdm
 from model import KVCache, PackedAttention, Transformer
 from ranks import Ranks, deal
 
-# vLLM warns here of what is meant: no tokenizer, eager on CPU, reseeding (undone below), layers without own weights.
+# vLLM warns here of what is meant: no tokenizer, eager and without Triton on CPU, reseeding (undone below), layers
+# without own weights.
 NOISY_LOGGERS = ("vllm.renderers.base", "vllm.v1.worker.cpu_worker", "vllm.engine.arg_utils", "vllm.config.vllm",
-                 "vllm.model_executor.model_loader.reload.layerwise")
+                 "vllm.model_executor.model_loader.reload.layerwise", "vllm.platforms.cpu",
+                 "vllm.triton_utils.importing")
 CPU_CACHE_BYTES = 2 << 30  # keys and values on CPU; 40,000 tokens of a 135M model in float32
 MAX_RUNNING = 1024         # rollouts decoded at once; each costs a row of logits, so vLLM queues the others
 
@@ -136,10 +139,11 @@ def _import_vllm() -> type:
     """vLLM's LLM class. Its environment is read at the first import, which must therefore happen here."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine stays in this process: weights pass by reference
-    from vllm import LLM
-
     for name in NOISY_LOGGERS:
         logging.getLogger(name).addFilter(_errors_only)  # a level would not last: vLLM configures its loggers again
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")  # of its own use of torch
+    from vllm import LLM
+
     return LLM
 
 
@@ -147,13 +151,9 @@ def _errors_only(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
-def _first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _bar(*args, **kwargs) -> tqdm:
-    """A progress bar of the first rank, for what takes longer than five seconds."""
-    return tqdm(*args, **{**kwargs, "leave": False, "delay": 5, "disable": not _first_rank(), "mininterval": 1})
+    """A progress bar that is gone when it is done."""
+    return tqdm(*args, **{**kwargs, "desc": "sampling", "leave": False, "mininterval": 1})
 
 
 @contextmanager
@@ -163,17 +163,20 @@ def _process_state_kept():
     Its start-up reseeds the three global generators, overwrites torchrun's LOCAL_WORLD_SIZE, extends the LD_PRELOAD
     that children inherit and, on CPU, replaces torch.set_num_threads by a function that does nothing.
     There, sampling also draws from torch's global generator, though every request has its own seed.
+    And there it would move this process's memory, the trainer's too, to one NUMA node and bind it there for good.
     """
     environment = {name: os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LD_PRELOAD")}
     python_state, numpy_state = random.getstate(), np.random.get_state()
     threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    torch.ops._C.init_cpu_memory_env = lambda nodes: None
     with torch.random.fork_rng(devices):
         try:
             yield
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+            del torch.ops._C.init_cpu_memory_env
             torch.set_num_threads = set_num_threads
             torch.set_num_threads(threads)
             for name, value in environment.items():
@@ -230,8 +233,8 @@ class VLLMEngine:
         self.needs_weights = False
 
     def generate(self, prompts: Sequence[list[int]], n_P: Sequence[int], seed_P: Sequence[int],
-                 sampling: Sampling) -> list[Rollout]:
-        """Draw n_P[p] responses (0 is allowed) to each of the P token-id prompts.
+                 sampling: Sampling, bar: bool = False) -> list[Rollout]:
+        """Draw n_P[p] responses (0 is allowed) to each of the P token-id prompts, with a progress bar if asked.
 
         Rollout i of prompt p draws from seed_P[p] + i. Returns R = sum(n_P) rollouts, prompt-major. Raises RuntimeError
         when the weights are gone (`sleep` without `load_weights`), ValueError for what the engine wasn't sized for.
@@ -254,8 +257,7 @@ class VLLMEngine:
                 top_p=sampling.top_p, top_k=sampling.top_k, stop_token_ids=list(sampling.stop_ids), ignore_eos=True,
                 logprobs=0, flat_logprobs=True, detokenize=False))  # logprobs=0: of the drawn token alone
         with _process_state_kept():
-            bar = _bar if _first_rank() else False  # vLLM divides by a bar's seconds, which are 0 where it is disabled
-            outputs = self.llm.generate(requests, params, use_tqdm=bar) if requests else []
+            outputs = self.llm.generate(requests, params, use_tqdm=_bar if bar else False) if requests else []
         return [_to_rollout(response) for output in outputs for response in output.outputs]
 
     @torch.no_grad()
@@ -341,13 +343,13 @@ class TorchEngine:
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], n_P: Sequence[int], seed_P: Sequence[int],
-                 sampling: Sampling) -> list[Rollout]:
-        """n_P[i] rollouts of prompt i, R = sum(n_P) in all, prompt by prompt."""
+                 sampling: Sampling, bar: bool = False) -> list[Rollout]:
+        """n_P[i] rollouts of prompt i, R = sum(n_P) in all, prompt by prompt, with a progress bar if asked."""
         batch = _Decoding(self, prompts, n_P, seed_P, sampling)
-        with _bar(total=batch.unfinished, desc="sampling", unit="rollout") as bar:
+        with _bar(total=batch.unfinished, unit="rollout", disable=not bar) as progress:
             while batch.unfinished:
                 batch.refill()
-                bar.update(batch.step())
+                progress.update(batch.step())
         return batch.rollouts()
 
 
@@ -468,17 +470,18 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tup
 
 
 def draw_together(engine, ranks: Ranks, prompts: list[list[int]], n_P, seed_P: list[int], sampling: Sampling,
-                  expected_P: np.ndarray | None = None) -> Batch:
+                  expected_P: np.ndarray | None = None, *, bar: bool = False) -> Batch:
     """Rollouts of all prompts, each rank drawing its part with its own engine, then known to all.
 
-    n_P (P,) rollouts of each prompt; expected_P (P,) response tokens expected of one, to deal out the work evenly.
+    n_P (P,) rollouts of each prompt; expected_P (P,) response tokens expected of one, to deal out the work evenly;
+    bar: the first rank shows how far it is, for a caller that has no progress bar of its own.
     """
     expected_P = np.array([len(p) for p in prompts]) + (1 if expected_P is None else expected_P)
     rank_P = deal(np.asarray(n_P) * expected_P, ranks.world)
     owner_R = np.repeat(np.arange(len(prompts)), n_P)
     mine_P, mine_R = np.flatnonzero(rank_P == ranks.rank), np.flatnonzero(rank_P[owner_R] == ranks.rank)
     drawn = engine.generate([prompts[p] for p in mine_P], [int(n_P[p]) for p in mine_P], [seed_P[p] for p in mine_P],
-                            sampling)
+                            sampling, bar and ranks.rank == 0)
 
     length_R, truncated_R = np.zeros(len(owner_R), np.int64), np.zeros(len(owner_R), np.int64)
     for r, rollout in zip(mine_R, drawn, strict=True):

@@ -1,6 +1,7 @@
 """What a run leaves on disk: its folder, checkpoints and records.
 
-`out_dir/`: config.json, metrics.jsonl, samples.jsonl, eval.json, checkpoint/step_N/, model/. Written by the first rank.
+`out_dir/`: config.json, paths.json, metrics.jsonl, samples.jsonl, eval.json, checkpoint/step_N/, model/, best/. Written
+by the first rank. All but paths.json can be published: it alone names absolute paths, for --resume.
 """
 
 import dataclasses
@@ -85,25 +86,41 @@ class Checkpoint(NamedTuple):
     state: dict  # JSON: next_step, optimizer_steps, evaluations
 
 
+FILES = ("model", "train_data", "eval_data", "reward")  # settings that may be files: compared by content, not by path
+
+
+def identity(loaded):
+    """Of a record of what was loaded, what must be the same when a run goes on: contents, not names."""
+    if not isinstance(loaded, dict):
+        return loaded
+    names = {"name", "folder", "source"} if {"sha256", "head"} & loaded.keys() else set()
+    return {k: v for k, v in loaded.items() if k not in names}
+
+
 class RunFolder:
     """One run on disk."""
 
     def __init__(self, cfg: Config):
-        self.path = Path(cfg.out_dir)
-        self.config = {k: portable(v) for k, v in dataclasses.asdict(cfg).items() if k != "out_dir"}
+        settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k != "out_dir"}
+        self.path, self.config = Path(cfg.out_dir), {k: portable(v) for k, v in settings.items()}
+        self.paths = {k: v for k, v in settings.items() if portable(v) != v}
 
     def open(self, resume: bool) -> dict | None:
         """What the run to be gone on with had loaded, None to begin one.
 
-        Raises FileExistsError for a folder in use, ValueError for changed settings.
+        Raises FileExistsError for a folder in use, OSError for what cannot be one, ValueError for changed settings.
         """
+        there = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise OSError(f"--out_dir {self.path}: {there} is {'not writable' if there.is_dir() else 'a file'}; "
+                          "choose another")
         if not (self.path / "config.json").exists():
             return None
         if not resume:
             raise FileExistsError(f"{self.path} holds a run already: add --resume to go on with it, or choose another "
                                   "--out_dir")
         saved = json.loads((self.path / "config.json").read_text())
-        differing = [k for k, v in self.config.items() if k not in MAY_CHANGE and saved.get(k) != v]
+        differing = [k for k, v in self.config.items() if k not in (*MAY_CHANGE, *FILES) and saved.get(k, v) != v]
         if differing:
             was = ", ".join(f"--{k} {saved.get(k)}" for k in differing)
             raise ValueError(f"--resume with other settings: this run has {was}. "
@@ -119,17 +136,26 @@ class RunFolder:
         """Refuses to resume on other data, model or engine; records what settings changed, and from which step on."""
         saved = json.loads((self.path / "config.json").read_text())
         for what, now in record.items():
-            if saved["loaded"].get(what) != now:
-                raise ValueError(f"--resume with another {what}: it was {saved['loaded'].get(what)}, now it is {now}")
-        before = {**saved, **{k: v for r in saved.get("resumed", []) for k, v in r["changed"].items()}}
+            if identity(was := saved["loaded"].get(what)) != identity(now):
+                raise ValueError(f"--resume with another {what}: it was {was}, now it is {now}")
+        resumed = saved.get("resumed", [])
+        before = {**saved, **{k: v for r in resumed for k, v in r["changed"].items()}}
         changed = {k: v for k, v in self.config.items() if before.get(k) != v}
-        resumed = [*saved.get("resumed", []), {"step": step, "changed": changed}]
-        write_json(self.path / "config.json", {**saved, "resumed": resumed})
+        say("; ".join([f"--{k} was {before.get(k)}, is {v} from now on" for k, v in changed.items()]
+                      + [f"--{k} is {before[k]}, as changed at step {r['step']}" for r in resumed
+                         for k in r["changed"] if k not in changed]) or "settings as they were")
+        write_json(self.path / "config.json", {**saved, "resumed": [*resumed, {"step": step, "changed": changed}]})
+        self._write_paths()
 
     def start(self, preset: str, record: dict) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         settings = {"preset": preset, **self.config}
         write_json(self.path / "config.json", {**settings, "loaded": record, "environment": environment()})
+        self._write_paths()
+
+    def _write_paths(self) -> None:
+        if self.paths:
+            write_json(self.path / "paths.json", self.paths)
 
     def append(self, name: str, lines: list[dict]) -> None:
         with open(self.path / name, "a") as file:
@@ -208,3 +234,44 @@ def read_checkpoint(path: Path) -> Checkpoint:
             return Checkpoint(tensors, {k: arrays[k] for k in arrays.files}, state)
     except (SafetensorError, BadZipFile, zlib.error, ValueError, FileNotFoundError, EOFError) as error:
         raise ValueError(f"the checkpoint {path.name} is damaged ({error})") from error
+
+
+# ------------------------------------------------------------------------------------------------ trackers
+
+
+class Tracker:
+    """A copy of metrics.jsonl for TensorBoard or Weights & Biases, imported only when asked for. The file stays the
+    truth: a tracker that fails is named once and left out from then on."""
+
+    def __init__(self, kind: str, folder: Path):
+        self.kind, self.write = kind, None
+        if kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(folder / "tensorboard"))
+            self.write = lambda values, step: [writer.add_scalar(k, v, step) for k, v in values.items()]
+        elif kind == "wandb":
+            import wandb
+
+            run = wandb.init(project="group-dro", name=folder.name, dir=str(folder), resume="allow", id=folder.name)
+            self.write = lambda values, step: run.log(values, step=step)
+
+    def log(self, line: dict) -> None:
+        if self.write is None:
+            return
+        try:
+            self.write(dict(scalars(line)), line["step"])
+        except Exception as error:  # whatever a network or a service raises must not end the run
+            say(f"WARNING: {self.kind} failed ({error}) and gets nothing more; metrics.jsonl goes on")
+            self.write = None
+
+
+def scalars(line: dict, prefix: str = ""):
+    """The numbers of a log line as (bins/weight/3, value), lists by place; null and text left out."""
+    for key, value in line.items():
+        if isinstance(value, list):
+            value = dict(enumerate(value))
+        if isinstance(value, dict):
+            yield from scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            yield f"{prefix}{key}", value

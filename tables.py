@@ -1,26 +1,34 @@
-"""From logs to the study's tables in Markdown: `tables()`, which python plots.py --table prints."""
+"""From logs to what python plots.py prints, in Markdown: --table the study's `tables()`, or with runs `run_table`;
+--samples a `sample_page` of each run."""
 
+import textwrap
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 import logs
 from logs import (
+    Missing,
     Run,
     Sweep,
     entropy,
     headline,
+    headline_k,
     holm,
     interval,
+    last_name,
     noise_ratios,
     p_value,
     paired,
     pairs,
     present,
+    stages,
     study,
     sweeps,
     tail,
+    whole_lines,
 )
 from study import PARTS, Row, written
 
@@ -35,6 +43,10 @@ QUESTIONS = (("Does the compute adversary with maxrl beat maxrl?", "rollout-maxr
              ("Does an adaptive data adversary beat a fixed tilt?", "prompt", "tilt"),
              ("Does a fixed rule, maxrl, beat grpo?", "maxrl", "grpo"))
 EQUAL = 3.0  # points: an interval inside this either way is a no
+RUN_NOTE = """Figures in percent, as far as each run is. best: the evaluation of the highest pass@k, chosen on the
+problems that it reports; worst kind: of the last evaluation; hours: of training steps, without evaluations."""
+STAGES = 3  # of training that a page of samples shows
+LINES = {"prompt": 12, "response": 24, "gold": 4, "found": 4}  # the most that it shows of a text
 
 
 def exact_configurations(count_B: np.ndarray, arms_K: np.ndarray, total: int) -> int:
@@ -117,11 +129,11 @@ def summary_table() -> str:
         line = [row.name]
         for found in study().values():
             runs, against = found.get(row.name, []), found["grpo"] if row.name not in ("base", "grpo") else []
-            for figure in (headline, mean_success, worst_kind):
+            for figure in (headline, mean_success):
                 mean = f"{100 * np.mean([figure(r.last()) for r in runs]):.1f}" if runs else ""
                 line.append(f"{mean}, {difference(runs, against, figure)}".removesuffix(", "))
         lines.append(line)
-    head = [f"{task}, {figure}" for task in study() for figure in ("pass@8", "mean@16", "worst kind")]
+    head = [f"{task}, {figure}" for task in study() for figure in ("pass@8", "mean@16")]
     return "**In short, with the difference to grpo**\n\n" + markdown(["row", *head], lines)
 
 
@@ -255,3 +267,77 @@ def tables() -> str:
     by_rate = [rate_table(task, rows) for task, rows in sweeps().items()]
     by_task = [table(task, rows) for table in functions for task, rows in study().items()]
     return "\n\n".join([NOTE, summary_table(), question_table(), outcome_tables(), *by_rate, *by_task])
+
+
+# ------------------------------------------------------------------------------------------------ any runs
+
+
+def run_table(runs: list[Run]) -> str:
+    """One line a run. Runs that drew different numbers of responses have columns of their own."""
+    lines = [run_line(run) for run in runs]
+    head = list(dict.fromkeys(name for line in lines for name in line))
+    return f"{RUN_NOTE}\n\n{markdown(head, [[line.get(name, '') for name in head] for line in lines])}"
+
+
+def run_line(run: Run) -> dict[str, str]:
+    """Column -> cell; without evaluations there are no columns for them."""
+    tokens, hours = ((run.series(*path).sum() if run.log else 0) for path in (("tokens_generated",),
+                                                                              ("seconds", "total")))
+    line = {"run": run.name, "trained": run.subject, "mode": run.mode, "rule": run.rule, "seed": str(run.seed),
+            "steps": str(len(run.log)), "tokens": f"{tokens:,.0f}", "hours": f"{hours / 3600:.3g}"}
+    if not run.evaluations:
+        return line
+    last = run.last()
+    line["evaluated on"] = (f"{last['problems']} of {last_name(run.config['eval_data']) or 'those held out'}, "
+                            f"temperature {run.config['eval_temperature']:g}")
+    for name, e in (("last", last), ("best", max(run.evaluations, key=headline))):
+        line |= {f"{name} at step": str(e["step"]), f"{name} pass@{headline_k(e)}": f"{100 * headline(e):.1f}",
+                 f"{name} mean@{e['rollouts']}": f"{100 * mean_success(e):.1f}"}
+    if len(last["by_kind"]) > 1:
+        worst = min(last["by_kind"], key=lambda kind: last["by_kind"][kind][2])
+        line[f"worst kind, pass@{headline_k(last)}"] = f"{worst} {100 * worst_kind(last):.1f}"
+    return line
+
+
+def sample_page(folder: Path) -> str:
+    """Rollouts of a run to read, of evenly spaced steps. Raises Missing for a run that has none."""
+    run, samples = Run.load(folder), whole_lines(folder / "samples.jsonl")
+    if not samples:
+        raise Missing(f"{folder}: samples.jsonl is missing or empty; train.py writes it with the first step")
+    steps = sorted({s["step"] for s in samples})
+    page = [f"# {run.name}: {run.subject}, mode {run.mode}"]
+    for step in (steps[i] for i in stages(len(steps), STAGES)):
+        page.append(f"## step {step}, of 0 to {steps[-1]}")
+        page += [sample_text(s, own_reward=bool(run.config.get("reward"))) for s in samples if s["step"] == step]
+    return "\n\n".join(page)
+
+
+def sample_text(sample: dict, own_reward: bool) -> str:
+    """One rollout: verdict, numbers, then the texts. A reward of one's own looks for no answer; `found`, `right` and
+    `factor` are not in older files."""
+    right = sample.get("right", sample["reward"] > 0)
+    numbers = ", ".join(f"{key} {sample[key]:.3g}" for key in ("reward", "bin", "n", "weight", "factor")
+                        if key in sample)
+    texts = {"prompt": sample["prompt"], "response": sample["response"], "gold": sample["answer"]}
+    if "found" in sample and not own_reward:
+        texts["found"] = "(no answer)" if sample["found"] is None else sample["found"]
+    cut = ", cut at the length limit" * sample["truncated"]
+    lines = [f"    {name if i == 0 else '':10}{line}".rstrip() for name, text in texts.items()
+             for i, line in enumerate(excerpt(text or "(empty)", LINES[name]))]
+    return f"**{visible(sample['id'])}: {'right' if right else 'wrong'}{cut}** ({numbers})\n\n" + "\n".join(lines)
+
+
+def excerpt(text: str, most: int, width: int = 100) -> list[str]:
+    """The text in lines; of more than `most` the middle is left out and its characters, but for line ends, counted."""
+    lines = [piece for line in text.split("\n") for piece in textwrap.wrap(
+        visible(line), width, expand_tabs=False, replace_whitespace=False, drop_whitespace=False) or [""]]
+    if len(lines) <= most:
+        return lines
+    head, tail = most // 2, len(lines) - (most - most // 2)
+    left_out = sum(map(len, lines[head:tail]))
+    return [*lines[:head], f"[... {left_out:,} characters left out ...]", *lines[tail:]]
+
+
+def visible(text: str) -> str:
+    """Control characters, and what else has no glyph, by their escapes: a terminal would obey them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

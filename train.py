@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 import tasks
-from config import Config, check, parse_args
+from config import Config, parse_args
 from data import Problem, batch_order, encode_prompts
 from gdro import SIGNALS, DifficultyBins, PromptGDRO, RolloutGDRO, bin_shares, errors_by, means_by
 from kernels import group_advantage, grpo_token_loss
@@ -30,10 +30,10 @@ from metrics import Evaluation, table
 from model import Transformer
 from policy import Policy
 from ranks import Ranks, RunError, deal, say
-from reward import Grader
+from reward import Grader, check_golds, extract
 from rollout import Batch, Sampling, choose_engine, draw_together, make_engine, rollout_seed
 from rules import RULES
-from runfolder import Checkpoint, RunFolder, jsonable, portable
+from runfolder import Checkpoint, RunFolder, Tracker, jsonable, portable, write_json
 
 MEASURE_EVERY = 2  # entropy and mismatch are measured on the first rollout of every second prompt of a batch
 
@@ -240,18 +240,21 @@ class Trainer:
 
     def __init__(self, cfg: Config, ranks: Ranks, loaded: dict | None = None):
         """`loaded`: what the run to be resumed had loaded; its hub commits are taken again, wherever `main` is now."""
-        check(cfg)
         self.cfg, self.ranks, self.device, self.pinned = cfg, ranks, ranks.device, loaded or {}
         self.bins, self.prompt_gdro, self.rollout_gdro = adversaries(cfg)
         self.record: dict = {}  # what was loaded, for config.json
+        self.grader = Grader(workers=cfg.grader_workers, timeout=cfg.grader_timeout, reward=cfg.reward)
+        if self.grader.source:
+            self.record["reward"] = {"sha256": self.grader.source.sha256}
         self._load_model()
         self._load_data()
+        say(self.summary())
+        cfg = self.cfg  # with the limits that depend on the model
         self.optimizer = MasterAdamW(self.model, cfg)
         self.engine = make_engine(
             self.record["engine"], self.policy.folder, dtype=self.policy.dtype, device=self.device,
             max_prompt_tokens=cfg.max_prompt_tokens, max_response_tokens=cfg.max_response_tokens,
             max_rollouts=cfg.max_rollouts, seed=cfg.seed, gpu_memory_utilization=cfg.gpu_memory_utilization)
-        self.grader = Grader(workers=cfg.grader_workers, timeout=cfg.grader_timeout)
         self.expected_tokens_B = np.full(self.bins.num_bins, 1.0)  # response tokens by bin, to deal out generation
         self.next_step = 0
 
@@ -262,7 +265,8 @@ class Trainer:
         revision = self.pinned.get("model", {}).get("folder", cfg.model_revision)
         self.policy = Policy.open(cfg.model, revision=revision, dtype=cfg.dtype, device=self.device,
                                   stop_tokens=cfg.stop_tokens)
-        self.policy.check_context(cfg.max_prompt_tokens, cfg.max_response_tokens)
+        prompt, response = self.policy.limits(cfg.max_prompt_tokens, cfg.max_response_tokens)
+        self.cfg = cfg = dataclasses.replace(cfg, max_prompt_tokens=prompt, max_response_tokens=response)
         engine, why = choose_engine(cfg.engine, self.device)
         say(f"engine: {engine}. {why}")
         self.policy.check_memory(self.device, with_reference=bool(cfg.kl_beta), engine=engine,
@@ -278,24 +282,45 @@ class Trainer:
 
     def _load_data(self) -> None:
         cfg = self.cfg
-        self.problems, self.prompts = self._encode("train", cfg.train_data, cfg.train_revision, cfg.train_problems)
-        self.eval_set = self._encode("heldout", cfg.eval_data, cfg.eval_revision, cfg.eval_problems)
+        problems = self._load("train_data", "train", cfg.train_data, cfg.train_revision, cfg.train_problems)
+        if cfg.eval_data:
+            held_out = self._load("eval_data", "heldout", cfg.eval_data, cfg.eval_revision, cfg.eval_problems)
+        else:
+            count = min(200, max(1, len(problems) // 10))
+            problems, held_out = problems[:-count], problems[-count:][: cfg.eval_problems or None]
+            self.record["eval_data"] = {"held out of": "train_data", "last": count}
+        self.problems, self.prompts = self._encode("train_data", problems)
+        self.eval_set = self._encode("eval_data", held_out)
         batch_order(len(self.problems), cfg.prompts_per_step, cfg.seed, 0)  # raises when there are too few
 
-    def _encode(self, split: str, source: str, revision: str, limit: int) -> tuple[list[Problem], list[list[int]]]:
-        cfg, name = self.cfg, "train_data" if split == "train" else "eval_data"
+    def _load(self, name: str, split: str, source: str, revision: str, limit: int) -> list[Problem]:
         commit = self.pinned.get(name, {}).get("revision") or (None if revision == "main" else revision)
-        problems, record = tasks.load(source, split=split, limit=limit, revision=commit)
+        problems, self.record[name] = tasks.load(source, split=split, limit=limit, revision=commit)
+        return problems
+
+    def _encode(self, name: str, problems: list[Problem]) -> tuple[list[Problem], list[list[int]]]:
+        cfg = self.cfg
         problems, tokens, counts = encode_prompts(
             problems, self.policy.tokenizer, suffix=cfg.prompt_suffix, chat_template=cfg.chat_template,
             max_tokens=cfg.max_prompt_tokens)
         if cfg.answer_style != "auto":
             problems = [dataclasses.replace(p, style=cfg.answer_style) for p in problems]
-        self.record[name] = {**record, "encoded": counts, "problems": len(problems),
-                             "styles": sorted({p.style for p in problems})}
+        styles, golds = sorted({p.style for p in problems}), check_golds(
+            problems, self.grader, allowed=cfg.allow_bad_golds, name=name)
+        self.record[name] |= {"encoded": counts, "problems": len(problems), "styles": styles, **golds}
         dropped = f", {counts['too_long']} over {cfg.max_prompt_tokens} tokens dropped" if counts["too_long"] else ""
         say(f"{name}: {len(problems)} problems{dropped}")
         return problems, tokens
+
+    def summary(self) -> str:
+        """One sentence: what is trained on what, how it is asked, where the answer is looked for, what ends it."""
+        cfg, styles = self.cfg, ", ".join(self.record["train_data"]["styles"])
+        asked = "through the chat template" if self.record["train_data"]["encoded"]["chat_template"] else "as they are"
+        stops = ", ".join(map(repr, self.policy.tokenizer.convert_ids_to_tokens(list(self.policy.stop_ids))))
+        return (f"{portable(cfg.model)} on {portable(cfg.train_data)}: prompts go in {asked}"
+                + (f" with {cfg.prompt_suffix!r} behind them" if cfg.prompt_suffix else "")
+                + (f", {cfg.reward} grades the responses" if cfg.reward else f", answers are looked for as {styles}")
+                + f", {stops} or {cfg.max_response_tokens} tokens end a response")
 
     # -- one step
 
@@ -317,7 +342,7 @@ class Trainer:
         with clock("reward"):
             reward_R, unclear, texts = self.grade(batch, problems)
         with clock("advantage"):
-            advantage_R, constant_P = self.advantages(reward_R, decided)
+            advantage_R, constant_P, factor_P = self.advantages(reward_R, decided)
             # Without a KL term a rollout of advantage 0 adds exactly 0 to loss, statistics and gradient: left out.
             acts_R = (advantage_R != 0) | bool(cfg.kl_beta)
         with clock("logprob"):
@@ -334,9 +359,10 @@ class Trainer:
                 **batch.stats(), **unclear, **measured, **self.log_line(decided, outcome, update), "eval": None}
         first_P = decided.n_P.cumsum() - decided.n_P  # each prompt's first rollout
         samples = [{"step": step, "id": ids_P[p], "bin": decided.bin_P[p], "n": decided.n_P[p],
-                    "weight": decided.weight_P[p], "answer": problems[p].answer, "reward": reward_R[r],
-                    "truncated": batch.truncated[r], "prompt": problems[p].prompt, "response": texts[r]}
-                   for p, r in enumerate(first_P[:4])]
+                    "weight": decided.weight_P[p], "factor": factor_P[p], "answer": problems[p].answer,
+                    "found": None if cfg.reward else extract(texts[r], problems[p].style),
+                    "reward": reward_R[r], "right": reward_R[r] > 0, "truncated": batch.truncated[r],
+                    "prompt": problems[p].prompt, "response": texts[r]} for p, r in enumerate(first_P[:4])]
         return jsonable(line), jsonable(samples)
 
     def decide(self, ids_P: list[str]) -> Decision:
@@ -352,15 +378,16 @@ class Trainer:
         return Decision(bin_P, allocated_P, n_P, weight_P, weight_B, self.prompt_gdro.score_B,
                         self.bins.rates(ids_P), self.rollout_gdro.mu, self.rollout_gdro.shadow_price_dp)
 
-    def advantages(self, reward_R: np.ndarray, decided: Decision) -> tuple[np.ndarray, np.ndarray]:
-        """(3) times the rule's factor times (16), (R,), and which prompts' rollouts all scored alike, (P,) bool."""
+    def advantages(self, reward_R: np.ndarray, decided: Decision) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(3) times the rule's factor times (16), (R,); which prompts' rollouts all scored alike, (P,) bool; the
+        factors, (P,)."""
         offsets_P = np.concatenate(([0], decided.n_P.cumsum()))
         correct_P = np.add.reduceat((reward_R > 0).astype(int), offsets_P[:-1])
         factor_P = RULES[self.cfg.rule](correct_P, decided.n_P, decided.rate_P)
         rewards, offsets, weights = (torch.from_numpy(x).to(self.device)
                                      for x in (reward_R, offsets_P, factor_P * decided.weight_P))
         advantage, constant = group_advantage(rewards, offsets, weights, clip=self.cfg.advantage_clip)
-        return advantage.cpu().numpy(), constant.cpu().numpy()
+        return advantage.cpu().numpy(), constant.cpu().numpy(), factor_P
 
     def update(self, batch: Batch, n_P, advantage_R: np.ndarray, acts_R: np.ndarray, old_N, ref_N, step: int) -> Update:
         """The optimiser steps of one batch, one a mini-batch of prompts; every weight is fixed before any split."""
@@ -441,11 +468,10 @@ class Trainer:
     # -- what a step calls
 
     def grade(self, batch: Batch, problems: list[Problem]) -> tuple[np.ndarray, dict, list[str]]:
-        """Rewards in {-1, +1} (R,) float64, how many are -1 for want of a verdict, texts. Each rank grades its part."""
+        """Rewards in [-1, 1] (R,) float64, how many are -1 for want of a verdict, texts. Each rank grades its part."""
         texts = batch.texts(self.policy.tokenizer)
         mine = np.arange(self.ranks.rank, len(texts), self.ranks.world)
-        asked = [problems[p] for p in batch.owner[mine]]
-        grades = self.grader.grade([texts[r] for r in mine], [p.answer for p in asked], [p.style for p in asked],
+        grades = self.grader.grade([texts[r] for r in mine], [problems[p] for p in batch.owner[mine]],
                                    cut=batch.truncated[mine])
         reward_R = np.zeros(len(texts))
         reward_R[mine] = [g.reward for g in grades]
@@ -533,7 +559,8 @@ class Trainer:
         sampling = Sampling(cfg.max_response_tokens, cfg.eval_temperature, cfg.eval_top_p, cfg.eval_top_k,
                             self.policy.stop_ids)
         seed_P = [rollout_seed(cfg.seed, -1, p.id) for p in problems]
-        batch = draw_together(self.engine, self.ranks, prompts, [cfg.eval_rollouts] * len(problems), seed_P, sampling)
+        batch = draw_together(self.engine, self.ranks, prompts, [cfg.eval_rollouts] * len(problems), seed_P, sampling,
+                              bar=True)
         reward_R, _, _ = self.grade(batch, problems)
         return Evaluation.of(step, [p.kind for p in problems], reward_R.reshape(len(problems), -1) > 0,
                              float(batch.lengths.mean()), float(batch.truncated.mean()))
@@ -576,6 +603,7 @@ class StopSignal:
 
 def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, list[Evaluation]]:
     """Everything loaded and checked, the run folder begun or reopened, the weights in the engine."""
+    adversaries(cfg)  # raises what is wrong with a value before a folder is looked at
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     ranks, folder = Ranks(), RunFolder(cfg)
@@ -599,44 +627,54 @@ def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, 
 
 
 def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) -> bool:
-    """Steps, evaluations and checkpoints up to cfg.steps; False when it was asked to stop before the end."""
+    """Steps, evaluations and checkpoints up to cfg.steps; False when it was asked to stop before the end. The policy of
+    the best evaluation stays in best/."""
     cfg, first, stop = trainer.cfg, trainer.ranks.rank == 0, StopSignal()
+    tracker = Tracker(cfg.tracker if first else "none", folder.path)
 
     def evaluate() -> dict:
         evaluations.append(trainer.evaluate(trainer.next_step))
+        latest = evaluations[-1]
         if first:
             folder.write_evaluations(evaluations)
-        say(evaluations[-1].line())
-        return {k: v for k, v in evaluations[-1].to_json().items() if k != "by_kind"}
+            if trainer.next_step and all(latest.passes[e.k] > e.passes[e.k] for e in evaluations[:-1]):
+                trainer.policy.save(trainer.model, folder.path / "best")
+                write_json(folder.path / "best" / "evaluation.json", latest.to_json())
+        say(latest.line())
+        return {k: v for k, v in latest.to_json().items() if k != "by_kind"}
 
     def due() -> bool:
         return trainer.next_step == cfg.steps or bool(cfg.eval_every and trainer.next_step % cfg.eval_every == 0)
+
+    def asked() -> bool:
+        return bool(trainer.ranks.merge(np.array([stop.asked]))[0])  # all ranks stop, or none
 
     missed = trainer.next_step > 0 and due() and trainer.next_step not in [e.step for e in evaluations]
     if (cfg.eval_first and not evaluations) or missed:  # a stop does not wait for the evaluation that was due
         evaluate()
     bar = tqdm(total=cfg.steps, initial=trainer.next_step, desc=f"{cfg.mode} seed {cfg.seed}", unit="step",
                disable=not first)
-    asked, begun = False, []
-    while trainer.next_step < cfg.steps and not asked:
+    begun, stopping = [], asked()
+    while trainer.next_step < cfg.steps and not stopping:
         line, samples = trainer.step(trainer.next_step)
         trainer.next_step += 1
-        done = trainer.next_step
+        done, stopping = trainer.next_step, asked()
         last = done == cfg.steps
-        asked = bool(trainer.ranks.merge(np.array([stop.asked]))[0])  # all ranks stop, or none
-        if last or (due() and not asked):
+        if last or (due() and not stopping):
             line["eval"] = evaluate()
         if first:
             folder.append("metrics.jsonl", [line])
             folder.append("samples.jsonl", samples)
+            tracker.log(line)
         if len(begun) < 3:
             begun.append(line)
             if len(begun) == 3 and (hint := nothing_to_learn(begun, cfg)):
                 say(hint)
         bar.update()
         bar.set_postfix(reward=f"{line['reward_mean']:+.3f}", solved=f"{line['solved_frac']:.2f}",
-                        tokens=f"{line['response_tokens_mean']:.0f}", mismatch=f"{line['mismatch']['mean']:.0e}")
-        if first and (asked or last or (cfg.save_every and done % cfg.save_every == 0)):
+                        cut=f"{line['truncated_frac']:.0%}", tokens=f"{line['response_tokens_mean']:.0f}",
+                        mismatch=f"{line['mismatch']['mean']:.0e}")
+        if first and (stopping or last or (cfg.save_every and done % cfg.save_every == 0)):
             folder.save(trainer.checkpoint(evaluations), cfg.keep)
     bar.close()
     return trainer.next_step >= cfg.steps
@@ -662,20 +700,25 @@ def main() -> None:
     try:
         cfg, preset, resume = parse_args()
         trainer, folder, evaluations = set_up(cfg, preset, resume)
+    except KeyboardInterrupt:
+        sys.exit(130)  # while it loads: nothing is lost
     except (ValueError, OSError, RunError) as error:  # what was given; a later ValueError is a bug and keeps its trace
         sys.exit(f"train.py: {error}")
     try:
         with trainer.grader, folder.full_disk_explained(trainer.optimizer.checkpoint_bytes()):
+            begun = trainer.next_step
             complete = train(trainer, folder, evaluations)
-            if complete and trainer.ranks.rank == 0:
+            if trainer.ranks.rank == 0 and (trainer.next_step > begun or not (folder.path / "model").exists()):
                 trainer.policy.save(trainer.model, folder.path / "model")
     except RunError as error:
         sys.exit(f"train.py: {error}")
+    if complete and begun >= trainer.cfg.steps:
+        say(f"already at {trainer.next_step} of {trainer.cfg.steps} steps; --steps N goes on")
     if complete:
         say(table(evaluations[:1] + evaluations[1:][-1:]))
         say(f"\nmodel: {folder.path / 'model'}   log: {folder.path / 'metrics.jsonl'}")
     else:
-        say(f"stopped after {trainer.next_step} steps; go on with the same command and --resume")
+        say(f"stopped after {trainer.next_step} steps; go on with: train.py --out_dir {folder.path} --resume")
     trainer.engine.close()
     trainer.ranks.leave()
     sys.exit(0 if complete else 130)

@@ -1,5 +1,6 @@
 """Problems from files and from the hub, and what a tokenizer makes of them; whatever is wrong is named."""
 
+import hashlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +45,49 @@ def test_answers_take_their_usual_shapes(tmp_path):
     rows = [{"problem": str(i), "answer": answer, "solution": "no"} for i, (answer, _) in enumerate(shapes)]
     problems, _ = load_problems(write(tmp_path / "a.jsonl", rows))
     assert [p.answer for p in problems] == [expected for _, expected in shapes]
+
+
+@pytest.mark.parametrize("solution, answer, style", [
+    (r"We have $r = 3$, so \boxed{\left(3, \frac{\pi}{2}\right)}.", r"\left(3, \frac{\pi}{2}\right)", "math"),
+    (r"First \boxed{1}. #### Step 2. Then \fbox{x = \boxed{5}}", "5", "math"),  # a heading is no answer
+    ("Within \\boxed{} they want it: 4\n#### 18", "18", "gsm8k"),
+    ("34", "34", "math"),
+])
+def test_of_a_worked_solution_the_box_is_the_answer(tmp_path, solution, answer, style):
+    [problem], _ = load_problems(write(tmp_path / "a.jsonl", [{"problem": "?", "solution": solution}]))
+    assert (problem.answer, problem.style) == (answer, style)
+
+
+def test_of_an_answer_nothing_is_cut_but_what_stands_before_hashes(tmp_path):
+    for column in "answer", "final_answer":
+        rows = [{"problem": "?", column: r"\boxed{3} or \boxed{5}", "solution": r"\boxed{3}"}]
+        assert load_problems(write(tmp_path / "a.jsonl", rows))[0][0].answer == r"\boxed{3} or \boxed{5}"
+
+
+@pytest.mark.parametrize("row, kind", [
+    ({"kind": "carry", "level": 2}, "carry"), ({"level": 5, "subject": "Algebra"}, "5"), ({"level": 2.0}, "2"),
+    ({"subject": " Number Theory "}, "Number Theory"), ({"type": "Algebra", "category": "x"}, "Algebra"),
+    ({"category": "geometry"}, "geometry"), ({"level": None, "subject": "Algebra"}, ""), ({}, ""), ({"kind": [1]}, ""),
+])
+@pytest.mark.parametrize("suffix", data.SUFFIXES)
+def test_the_first_column_of_a_kind_is_the_kind(tmp_path, suffix, row, kind):
+    options = {name: str(i) for i, name in enumerate(data.CHOICE_COLUMNS)}
+    problems, _ = load_problems(write(tmp_path / f"a{suffix}", [{"problem": "?", "answer": "1"} | row]))
+    choices, _ = load_problems(write(tmp_path / f"b{suffix}", [options | row]))
+    assert [p.kind for p in problems + choices] == [kind, kind]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, suffix):
+    plain = Path(write(tmp_path / f"a{suffix}", [{"problem": "é?", "answer": "1"}, {"problem": "b", "answer": "2"}]))
+    marked = tmp_path / f"b{suffix}"
+    marked.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
+    (problems, record), (as_before, _) = load_problems(str(marked)), load_problems(str(plain))
+    assert problems == as_before
+    assert record["sha256"] == hashlib.sha256(marked.read_bytes()).hexdigest()
+    marked.write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(ValueError, match="has no rows"):
+        load_problems(str(marked))
 
 
 def test_chat_messages_and_own_ids(tmp_path):
@@ -95,10 +139,39 @@ def test_bad_files_are_named(tmp_path, name, content, message):
         load_problems(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("source", ["math-500", "owner/name", "set.csv", ""])
-def test_an_unknown_source_says_what_forms_exist(source):
-    with pytest.raises(ValueError, match=r"\.jsonl.*dapo.*hub:owner/name"):
+@pytest.mark.parametrize("source, meant", [
+    ("math-500", "math500"), ("aime23", "aime25 or aime24 or amc23"), ("gsm", ""), ("", ""),
+])
+def test_an_unknown_name_says_what_forms_exist_and_which_name_is_near(source, meant):
+    near = f"; is it {meant}" if meant else r"\."
+    with pytest.raises(ValueError, match=rf"set '{source}'{near}.*\.jsonl.*dapo.*hub:owner/name"):
         load_problems(source)
+
+
+@pytest.mark.parametrize("source, message", [
+    ("data/gsm8k_tran.jsonl", r"^no file data/gsm8k_tran.jsonl; is it gsm8k_train.jsonl or gsm8k_test.jsonl\?$"),
+    ("data/gsm8k_train", r"^no file data/gsm8k_train; is it gsm8k_train.jsonl"),
+    ("data/other.jsonl", r"^no file data/other.jsonl\.$"),
+    ("dat/gsm8k_train.jsonl", r"^no file dat/gsm8k_train.jsonl\.$"),
+    ("data.jsonl", r"^no file data.jsonl"), ("set.csv", r"^no file set.csv\.$"),
+    ("owner/name", r"^no file owner/name\. On the hub it would be hub:owner/name$"),
+])
+def test_a_misspelt_file_is_named_beside_the_names_near_it(tmp_path, monkeypatch, source, message):
+    (tmp_path / "data").mkdir()
+    for name in "gsm8k_train.jsonl", "gsm8k_test.jsonl":
+        write(tmp_path / "data" / name, [{"problem": "?", "answer": "1"}])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=message):
+        load_problems(source)
+
+
+@pytest.mark.parametrize("name", ["set.csv", "set.jsonl.gz", "set"])
+def test_a_file_that_cannot_be_read_says_which_can(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_text("problem,answer")
+    monkeypatch.chdir(tmp_path)
+    for source in name, str(tmp_path / name), str(tmp_path):
+        with pytest.raises(ValueError, match=rf"{source} is none of .*: \.jsonl, \.json, \.parquet"):
+            load_problems(source)
 
 
 def test_bad_hub_forms_and_revisions(tmp_path):
@@ -107,8 +180,6 @@ def test_bad_hub_forms_and_revisions(tmp_path):
             load_problems(source)
     with pytest.raises(ValueError, match="is a local file"):
         load_problems(write(tmp_path / "a.jsonl", [{"problem": "a", "answer": 1}]), revision="main")
-    with pytest.raises(FileNotFoundError):
-        load_problems(str(tmp_path / "none.jsonl"))
 
 
 def test_repeats_are_merged_and_conflicts_dropped(tmp_path, caplog):

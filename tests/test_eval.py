@@ -1,17 +1,21 @@
-"""An evaluation is the same however it was interrupted or shared out."""
+"""An evaluation is the same however it was interrupted or shared out, and that of a run's model is the run's own; what
+was made of other weights, data or settings is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import two_ranks
 
 import eval as eval_module
 import tasks
-from eval import PAPER_BENCHMARKS, evaluate, markdown, parse_args, summary
+from eval import PAPER_BENCHMARKS, Sample, evaluate, markdown, parse_args, summary
+from model import Transformer
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,14 +46,16 @@ def test_an_evaluation_writes_every_response_and_the_figures(evaluated):
     saved = json.loads((evaluated / "eval.json").read_text())
     assert len(lines) == 800 and list(lines[0]) == ["benchmark", "id", "sample", "gold", "style", "response",
                                                    "extracted", "right", "timed_out", "tokens", "finish",
-                                                   "failed"]
+                                                   "failed", "prompt", "kind"]
     assert [x["benchmark"] for x in lines] == ["sums"] * 400 + ["arithmetic"] * 400
     for row, of in ((saved["figures"]["sums"], lines[:400]), (saved["figures"]["all"], lines)):
         assert row["mean@4"][0] == pytest.approx(np.mean([x["right"] for x in of])) and 0 < row["mean@4"][0] < 1
         assert row["truncated_frac"] == np.mean([x["finish"] == "length" for x in of]) > 0
     assert not any(x["right"] for x in lines if x["finish"] == "length")
     assert all(x["right"] == (x["extracted"] == x["gold"]) for x in lines if x["finish"] == "stop")
-    assert saved["settings"]["k"] == 4 and str(evaluated) not in json.dumps(saved)
+    assert saved["settings"]["k"] == 4 and str(evaluated.parent) not in json.dumps(saved)
+    assert list(saved["figures"]["arithmetic"]["by_kind"]) == list(tasks.TASKS["arithmetic"].kinds)
+    assert "by_kind" not in saved["figures"]["sums"]
 
 
 @pytest.mark.parametrize("kept", [0, 64 * 4 + 7, 140 * 4])
@@ -86,9 +92,140 @@ def test_two_processes_evaluate_alike(base, evaluated, tmp_path):
 
 
 def test_other_settings_in_the_same_folder_are_refused(base, evaluated):
-    with pytest.raises(FileExistsError, match="seed 0"):
+    with pytest.raises(FileExistsError, match="with seed 0; choose another --out"):
         run(base, evaluated, "--seed", "1")
 
+
+def test_other_weights_are_refused_wherever_they_lie(base, evaluated, tmp_path):
+    same, other = tmp_path / "same", tmp_path / "model"
+    shutil.copytree(base, same)
+    shutil.copytree(base, other)
+    model = Transformer.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1e-3
+    model.save_pretrained(other)
+    again, figures = tmp_path / "out", json.loads((evaluated / "eval.json").read_text())["figures"]
+    shutil.copytree(evaluated, again)
+    assert run(base, again, "--model", str(same))["figures"] == figures
+    with pytest.raises(FileExistsError, match="other weights; choose another --out or delete it"):
+        run(base, again, "--model", str(other))
+    (again / "eval.json").unlink()  # responses that nothing speaks for
+    with pytest.raises(FileExistsError, match="does not say"):
+        run(base, again)
+
+
+def test_the_same_weights_with_another_tokenizer_are_refused(base, evaluated, tmp_path):
+    shutil.copytree(base, tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    words = json.loads(file.read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
+    file.write_text(json.dumps(words))
+    with pytest.raises(FileExistsError, match="sums asked"):
+        run(base, evaluated, "--model", str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("change", [lambda text: text.replace('"answer": 3}', '"answer": 4}'),
+                                    lambda text: "\n" + text])  # to the byte, as what it was cannot be known
+def test_a_changed_data_file_is_refused(base, tmp_path, change):
+    data = tmp_path / "sums.jsonl"
+    shutil.copy(base.parent / "sums.jsonl", data)
+    small = ["--benchmarks", str(data), "--problems", "3", "--k", "1"]
+    run(base, tmp_path / "out", *small)
+    data.write_text(change(data.read_text()))
+    with pytest.raises(FileExistsError, match="sums sha256"):
+        run(base, tmp_path / "out", *small)
+
+
+@pytest.mark.parametrize("flag, value, was", [("--stop_tokens", "0,1", r"stop_ids \[1\]"), ("--top_k", "5", "top_k 0"),
+                                             ("--answer_style", "gsm8k", "answer_style 'auto'"),
+                                             ("--prompt_suffix", "=", "prompt_suffix ''")])
+def test_what_changes_the_question_or_the_answer_is_another_evaluation(base, evaluated, flag, value, was):
+    with pytest.raises(FileExistsError, match=was):
+        run(base, evaluated, flag, value)
+
+
+# ---- a run's model
+
+TRAINED = {"steps": 2, "eval_problems": 60}
+UNTRAINED = {"steps": 0, "eval_data": "", "train_problems": 90, "max_prompt_tokens": 0}
+
+
+@pytest.fixture(scope="module", params=[TRAINED, UNTRAINED], ids=["own eval_data", "held out of train_data"])
+def trained(request, base, tmp_path_factory) -> Path:
+    """A run as the command leaves it."""
+    out, sums = tmp_path_factory.mktemp("runs") / "mine", base.parent / "sums.jsonl"
+    values = {"model": base, "out_dir": out, "engine": "torch", "seed": 5, "prompts_per_step": 24, "train_data": sums,
+              "minibatch_prompts": 12, "max_response_tokens": 8, "eval_data": sums, "eval_rollouts": 4,
+              "eval_temperature": 1.3, "eval_top_k": 9, "learning_rate": 1e-2, **request.param}
+    subprocess.run([sys.executable, "train.py", "--preset", "arithmetic",
+                    *(str(x) for k, v in values.items() for x in (f"--{k}", v))], cwd=ROOT, check=True, timeout=300)
+    return out
+
+
+def test_a_run_is_evaluated_again_as_it_evaluated_itself(trained, tmp_path, capsys):
+    own = json.loads((trained / "eval.json").read_text())[-1]
+    evaluate(parse_args(["--model", str(trained), "--out", str(tmp_path)]))
+    saved, said = json.loads((tmp_path / "eval.json").read_text()), capsys.readouterr().out
+    (row,) = saved["figures"].values()
+    assert [row["problems"], row["responses"]] == [own["problems"], own["rollouts"]]
+    assert row["mean@4"] == pytest.approx([own["mean"], *own["intervals"]["mean@4"]]) and 0 < own["mean"] < 1
+    assert {k: row[k][0] for k in own["passes"]} == own["passes"]
+    assert [row["tokens_mean"], row["truncated_frac"]] == [own["response_tokens_mean"], own["truncated_frac"]]
+    assert f"as in {trained}: --k 4 --temperature 1.3 --top_p 1.0 --top_k 9 --seed 5" in said
+    assert saved["settings"]["model"] == "mine" and str(trained.parent) not in json.dumps(saved)
+    before = (tmp_path / "eval_samples.jsonl").read_text()
+    evaluate(parse_args(["--model", str(trained / "model"), "--out", str(tmp_path)]))  # finished: as it was
+    assert (tmp_path / "eval_samples.jsonl").read_text() == before
+    with pytest.raises(FileExistsError, match="k 4"):
+        evaluate(parse_args(["--model", str(trained), "--out", str(tmp_path), "--k", "2"]))
+
+
+def test_a_run_whose_data_are_gone_or_changed_says_so_and_takes_others(trained, base, tmp_path):
+    moved = tmp_path / "mine"
+    shutil.copytree(trained, moved)
+    (moved / "paths.json").unlink()  # as on another machine: config.json names the file and not its folder
+    with pytest.raises(FileNotFoundError, match="sums.jsonl.* is not there: name the problems .* with --benchmarks"):
+        evaluate(parse_args(["--model", str(moved), "--out", str(tmp_path / "a")]))
+    with pytest.MonkeyPatch.context() as there:
+        there.chdir(tmp_path)
+        Path("sums.jsonl").write_text('{"question": "1s1=", "answer": 2}\n' * 2)
+        with pytest.raises(ValueError, match="sums.jsonl.* has changed since"):
+            evaluate(parse_args(["--model", str(moved), "--out", "b"]))
+        evaluate(parse_args(["--model", str(moved), "--benchmarks", "sums.jsonl", "--out", "c"]))
+    assert json.loads((tmp_path / "c" / "eval.json").read_text())["figures"]["sums"]["problems"] == 1
+
+
+def test_the_hub_set_of_a_run_is_taken_at_the_commit_that_it_had(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "mine")
+    (tmp_path / "mine" / "paths.json").unlink()
+    config = json.loads((trained / "config.json").read_text())
+    config |= {"eval_data": "math500", "loaded": {"eval_data": {"revision": "c0ffee"}}}
+    (tmp_path / "mine" / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(tasks, "load_problems", lambda source, revision: ([f"{source} at {revision}"], {}))  # the hub
+    assert parse_args(["--model", str(tmp_path / "mine")]).run.held_out(0)[1] == ["math500 at c0ffee"]
+
+
+def test_a_run_without_a_model_says_how_to_get_one(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "mine", ignore=shutil.ignore_patterns("model"))
+    with pytest.raises(FileNotFoundError, match="no model/ yet.*--resume"):
+        parse_args(["--model", str(tmp_path / "mine")])
+
+
+def test_evaluations_have_folders_of_their_own(trained):
+    shutil.copytree(trained / "model", trained / "best", dirs_exist_ok=True)
+    models = [["arithmetic:3"], ["Qwen/Qwen3-4B"], ["Qwen/Qwen3-4B", "--revision", "v1"], [str(trained)],
+              [str(trained), "--benchmarks", "aime24,my/sums.jsonl"], [str(trained), "--benchmarks", "hub:a/b:c"],
+              [str(trained / "best")]]
+    assert [str(parse_args(["--model", *m]).out) for m in models] == [
+        "out/eval-arithmetic-3", "out/eval-Qwen3-4B", "out/eval-Qwen3-4B-v1", "out/eval-mine",
+        "out/eval-mine-aime24-sums", "out/eval-mine-hub-a-b-c", "out/eval-mine-best"]
+    assert parse_args(["--model", str(trained / "model")]).out == parse_args(["--model", str(trained)]).out
+    with pytest.raises(SystemExit):  # its eval.json is another's
+        parse_args(["--model", str(trained), "--out", str(trained)])
+
+
+# ---- grading
 
 def test_regrading_gives_the_same_table_and_counts_changed_verdicts(evaluated, tmp_path, capsys):
     rows = json.loads((evaluated / "eval.json").read_text())["figures"]
@@ -103,6 +240,66 @@ def test_regrading_gives_the_same_table_and_counts_changed_verdicts(evaluated, t
     assert "paper, GRPO" in printed
     assert json.loads((tmp_path / "again" / "eval.json").read_text())["figures"] == rows
     assert (tmp_path / "again" / "eval_samples.jsonl").read_text() == (evaluated / "eval_samples.jsonl").read_text()
+
+
+def test_regrading_takes_a_folder_another_style_and_another_reward(evaluated, tmp_path, capsys):
+    old = eval_module.read_samples(evaluated / "eval_samples.jsonl")
+    eval_module.regrade(parse_args(["--regrade", str(evaluated)]))
+    assert "\n0 of 800 verdicts changed" in capsys.readouterr().out
+    eval_module.regrade(parse_args(["--regrade", str(evaluated), "--answer_style", "dapo"]))  # nobody writes "Answer:"
+    assert f"\n{sum(s.right for s in old)} of 800 verdicts changed" in capsys.readouterr().out
+    (tmp_path / "mine.py").write_text("def asks_for_zero(response, problem):\n"
+                                      "    return 0.5 if problem.prompt.startswith('0s') else -0.5\n")
+    reward = f"{tmp_path}/mine.py:asks_for_zero"
+    out = tmp_path / "out"
+    eval_module.regrade(parse_args(["--regrade", str(evaluated), "--reward", reward, "--out", str(out)]))
+    new = eval_module.read_samples(out / "eval_samples.jsonl")
+    assert [s.right for s in new] == [s.prompt.startswith("0s") and s.finish == "stop" for s in old]
+    with pytest.MonkeyPatch.context() as there:  # what was graded so is graded so again
+        there.chdir(tmp_path)
+        eval_module.regrade(parse_args(["--regrade", "out"]))
+    said = capsys.readouterr().out
+    assert "as in out: --reward mine.py:asks_for_zero" in said and "\n0 of 800 verdicts changed" in said
+
+
+def test_samples_without_prompts_are_read_but_not_shown_to_a_reward(evaluated, tmp_path):
+    lines = [json.loads(x) for x in (evaluated / "eval_samples.jsonl").read_text().splitlines()]
+    old = [{k: v for k, v in x.items() if k not in ("prompt", "kind")} for x in lines]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(x) + "\n" for x in old))
+    eval_module.regrade(parse_args(["--regrade", str(tmp_path / "s.jsonl")]))
+    with pytest.raises(ValueError, match="without prompts"):
+        eval_module.regrade(parse_args(["--regrade", str(tmp_path / "s.jsonl"), "--reward", "mine.py:f"]))
+
+
+def test_an_evaluation_with_a_reward_of_ones_own_names_its_content(base, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def short(response, problem):\n    return 0.3 if len(response) == 1 else -1\n")
+    more = ["--benchmarks", "arithmetic", "--problems", "20", "--reward", f"{file}:short"]
+    saved = run(base, tmp_path / "out", *more)
+    samples = eval_module.read_samples(tmp_path / "out" / "eval_samples.jsonl")
+    assert [s.right for s in samples] == [len(s.response) == 1 and s.finish == "stop" for s in samples]
+    assert saved["settings"]["reward"] == "mine.py:short" and 0 < saved["figures"]["arithmetic"]["mean@4"][0] < 1
+    file.write_text(file.read_text().replace("0.3", "0.4"))
+    with pytest.raises(FileExistsError, match="reward_sha256"):
+        run(base, tmp_path / "out", *more)
+
+
+def test_gold_answers_that_nobody_can_give_are_refused_until_admitted(base, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "1s1=", "answer": "So it is clear that 1 and 1 have a sum of 2"}\n'
+                   '{"question": "2s1=", "answer": 3}\n')
+    with pytest.raises(ValueError, match="(?s)bad: 1 of 2 .*--allow_bad_golds"):
+        run(base, tmp_path / "out", "--benchmarks", str(bad))
+    assert run(base, tmp_path / "out", "--benchmarks", str(bad), "--allow_bad_golds", "0.5")["figures"]["bad"]
+
+
+# ---- benchmarks
+
+def test_a_misspelt_file_is_an_error_before_anything_is_drawn(base, tmp_path):
+    command = [sys.executable, "eval.py", *flags(base, tmp_path / "out", "--benchmarks", "arithmetic,misspelt.jsonl")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("eval.py: ")
+    assert "misspelt.jsonl" in done.stderr and not (tmp_path / "out").exists()
 
 
 def test_a_benchmark_that_cannot_be_had_is_named_and_the_others_go_on(base, tmp_path, monkeypatch, capsys):
@@ -128,7 +325,7 @@ def test_local_files_are_benchmarks_and_the_whole_is_pooled_over_problems(base, 
 
 
 def test_the_papers_row_stands_beside_its_models():
-    samples = [eval_module.Sample(b, "1", j, "1", "math", "1", "1", j > 3, False, 5, "stop")
+    samples = [Sample(b, "1", j, "1", "math", "1", "1", j > 3, False, 5, "stop")
                for b in PAPER_BENCHMARKS for j in range(8)]
     rows = summary(samples)
     assert list(rows) == [*PAPER_BENCHMARKS, "aime", "all"]
@@ -136,6 +333,17 @@ def test_the_papers_row_stands_beside_its_models():
     assert lines["aime"].endswith("| 11.25 | 12.92 | 13.96 |") and lines["all"].endswith("| 56.31 | 63.70 | 62.27 |")
     assert "paper" not in markdown(rows, "arithmetic")
     assert parse_args(["--model", "x"]).benchmarks == list(PAPER_BENCHMARKS)
+
+
+def test_kinds_have_rows_of_their_own():
+    of = {"sum": [[1, 0, 0, 0], [1, 1, 1, 1]], "root": [[0, 0, 0, 0]]}
+    samples = [Sample("mine", f"{kind}{i}", j, "1", "math", "1", "1", bool(r), False, 5, "stop", kind=kind)
+               for kind, problems in of.items() for i, right in enumerate(problems) for j, r in enumerate(right)]
+    rows = summary(samples)
+    assert rows["mine"]["by_kind"] == {"sum": [2, 0.625, 1.0], "root": [1, 0.0, 0.0]}
+    assert markdown(rows, "").splitlines()[-4:] == [
+        "| mine, by kind | problems | pass@1 | pass@4 |", "| --- | --- | --- | --- |", "| sum | 2 | 62.5 | 100.0 |",
+        "| root | 1 | 0.0 | 0.0 |"]
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -37,10 +37,11 @@ def a_run(mode: str = "prompt", seed: int = 0, steps: int = 12, bins: int = 5, p
                      "reward": by_bin(rng.uniform(-1, 1, bins)), "rollouts": by_bin(rng.integers(2, 9, bins))},
             "signals": {k: {"mean": by_bin(rng.uniform(0.1, 1, bins)), "error": by_bin(rng.uniform(0.1, 1, bins))}
                         for k in ("surrogate", "reward", "variance")}})
-    config = {"preset": preset, "mode": mode, "seed": seed, "rollouts_per_prompt": 4, "n_min": 2, "n_max": 8,
+    config = {"preset": preset, "model": "made-up", "train_data": "made-up", "eval_data": "made-up",
+              "eval_temperature": 1.0, "mode": mode, "seed": seed, "rollouts_per_prompt": 4, "n_min": 2, "n_max": 8,
               "prompts_per_step": 64, "learning_rate": 1e-4, "rule": "grpo", "loaded": {"model": {"head": "the one"}},
               **(changes or {})}
-    evaluations = [{"step": s, "mean": 0.3, "passes": {"pass@8": p},
+    evaluations = [{"step": s, "problems": 10, "rollouts": 16, "mean": 0.3, "passes": {"pass@8": p},
                     "by_kind": {"a": [5, 0.1, p], "b": [5, 0.2, p / 2]}}
                    for s, p in ((steps // 2, 0.6 + seed / 100), (steps, 0.5 + seed / 50 + which / 20))]
     return Run(f"{mode}-{seed}", config, log, evaluations)
@@ -141,6 +142,16 @@ def test_differences_are_paired_by_seed_whatever_the_order():
     ours[0].evaluations[-1]["passes"]["pass@8"] = 0.9  # seed 3: GRPO has none
     ours[1].evaluations[-1]["passes"]["pass@8"] += 0.25
     assert logs.paired(ours, base, logs.headline) == pytest.approx([0.30, 0.05])
+
+
+def test_a_run_is_called_by_what_was_trained_on_what_whatever_its_preset():
+    def called(model: str, data: str) -> str:
+        return a_run(preset="arithmetic", changes={"model": model, "train_data": data}).subject
+
+    assert called("arithmetic:3", "arithmetic") == "arithmetic"
+    assert called("Qwen/Qwen3-1.7B-Base", "dapo") == "Qwen3-1.7B-Base on dapo"
+    assert called("models/my-model-0.5B", "../data/my.problems.jsonl") == "my-model-0.5B on my.problems"
+    assert called("permutations:1", "hub:owner/problems:main") == "permutations on problems:main"
 
 
 def test_a_run_that_is_still_writing_is_read_up_to_its_last_whole_line(tmp_path):

@@ -1,5 +1,7 @@
 """Every figure draws from odd logs, and shows what the logs say."""
 
+import json
+
 import numpy as np
 import pytest
 from test_logs import a_run, folder_of
@@ -83,12 +85,28 @@ def test_the_figure_of_kinds_draws_what_a_row_has_more_than_grpo():
 
 
 def test_bases_of_a_task_are_a_random_factor_and_other_models_are_not():
-    runs = [a_run(mode, number, changes={"model": f"arithmetic:{number}", "loaded": {"model": {
-        "name": f"arithmetic:{number}", "head": str(number)}}}) for mode in ("grpo", "prompt") for number in range(2)]
-    assert {mode: len(group) for mode, group in plots.by_model(runs)["made-up"].items()} == {"grpo": 2, "prompt": 2}
-    runs[1].config["model"] = "permutations:1"
-    with pytest.raises(ValueError, match="grpo-0 and grpo-1 differ in model"):
+    runs = [a_run(mode, number, changes={"model": f"arithmetic:{number}", "train_data": "arithmetic", "loaded": {
+        "model": {"name": f"arithmetic:{number}", "head": str(number)}}})
+        for mode in ("grpo", "prompt") for number in range(2)]
+    assert {mode: len(group) for mode, group in plots.by_model(runs)["arithmetic"].items()} == {"grpo": 2, "prompt": 2}
+    for run, folder in zip(runs, ("one", "two", "one", "two"), strict=True):
+        run.config["model"] = f"{folder}/model"
+    with pytest.raises(ValueError, match="model on arithmetic: grpo-0 and grpo-1 differ in model"):
         plots.by_model(runs)
+
+
+def test_own_data_own_models_and_rules_have_rows_and_titles_of_their_own_whatever_the_preset():
+    own = {"model": "some/tiny-0.1B", "train_data": "data/mine.jsonl"}
+    data = plots.by_model([a_run(mode, preset="arithmetic", changes={**own, **rule})
+                           for mode in ("prompt", "rollout") for rule in ({}, {"rule": "maxrl"})] +
+                          [a_run("both", preset="arithmetic", changes={"model": "arithmetic:0",
+                                                                       "train_data": "arithmetic"})])
+    assert {name: list(modes) for name, modes in data.items()} == {
+        "tiny-0.1B on mine": ["prompt", "rollout"], "tiny-0.1B on mine, maxrl": ["prompt", "rollout"],
+        "arithmetic": ["both"]}
+    titles = [ax.get_title(loc="left") for ax in plots.figure_6(data).axes[::2]]
+    assert titles == [f"{name}\nlead-lag (32)" for name in (*list(data)[:2], "arithmetic, both")]
+    plots.plt.close("all")
 
 
 @pytest.mark.parametrize("name", ["3", "7"])
@@ -101,6 +119,14 @@ def test_absent_bins_are_masked_in_heatmaps_and_not_zero(name):
     assert len(images) == (3 if name == "3" else 2) and absent_TB.any()
     for image in images:
         assert np.array_equal(np.ma.getmaskarray(image), absent_TB.T)
+    plots.plt.close("all")
+
+
+def test_the_overview_shows_the_mean_reward_of_a_bin_as_logged_whatever_values_rewards_have():
+    run = a_run("both")
+    by_bin = next(ax for ax in plots.figure_overview(run).axes if ax.get_title(loc="left") == "reward by bin")
+    expected = np.ma.masked_invalid(run.series("bins", "reward").T)
+    assert np.ma.allequal(by_bin.images[0].get_array(), expected) and by_bin.images[0].get_clim() == (-1, 1)
     plots.plt.close("all")
 
 
@@ -155,7 +181,7 @@ def test_runs_of_both_adversaries_stand_in_for_one_that_is_missing_and_the_name_
     assert list(found) == ["made-up, both"] and found["made-up, both"]["prompt"] == data["made-up"]["both"]
     assert list(plots.of_mode(models(), "prompt")) == ["made-up"]
     titles = [ax.get_title(loc="left") for ax in plots.figure_6(data).axes]
-    assert titles[0] == "made-up, both: lead-lag (32)"
+    assert titles[0] == "made-up, both\nlead-lag (32)"
     plots.plt.close("all")
 
 
@@ -167,21 +193,52 @@ def test_runs_of_other_settings_are_not_averaged():
         plots.by_model([a_run("prompt", s) for s in (0, 1, 1)])
     with pytest.raises(ValueError, match="grpo-0 and prompt-0 differ in loaded"):
         plots.by_model([a_run("grpo"), a_run("prompt", changes={"loaded": {"model": {"name": "another"}}})])
+    with pytest.raises(ValueError, match="grpo-0 and prompt-0 differ in eval_temperature"):
+        plots.by_model([a_run("grpo"), a_run("prompt", changes={"eval_temperature": 0.6})])
 
 
-def test_the_command_draws_given_runs_and_names_what_is_no_run(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """command(arguments) -> the exit code or message of plots.py; FIGURES is a scratch folder."""
+    monkeypatch.setattr(plots, "FIGURES", tmp_path / "figures")
+
+    def run(*arguments) -> object:
+        monkeypatch.setattr("sys.argv", ["plots.py", *map(str, arguments)])
+        try:
+            return plots.main()
+        except SystemExit as ended:
+            return ended.code
+
+    return run
+
+
+def test_the_command_draws_given_runs_into_a_folder_of_their_own(tmp_path, monkeypatch, command, capsys):
     folders = [folder_of(a_run(mode, seed), tmp_path / f"{mode}-{seed}") for mode in plots.MODES for seed in range(2)]
     some = {name: plots.PAPER_FIGURES[name] for name in ("6", "7")}
     monkeypatch.setattr(plots, "PAPER_FIGURES", some)
-    monkeypatch.setattr("sys.argv", ["plots.py", *map(str, folders), "--out", str(tmp_path / "figures")])
-    with pytest.raises(SystemExit) as ended:
-        plots.main()
     files = {f"figure_{name}.{suffix}" for name in some for suffix in ("png", "pdf")}
-    assert not ended.value.code and {file.name for file in (tmp_path / "figures").iterdir()} == files
-    monkeypatch.setattr("sys.argv", ["plots.py", "--live", str(tmp_path)])
-    with pytest.raises(SystemExit, match="is no run folder: it has no config.json"):
-        plots.main()
-    monkeypatch.setattr("sys.argv", ["plots.py", "--live"])
-    with pytest.raises(SystemExit):
-        plots.main()
-    assert "--live needs RUN_DIR" in capsys.readouterr().err
+    assert not command(*folders) and not command(*folders, "--out", tmp_path / "elsewhere")
+    assert not command("--live", *folders[:2])
+    drawn = {str(file.relative_to(tmp_path)) for name in ("figures", "elsewhere") for file in
+             (tmp_path / name).rglob("*.*")}
+    assert drawn == {f"{folder}/{file}" for folder in ("figures/grpo-0+7", "elsewhere") for file in files} | {
+        f"figures/grpo-{seed}/overview_grpo-{seed}.{suffix}" for seed in range(2) for suffix in ("png", "pdf")}
+    assert command(*folders, "--out", tmp_path / "figures") == 2
+    assert "holds the study's figures; take another folder" in capsys.readouterr().err
+
+
+def test_the_command_prints_tables_and_samples_of_runs_and_names_what_they_lack(tmp_path, command, capsys):
+    folders = [folder_of(a_run(mode), tmp_path / mode) for mode in ("grpo", "rollout")]
+    assert not command("--table", *folders)
+    printed = capsys.readouterr().out
+    assert "| grpo | made-up | grpo |" in printed and "| rollout | made-up | rollout |" in printed
+    assert "rollout: samples.jsonl is missing or empty" in command("--samples", folders[1])
+    sample = {"step": 0, "id": "x", "bin": 5, "n": 4, "weight": 1.0, "answer": "7", "reward": -1.0, "truncated": False,
+              "prompt": "3+4=", "response": "8"}
+    (folders[0] / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    assert not command("--samples", folders[0]) and "prompt    3+4=" in capsys.readouterr().out
+    assert "is no run folder: it has no config.json" in command("--live", tmp_path)
+    for flag in ("live", "samples"):
+        assert command(f"--{flag}") == 2 and f"--{flag} needs RUN" in capsys.readouterr().err
+    assert command("--table", "--samples", folders[0]) == 2
+    assert not (tmp_path / "figures").exists()

@@ -1,5 +1,8 @@
+import dataclasses
+import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,11 +12,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_equivalence import TABLE
 
 import equivalence
 import reward
+from data import load_problems
 from equivalence import ask_math_verify, equivalent
-from reward import STYLES, Grade, Grader, extract, score
+from reward import STYLES, Grade, Grader, Problem, bad_golds, check_golds, extract, load_reward, score
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -143,7 +148,7 @@ def test_an_unknown_style_is_refused_by_name():
     with pytest.raises(KeyError):
         extract("4", "word")
     with Grader() as grader, pytest.raises(ValueError, match="word.*gsm8k"):
-        grader.grade(["4"], ["4"], ["word"])
+        grader.grade(["4"], problems_of(["4"], "word"))
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -212,16 +217,20 @@ def test_code_cannot_pass_the_two_doors_of_sympy():
     assert sympy.lambdify([], sympy.sympify("1 + 1"))() == 2  # opened again
 
 
-def scores(grader, responses, answers, style="math"):
+def problems_of(golds, style="math"):
+    return [Problem(str(i), "?", gold, style) for i, gold in enumerate(golds)]
+
+
+def scores(grader, responses, golds):
     """(rewards, time-outs)"""
-    grades = grader.grade(responses, answers, [style] * len(responses))
+    grades = grader.grade(responses, problems_of(golds))
     return [g.reward for g in grades], sum(g.timed_out for g in grades)
 
 
 def test_a_grade_tells_what_was_found():
     with Grader() as grader:
-        assert grader.grade(["so 4", "none"], ["4", "4"], ["gsm8k"] * 2) == [
-            Grade(True, "4", False), Grade(False, None, False)]
+        grades = grader.grade(["so 4", "none"], problems_of(["4", "4"], "gsm8k"))
+        assert grades == [Grade(1.0, "4"), Grade(-1.0, None)] and [g.right for g in grades] == [True, False]
 
 
 def test_one_worker_and_three_give_the_same_grades():
@@ -230,7 +239,7 @@ def test_one_worker_and_three_give_the_same_grades():
     grades = []
     for workers in (1, 3):
         with Grader(workers=workers, timeout=60) as grader:
-            grades.append(grader.grade(responses, golds, ["math"] * len(golds)))
+            grades.append(grader.grade(responses, problems_of(golds)))
     assert grades[0] == grades[1] and sum(g.right for g in grades[0]) == 15
 
 
@@ -301,14 +310,14 @@ def test_an_exception_in_math_verify_is_counted_quiet_and_wrong_and_its_worker_l
         answers, golds = zip(FAILS, others[0], FAILS, others[1], strict=True)
         assert scores(grader, answers, golds) == ([-1.0, 1.0, -1.0, -1.0], 0)
         for _ in range(2):  # asked about once, counted every time
-            failed = [g.failed for g in grader.grade(answers, golds, ["math"] * 4)]
+            failed = [g.failed for g in grader.grade(answers, problems_of(golds))]
             assert failed == [True, False, True, False]
         assert [w.process for w in grader._workers] == [process] and process.poll() is None
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_response_that_was_cut_is_wrong_whatever_it_says(grader):
-    grades = grader.grade([r"\boxed{5}"] * 2, ["5"] * 2, ["math"] * 2, cut=[False, True])
+    grades = grader.grade([r"\boxed{5}"] * 2, problems_of(["5"] * 2), cut=[False, True])
     assert [(g.right, g.extracted, g.timed_out) for g in grades] == [(True, "5", False), (False, None, False)]
 
 
@@ -326,7 +335,177 @@ def test_the_cheap_path_starts_no_process():
         assert scores(grader, ["3", "4", "none"], ["3", "5", "6"]) == ([1.0, -1.0, -1.0], 0)
         assert not grader._workers
         with pytest.raises(ValueError):
-            grader.grade(["3"], [], ["math"])
+            grader.grade(["3"], [])
+
+
+# ---- a reward of one's own
+
+def write_reward(path, body: str, head: str = "") -> str:
+    path.write_text(f"{head}\ndef score(response, problem):\n    {body}\n", encoding="utf-8")
+    return f"{path}:score"
+
+
+@pytest.mark.parametrize("spec, content, message", [
+    ("none.py:score", None, r"cannot read .*none.py: .*No such file"),
+    ("r.txt:score", "", r"must be FILE.py:FUNCTION, got '.*r.txt:score'"),
+    ("r.py", None, "must be FILE.py:FUNCTION"), ("r.py:", "", "must be FILE.py:FUNCTION"),
+    ("r.py:score", "", r"there is no score in .*r.py"),
+    ("r.py:score", "score = 3", r"score in .*r.py is no function but 3"),
+    ("r.py:score", "def score(:", r"r.py does not run: SyntaxError: .*line 1"),
+    ("r.py:score", "import no_such_module", r"r.py does not run: ModuleNotFoundError: .*no_such_module"),
+    ("r.py:score", b"\xff", r"cannot read .*r.py: 'utf-8' codec"),
+])
+def test_a_reward_that_cannot_be_had_says_why(tmp_path, spec, content, message):
+    if content is not None:
+        (tmp_path / spec.rpartition(":")[0]).write_bytes(content if isinstance(content, bytes) else content.encode())
+    for load in load_reward, lambda spec: Grader(reward=spec):
+        with pytest.raises(ValueError, match=message):
+            load(f"{tmp_path}/{spec}")
+
+
+def test_a_reward_is_loaded_with_the_hash_of_its_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_bytes(b"\xef\xbb\xbfdef score(response, problem):\r\n    return len(response) / 10\r\n")
+    function, sha256 = load_reward(f"{path}:score")
+    assert function("abc", None) == 0.3 and sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_reward_of_one_s_own_gets_response_and_problem_and_its_value_is_the_reward(tmp_path):
+    body = "return (1 if extract(response, problem.style) == '4' else -0.5) * facts[problem.id, problem.prompt, " \
+           "problem.answer, problem.style, problem.kind]"
+    facts = {("a", "2+2?\ud800", "gold", "math", "sums"): 1.0, ("b", "é", "", "gsm8k", ""): 0.5}
+    head = "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom reward import extract\n" \
+           f"facts = {facts!a}\n@dataclass\nclass Its:\n    own: int"
+    spec = write_reward(tmp_path / "r.py", body, head)
+    problems = [Problem(*fields) for fields in facts]
+    with Grader(workers=2, timeout=20, reward=spec) as grader:
+        grades = grader.grade([r"\boxed{4}", "4", "\ud8005", "0"], [*problems, *problems])
+    assert grades == [Grade(1.0, "4"), Grade(0.5, "4"), Grade(-0.5, "5"), Grade(-0.25, "0")]
+    assert [g.right for g in grades] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("value, reward", [("1", 1.0), ("True", 1.0), ("-1", -1.0), ("0", 0.0),
+                                           ("__import__('numpy').float32(0.25)", 0.25)])
+def test_any_number_from_minus_one_to_one_is_a_reward(tmp_path, value, reward):
+    with Grader(workers=1, timeout=20, reward=write_reward(tmp_path / "r.py", f"return {value}")) as grader:
+        assert grader.grade(["x"], problems_of(["y"])) == [Grade(reward, None)]
+
+
+@pytest.mark.parametrize("body, said", [
+    ("return 1 / 0", "ZeroDivisionError"), ("return 1.5", "a reward is a number from -1 to 1, not 1.5"),
+    ("return float('nan')", "not nan"), ("return None", "not None"), ("return '1'", "not '1'"),
+    ("return [1.0]", r"not \[1.0\]"), ("score(response, problem)", "RecursionError"),
+])
+def test_what_goes_wrong_in_a_reward_counts_as_wrong_and_its_traceback_is_logged_once(tmp_path, caplog, body, said):
+    spec = write_reward(tmp_path / "r.py", f"if response != 'good': {body}\n    return 0.5")
+    with Grader(workers=1, timeout=20, reward=spec) as grader:
+        for _ in range(2):
+            grades = grader.grade(["bad", "good", "worse", "cut"], problems_of("1234"), cut=[False] * 3 + [True])
+            assert grades == [Grade(-1.0, None, failed=True), Grade(0.5, None), Grade(-1.0, None, failed=True),
+                              Grade(-1.0, None)]
+    [record] = caplog.records
+    assert re.search(rf"r.py:score failed(?s:.*)Traceback(?s:.*){said}", record.getMessage())
+
+
+def test_a_reward_is_held_to_the_deadline_and_the_others_get_theirs(tmp_path, caplog):
+    spec = write_reward(tmp_path / "r.py", "time.sleep(60 * (response == 'slow'))\n    return 1", "import time")
+    with Grader(workers=2, timeout=1.0, reward=spec) as grader:
+        assert grader.grade(["1", "2"], problems_of("12")) == [Grade(1.0, "1"), Grade(1.0, "2")]  # started
+        start = time.monotonic()
+        grades = grader.grade(["slow", *"12345"], problems_of("012345"))
+        assert time.monotonic() - start < 10
+    assert grades == [Grade(-1.0, None, timed_out=True), *(Grade(1.0, c) for c in "12345")] and not caplog.records
+
+
+def test_a_worker_that_takes_the_place_of_another_runs_the_file_as_it_was(tmp_path):
+    spec = write_reward(tmp_path / "r.py", "return 0.5")
+    with Grader(workers=1, timeout=20, reward=spec) as grader:
+        assert grader.grade(["a"], problems_of("1"))[0].reward == 0.5
+        write_reward(tmp_path / "r.py", "return 1")
+        os.kill(grader._workers[0].process.pid, signal.SIGKILL)
+        grader._workers[0].process.wait()
+        assert grader.grade(["a"], problems_of("1"))[0].reward == 0.5
+
+
+def test_a_reward_is_asked_once_for_equal_responses_of_a_call_and_anew_in_the_next(tmp_path):
+    body = f"with open({str(tmp_path / 'asked')!r}, 'a') as file: file.write(response + problem.id + ' ')\n    return 1"
+    one, two = problems_of(["5", "5"])
+    with Grader(workers=1, timeout=20, reward=write_reward(tmp_path / "r.py", body)) as grader:
+        for _ in range(2):
+            assert grader.grade(["a", "a", "b", "a", "cut"], [one, one, one, two, two], cut=[False] * 4 + [True]) == [
+                *[Grade(1.0, None)] * 4, Grade(-1.0, None)]
+    assert (tmp_path / "asked").read_text() == "a0 b0 a1 " * 2
+
+
+def test_responses_longer_than_a_pipe_holds_are_graded(tmp_path):
+    with Grader(workers=2, timeout=30, reward=write_reward(tmp_path / "r.py", "return len(response) / 1e6")) as grader:
+        lengths = [100_000 + i for i in range(70)]
+        grades = grader.grade(["x" * n for n in lengths], problems_of(["1"] * 70))
+    assert [g.reward for g in grades] == [n / 1e6 for n in lengths]
+
+
+def test_a_reward_that_kills_its_worker_twice_is_given_up(tmp_path):
+    spec = write_reward(tmp_path / "r.py", "return os._exit(3) if response == 'die' else 1", "import os")
+    with Grader(workers=1, timeout=20, reward=spec) as grader:
+        grades = grader.grade(["die", "live"], problems_of("12"))
+    assert grades == [Grade(-1.0, None, timed_out=True), Grade(1.0, None)]
+
+
+# ---- golds
+
+SENTENCE = "We add the two numbers: 5 + 9 = 14. So Ann has 14 apples in total."
+
+
+@pytest.mark.parametrize("style, good, bad", [
+    ("math", ["14", r"\frac{1}{2}", r"\left(3, \frac{\pi}{2}\right)", "72 (pieces of toy train track)",
+              "x = 3 or x = 5", "They are equal", "does not exist", r"\boxed{5}", "Mr. Fox and Dr. Lee",
+              "all real numbers except 0", r"\text{60 miles per hour}", "2 hours, 15 minutes and 30 seconds",
+              r"C = \frac{def}{de + df + ef}",
+              r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\operatorname{arctan}(2) + \mathrm{const}"],
+     [SENTENCE, "So Ann has 14 apples.", "The answer is 14", "Answer: 14", r"\boxed{3} or \boxed{5}", r"5} and \text{6",
+      "It is 14 cm long.", "1, " * 200 + "1", r"$f(x) = 2 x + b$, where $b$ is any integer"]),
+    ("dapo", ["34", "Mrs. Hilt", r"\sqrt{2}"], [SENTENCE, "Fox. The dog is brown", "9" * 300]),
+    ("gsm8k", ["18", "1,250", "18 apples", "$3.50", "2 1/2"], [SENTENCE, "yes", "", "18 or 20 apples, so many"]),
+    ("choice", ["A", "c", "(B)"], ["12", "A proton", "none of these", "K"]),
+])
+def test_a_gold_is_bad_if_no_response_or_only_a_literal_copy_is_right(grader, style, good, bad):
+    problems = problems_of([*good, *bad], style)
+    assert [p.answer for p in bad_golds(problems, grader)] == bad
+    assert check_golds(problems_of(good, style), grader, allowed=0.0, name="x") == {"bad_golds": 0}
+
+
+def test_no_gold_that_people_took_for_an_answer_is_bad(grader):
+    pairs = [pair for right, _ in TABLE.values() for pair in right]
+    assert len(pairs) > 400
+    assert not bad_golds(problems_of([text for pair in pairs for text in pair]), grader)
+
+
+@pytest.mark.skipif(not DATA.exists(), reason=f"no {DATA.name}/ of word problems beside the checkout")
+@pytest.mark.parametrize("style", ["math", "dapo", "gsm8k"])
+def test_no_gold_of_the_word_problems_is_bad(grader, style):
+    for file in sorted(DATA.glob("*.jsonl")):
+        assert not bad_golds([dataclasses.replace(p, style=style) for p in load_problems(str(file))[0]], grader)
+
+
+def test_worked_solutions_in_the_place_of_answers_are_refused_with_examples_and_the_remedy(tmp_path, grader, caplog):
+    rows = [{"id": f"row-{i}", "question": f"{i}?", "solution": f"We add {i} and 9 to get {i + 9}. So it is {i + 9}."
+             if i < 6 else str(i)} for i in range(10)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    problems, _ = load_problems(str(tmp_path / "a.jsonl"))
+    assert grader.grade(["9"], problems[:1])[0].reward == -1.0  # the right answer: nothing could be learned
+    with pytest.raises(ValueError, match=r"(?s)a.jsonl: 6 of 10 gold answers.*row-0 \(math\): 'We add 0 and 9 to get 9"
+                                         r".*row-2 .*`answer`.*--allow_bad_golds SHARE \(now 0.59\)") as error:
+        check_golds(problems, grader, allowed=0.59, name="a.jsonl")
+    assert "row-3" not in str(error.value) and not caplog.records
+    assert check_golds(problems, grader, allowed=0.6, name="a.jsonl") == {"bad_golds": 6}
+    [record] = caplog.records
+    assert record.levelname == "WARNING" and "6 of 10" in record.getMessage() and "row-2" in record.getMessage()
+
+
+def test_with_a_reward_of_one_s_own_any_gold_will_do(tmp_path):
+    with Grader(reward=write_reward(tmp_path / "r.py", "return 1")) as grader:
+        assert check_golds(problems_of([SENTENCE]), grader, allowed=0.0, name="x") == {"bad_golds": 0}
+        assert not grader._workers
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -334,13 +513,13 @@ def test_workers_die_with_a_parent_killed_by_9(tmp_path):
     script = tmp_path / "train.py"
     script.write_text("""
 import json, sys
-from reward import Grader
+from reward import Grader, Problem
 if __name__ == "__main__":
     grader = Grader(workers=2, timeout=60)
-    grades = grader.grade([r"\\boxed{\\sqrt{8}}", r"\\boxed{\\sqrt{7}}"], [r"2\\sqrt{2}"] * 2, ["math"] * 2)
+    grades = grader.grade([r"\\boxed{\\sqrt{8}}", r"\\boxed{\\sqrt{7}}"], [Problem("", "", r"2\\sqrt{2}")] * 2)
     print(grades, file=sys.stderr)
     print(json.dumps([w.process.pid for w in grader._workers]), flush=True)
-    grader.grade([r"\\boxed{9^{9^{9^9}}}"], [r"\\sqrt{2}"], ["math"])  # one worker computes, the other waits
+    grader.grade([r"\\boxed{9^{9^{9^9}}}"], [Problem("", "", r"\\sqrt{2}")])  # one worker computes, the other waits
 """)
     parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE,
                               env=os.environ | {"PYTHONPATH": str(Path(reward.__file__).parent)})
@@ -384,5 +563,5 @@ def test_gold_answers_are_wrong_for_another_problem():
     assert len(pairs) > 0.9 * len(golds)
     with Grader() as grader:
         for style in ("math", "gsm8k"):
-            grades = grader.grade([rf"so \boxed{{{a}}}" for a, _ in pairs], [b for _, b in pairs], [style] * len(pairs))
+            grades = grader.grade([rf"so \boxed{{{a}}}" for a, _ in pairs], problems_of([b for _, b in pairs], style))
             assert not any(g.right for g in grades)

@@ -1,10 +1,11 @@
 """Cells of the tables against loops over the logs."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
-from test_logs import a_run
+from test_logs import a_run, folder_of
 
 import logs
 import tables
@@ -160,3 +161,88 @@ def test_signals_in_the_table_equal_a_loop_over_the_log():
     sizes = [abs(x) for line in run.log for x in line["signals"]["reward"]["mean"] if x is not None]
     line = next(x for x in tables.signal_table("x", {"grpo": [run]}).splitlines() if "| reward |" in x)
     assert f"| {np.median(sizes):.1e} |" in line
+
+
+def run_lines(*runs) -> list[dict[str, str]]:
+    head, _, *lines = ([cell.strip() for cell in line[1:-1].split("|")]
+                       for line in tables.run_table(list(runs)).splitlines() if line.startswith("|"))
+    return [dict(zip(head, line, strict=True)) for line in lines]
+
+
+def test_the_table_of_runs_has_what_the_logs_say_at_the_last_and_at_the_best_evaluation():
+    run = a_run("rollout", 3, changes={"rule": "maxrl", "model": "tiny", "train_data": "data/mine.jsonl"})
+    run.evaluations[1]["mean"] = 0.4
+    (line,) = run_lines(run)
+    assert line == {
+        "run": "rollout-3", "trained": "tiny on mine", "mode": "rollout", "rule": "maxrl", "seed": "3", "steps": "12",
+        "tokens": "1,200", "hours": "0.01", "evaluated on": "10 of made-up, temperature 1", "last at step": "12",
+        "last pass@8": "66.0", "last mean@16": "40.0", "best at step": "12", "best pass@8": "66.0",
+        "best mean@16": "40.0", "worst kind, pass@8": "b 33.0"}
+    run.evaluations[0]["passes"]["pass@8"] = 0.7
+    (line,) = run_lines(run)
+    assert [line[f"best {x}"] for x in ("at step", "pass@8", "mean@16")] == ["6", "70.0", "30.0"]
+    assert line["last pass@8"] == "66.0"
+
+
+def test_runs_of_other_k_without_kinds_or_without_evaluations_stand_in_one_table_without_a_wrong_head():
+    few, begun = a_run("grpo", 1, changes={"eval_data": ""}), a_run("prompt")
+    for e in few.evaluations:
+        e.update(passes={"pass@1": 0.1, "pass@4": 0.5}, rollouts=4, by_kind={"all": [10, 0.3, 0.5]})
+    begun.evaluations.clear()
+    begun.log.clear()
+    eight, four, none = run_lines(a_run("grpo"), few, begun)
+    assert (eight["last pass@8"], eight["last pass@4"]) == ("50.0", "")
+    assert (four["last pass@8"], four["last pass@4"], four["worst kind, pass@8"]) == ("", "50.0", "")
+    assert four["evaluated on"] == "10 of those held out, temperature 1"
+    assert (none["steps"], none["tokens"], none["hours"]) == ("0", "0", "0")
+    assert not any(none[name] for name in none if "@" in name or "step" in name and name != "steps")
+
+
+def sample(step: int = 0, **changes) -> dict:
+    return {"step": step, "id": "sum-1", "bin": 5, "n": 4, "weight": 1.25, "answer": "7", "reward": -1.0,
+            "truncated": False, "prompt": "3+4=", "response": f"at {step}", **changes}
+
+
+def page_of(tmp_path, samples: list[dict], cut: str = "", **changes) -> str:
+    folder = folder_of(a_run("rollout", changes=changes), tmp_path / "a-run")
+    (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples) + cut)
+    return tables.sample_page(folder)
+
+
+def test_a_page_of_samples_shows_the_start_the_middle_and_the_end_of_training(tmp_path):
+    page = page_of(tmp_path, [sample(step, id=f"p{i}") for step in range(11) for i in range(4)], cut='{"step": 11, "re')
+    assert page.startswith("# a-run: made-up, mode rollout")
+    assert [line for line in page.splitlines() if line.startswith("##")] == [
+        f"## step {step}, of 0 to 10" for step in (0, 5, 10)]
+    shown = [line.split()[2] for line in page.splitlines() if line.startswith("    response")]
+    assert shown == [str(step) for step in (0, 5, 10) for _ in range(4)]
+
+
+def test_a_sample_says_verdict_numbers_gold_and_what_was_found_as_far_as_its_file_does(tmp_path):
+    old, new, none = sample(), sample(factor=2.0, found="8", right=False), sample(found=None, right=False)
+    own = sample(reward=0.25, found=None, right=True)
+    before = "(reward -1, bin 5, n 4, weight 1.25"
+    lines = tables.sample_text(old, False).splitlines()
+    assert lines == [f"**sum-1: wrong** {before})", "", "    prompt    3+4=", "    response  at 0", "    gold      7"]
+    lines = tables.sample_text(new, False).splitlines()
+    assert (lines[0], lines[-1]) == (f"**sum-1: wrong** {before}, factor 2)", "    found     8")
+    assert tables.sample_text(none, False).endswith("found     (no answer)")
+    assert tables.sample_text(sample(reward=1.0, truncated=True), False).startswith(
+        "**sum-1: right, cut at the length limit** (reward 1,")
+    page = page_of(tmp_path, [own], reward="mine.py:score")  # it looks for no answer, so none is missing
+    assert "**sum-1: right** (reward 0.25," in page and "found" not in page
+    assert "response  (empty)" in tables.sample_text(sample(response=""), False)
+
+
+def test_long_texts_lose_their_middle_which_is_counted_and_control_characters_show():
+    text = "".join(f"line {i} has words\n" for i in range(50)) + "x" * 1000
+    for most in (2, 5, 24):
+        lines = tables.excerpt(text, most)
+        assert len(lines) == most + 1 and max(map(len, lines)) <= 100
+        assert lines[0] == "line 0 has words" and lines[-1].endswith("x")
+        shown = sum(len(line) for i, line in enumerate(lines) if i != most // 2)
+        left_out = int(lines[most // 2].split()[1].replace(",", ""))
+        assert shown + left_out == len(text.replace("\n", ""))
+    assert tables.excerpt("a b\n\n  c", 3) == ["a b", "", "  c"]
+    assert tables.visible("a\tb\x1b[2J\r\u202e\x00 é 中 \\frac") == "a\\tb\\x1b[2J\\r\\u202e\\x00 é 中 \\frac"
+    assert "\\x1b" in tables.sample_text(sample(response="\x1b[31mred", id="\x1b"), False).splitlines()[3]

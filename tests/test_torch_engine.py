@@ -7,7 +7,8 @@ from conftest import VOCAB
 
 import rollout
 from model import Transformer
-from rollout import Sampling, TorchEngine, choose_engine, draw, rollout_seed
+from ranks import Ranks
+from rollout import Sampling, TorchEngine, choose_engine, draw, draw_together, rollout_seed
 
 transformers = pytest.importorskip("transformers", reason="transformers makes the reference models")
 
@@ -133,6 +134,13 @@ def test_seeds_and_indices_give_different_streams(engine):
 def test_an_empty_request_gives_an_empty_list(engine):
     assert engine.generate([], [], [], WARM) == []
     assert engine.generate(PROMPTS[:2], [0, 0], SEED_P[:2], WARM) == []
+
+
+def test_there_is_a_progress_bar_for_those_who_ask_alone(engine, capsys):
+    for bar in (False, True):
+        draw_together(engine, Ranks(), PROMPTS, N_P, SEED_P, WARM, bar=bar)
+        out, err = capsys.readouterr()
+        assert out == "" and ("sampling: " in err and f"/{sum(N_P)} " in err if bar else err == "")
 
 
 def test_slots_that_wait_for_company_before_they_are_filled_again_change_nothing(tiny_hf):

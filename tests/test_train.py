@@ -15,8 +15,9 @@ import pytest
 import torch
 from conftest import two_ranks
 
+import tasks
 import train as train_module
-from config import PRESETS, Config, check, parse_args
+from config import PRESETS, Config, nearest, parse_args
 from kernels import group_advantage
 from model import Transformer
 from policy import Policy
@@ -174,7 +175,8 @@ def test_a_rule_multiplies_advantages_beside_the_adversary_which_sees_the_rule_a
                   np.zeros(len(owner), np.float32), np.zeros(len(owner), bool))
     for weights in (weight_P, np.ones(P)):
         decided = Decision(np.zeros(P, int), n_P, n_P, weights, np.ones(10), np.zeros(10), rate_P, 0.0, None)
-        advantage_R, constant_P = trainer.advantages(reward_R, decided)
+        advantage_R, constant_P, applied_P = trainer.advantages(reward_R, decided)
+        assert (applied_P == factor_P).all()
         assert advantage_R == pytest.approx(plain * (factor_P * weights)[owner], rel=1e-12, abs=0)
         assert (constant_P == constant).all() and constant_P[:2].all()
         update = Update(share_R * advantage_R, np.zeros(len(owner)), 0.0, 1.0, 0.0, 0.0)  # a surrogate that is not 0
@@ -552,7 +554,7 @@ def test_stale_sampler_weights_are_caught_on_the_step_where_they_happen(base, tm
     (dict(learning_rate="nan"), "--learning_rate must be above 0, got nan"),
     (dict(minibatch_prompts=25), "--minibatch_prompts 25 is more than --prompts_per_step 24"),
     (dict(train_problems=5), "prompts_per_step=24 must be from 1 to the number of problems, 5"),
-    (dict(n_min=5, mode="rollout"), "n_min <= n_bar"),
+    (dict(n_min=5, mode="rollout"), "4 is the mean, so it must lie between --n_min 5 and --n_max 12"),
     (dict(bin_edges="0.5,0.4"), "bin edges must ascend"),
     (dict(bin_edges="a,b"), "--bin_edges must be numbers"),
     (dict(eval_top_p=0), "--eval_top_p must be above 0"), (dict(eps_low=2), "--eps_low must be at most 1"),
@@ -569,12 +571,91 @@ def test_bad_settings_are_refused_with_their_names(base, tmp_path, changes, mess
         trainer_of(base, tmp_path, **changes)
 
 
-def test_unknown_and_abbreviated_flags_are_refused(capsys):
-    for argv in (["--learning_rat", "1"], ["--mode", "gdro"], ["--mean_one", "maybe"], ["--rule", "rloo"]):
+def test_unknown_and_abbreviated_flags_are_refused_with_what_they_may_have_meant(capsys):
+    for argv in (["--mode", "gdro"], ["--mean_one", "maybe"], ["--rule", "rloo"], ["--learning_rat", "1"]):
         with pytest.raises(SystemExit) as stop:
             parse_args(argv)
         assert stop.value.code == 2
-    assert "--learning_rat" in capsys.readouterr().err
+    assert "unrecognized arguments: --learning_rat 1; did you mean --learning_rate?" in capsys.readouterr().err
+    assert [nearest(x) for x in ("lr", "train_data", "eval_evry", "kl_bet", "zzz")] == [
+        "learning_rate", "train_data", "eval_every", "kl_beta", None]
+
+
+def test_the_preset_is_that_of_what_is_named_and_never_another_in_silence(capsys):
+    for argv, expected in ((["--model", "arithmetic:3"], "arithmetic"),
+                           (["--train_data", "permutations"], "permutations"),
+                           (["--model", "m", "--train_data", "x.jsonl"], "own")):
+        cfg, preset, _ = parse_args(argv)
+        assert preset == expected and f"preset {expected} (auto: " in capsys.readouterr().out
+    assert cfg.out_dir == "out/m-x-grpo-0"
+    assert parse_args(["--preset", "arithmetic"])[0].out_dir == "out/arithmetic-grpo-0"
+    assert parse_args(["--model", "arithmetic:3"])[0].out_dir == "out/arithmetic-3-grpo-0"
+    with pytest.raises(ValueError, match="--train_data is missing"):
+        parse_args(["--model", "some/model"])
+
+
+def test_a_flag_that_has_no_effect_in_the_mode_is_named(capsys):
+    parse_args(["--preset", "arithmetic", "--n_min", "3", "--prompt_eta", "1", "--rule", "maxrl"])
+    assert "WARNING: --n_min, --prompt_eta have no effect in mode grpo" in capsys.readouterr().out
+    parse_args(["--preset", "arithmetic", "--mode", "rollout", "--n_min", "3"])
+    assert "WARNING" not in capsys.readouterr().out
+    parse_args(["--preset", "arithmetic", "--mode", "rollout", "--n_min", "4"])
+    assert "leaves Rollout-GDRO no choice" in capsys.readouterr().out
+
+
+def test_mini_batches_are_no_larger_than_the_batch_unless_one_asks_for_it():
+    assert parse_args(["--preset", "arithmetic", "--prompts_per_step", "8"])[0].minibatch_prompts == 8
+
+
+def test_values_come_before_folders_and_a_folder_that_cannot_be_one_before_models(base, tmp_path):
+    used = tmp_path / "run"
+    assert main(base, used, steps=1) == 0
+    assert "bin edges must ascend" in main(base, used, bin_edges="0.5,0.2")
+    assert "a file; choose another" in main(base, used / "config.json" / "run")
+
+
+def test_resume_alone_goes_on_with_the_settings_of_the_run_and_says_what_changed(base, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    assert main(base, out, steps=2, temperature=0.9) == 0
+
+    def resume(*more: str):
+        capsys.readouterr()
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(sys, "argv", ["train.py", "--out_dir", str(out), "--resume", *more])
+            train_module.main()
+        return end.value.code, capsys.readouterr().out
+
+    code, said = resume()
+    assert code == 0 and "already at 2 of 2 steps" in said
+    code, said = resume("--steps", "3", "--learning_rate", "2e-4")
+    assert code == 0 and "--learning_rate was" in said and len(log(out)) == 3
+    assert json.loads((out / "config.json").read_text())["temperature"] == 0.9
+    code, said = resume("--steps", "4")
+    assert code == 0 and "--learning_rate is 0.0002, as changed at step 2" in said and log(out)[3]["lr"] == 2e-4
+    assert "--temperature 0.9" in resume("--temperature", "0.5")[0]
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes((base.parent / "sums.jsonl").read_bytes())
+    assert resume("--steps", "5", "--train_data", str(moved))[0] == 0  # the same content
+
+
+def test_the_policy_of_the_best_evaluation_stays_in_best_and_every_stop_leaves_a_model(base, tmp_path):
+    out = tmp_path / "run"
+    assert main(base, out, steps=4, eval_every=1, eval_first=True, learning_rate=3e-3) == 0
+    evaluations = json.loads((out / "eval.json").read_text())
+    key = "pass@2" if "pass@2" in evaluations[0]["passes"] else max(evaluations[0]["passes"])
+    best = max(evaluations, key=lambda e: (e["passes"][key], -e["step"]))
+    assert (out / "model" / "model.safetensors").exists()
+    if best["step"]:
+        assert json.loads((out / "best" / "evaluation.json").read_text())["step"] == best["step"]
+    else:
+        assert not (out / "best").exists()
+
+
+def test_a_tenth_of_the_training_data_is_held_out_where_no_other_is_named(base, tmp_path):
+    trainer = trainer_of(base, tmp_path, eval_data="")
+    ids = [p.id for p in tasks.load(str(base.parent / "sums.jsonl"), split="train", limit=72)[0]]
+    trained, held_out = ([p.id for p in problems] for problems in (trainer.problems, trainer.eval_set[0]))
+    assert trained == ids[:65] and held_out == ids[65:][:6]
 
 
 def test_a_used_folder_other_settings_and_other_problems_are_refused(base, tmp_path):
@@ -643,8 +724,10 @@ def test_resume_without_a_checkpoint_says_so_and_begins(base, tmp_path, capsys):
 
 
 def test_presets_are_valid_and_the_papers_values_stand():
-    for preset in PRESETS:
-        check(parse_args(["--preset", preset])[0])
+    for preset in set(PRESETS) - {"own"}:
+        parse_args(["--preset", preset])  # which checks
+    with pytest.raises(ValueError, match="--model is missing: own models and data"):
+        parse_args(["--preset", "own", "--train_data", "my.jsonl"])
     cfg, _, _ = parse_args(["--preset", "qwen3-4b"])
     assert (cfg.prompts_per_step, cfg.minibatch_prompts, cfg.learning_rate, cfg.kl_beta) == (256, 128, 1e-6, 1e-3)
     assert (cfg.eps_low, cfg.eps_high, cfg.advantage_clip, cfg.temperature) == (0.2, 0.28, 5.0, 1.0)

@@ -1,6 +1,9 @@
 """VLLMEngine: variable counts in one call, log-probabilities that are the policy's, weights that are never stale."""
 import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ import torch
 pytest.importorskip("vllm", reason="vllm isn't installed", exc_type=ImportError)
 transformers = pytest.importorskip("transformers", reason="transformers makes the reference model")
 
-from rollout import Sampling, VLLMEngine, choose_engine, rollout_seed  # noqa: E402  (after the skips)
+from rollout import NOISY_LOGGERS, Sampling, VLLMEngine, choose_engine, rollout_seed  # noqa: E402  (after the skips)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if choose_engine("auto", DEVICE)[0] != "vllm":
@@ -40,10 +43,11 @@ def setup(request, tmp_path_factory):
     """(engine, its policy in transformers, whether start-up left the process's state alone), one engine at a time."""
     path = save_tiny(tmp_path_factory.mktemp("model"), request.param)
     os.environ["LOCAL_WORLD_SIZE"] = "5"
-    set_num_threads = torch.set_num_threads
+    set_num_threads, numa_maps = torch.set_num_threads, Path("/proc/self/numa_maps")
 
     def state():
-        return (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist(),
+        memory = {line.split()[1] for line in numa_maps.open()} if numa_maps.exists() else None
+        return (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist(), memory,
                 os.environ["LOCAL_WORLD_SIZE"], os.environ.get("LD_PRELOAD"), torch.get_num_threads(),
                 sorted(os.sched_getaffinity(0)), torch.set_num_threads is set_num_threads)
 
@@ -183,3 +187,37 @@ def test_engine_choice_says_why():
     assert choose_engine("auto", other) == ("torch", f"The installed vLLM runs on {DEVICE.type}, not on {other.type}.")
     with pytest.raises(ValueError, match="Install a vLLM built for"):
         choose_engine("vllm", other)
+
+
+SPOKEN = """
+import logging, sys, torch
+from model import Transformer
+from rollout import NOISY_LOGGERS, Sampling, choose_engine, make_engine
+
+folder, device = sys.argv[1], torch.device("cpu")
+sizes = dict(dtype=torch.float32, device=device, max_response_tokens=24, max_rollouts=64, seed=7,
+             gpu_memory_utilization=0.1)
+kind = choose_engine("vllm", device)[0]
+engine = make_engine(kind, folder, max_prompt_tokens=160, **sizes)
+for _ in range(2):
+    engine.generate([[5, 6, 7], [9] * 20], [3, 8], [1, 2], Sampling(24, 0.7, stop_ids=(1,)))
+    engine.sleep()
+    engine.load_weights(Transformer.from_pretrained(folder, dtype=torch.float32).named_parameters())
+engine.close()
+print("so far", flush=True)
+for name in NOISY_LOGGERS:
+    logging.getLogger(name).error("error of " + name)
+make_engine(kind, folder, max_prompt_tokens=10_000, **sizes)
+"""
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="what vLLM says on GPUs has not been listened to")
+def test_a_process_with_an_engine_says_nothing_of_its_own_but_errors(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "TRITON_"))}
+    ended = subprocess.run([sys.executable, "-c", SPOKEN, save_tiny(tmp_path / "model", True)], text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[1],
+                           env=environment)
+    before, errors = ended.stdout.split("so far\n")
+    assert before == ""
+    assert all(f"error of {name}\n" in errors for name in NOISY_LOGGERS)
+    assert ended.returncode == 1 and "max_model_len (10024) is greater than" in errors

@@ -1,0 +1,50 @@
+"""A policy's folder: which weights lie in it, how long its context is, what is said when they are saved."""
+
+import shutil
+
+import pytest
+import torch
+
+import tasks
+from model import Transformer
+from policy import Policy
+
+CPU = torch.device("cpu")
+
+
+def opened(folder) -> Policy:
+    return Policy.open(str(folder), revision=None, dtype="float32", device=CPU)
+
+
+def test_the_hash_of_weights_is_of_every_byte_of_every_shard_and_of_nothing_else(base, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(base, folder)
+    (folder / "z.safetensors").write_bytes(b"a shard")
+    policy = opened(folder)
+    before = policy.weights_hash()
+    (folder / "README.md").write_text("words")
+    shutil.move(folder, tmp_path / "elsewhere")
+    assert opened(tmp_path / "elsewhere").weights_hash() == before
+    (tmp_path / "elsewhere" / "z.safetensors").write_bytes(b"A shard")
+    assert opened(tmp_path / "elsewhere").weights_hash() != before != opened(base).weights_hash()
+
+
+def test_limits_that_are_not_given_come_from_the_context(base):
+    policy = opened(base)  # a context of 256
+    assert policy.limits(0, 0) == (128, 128) and policy.limits(200, 0) == (200, 56)
+    assert policy.limits(0, 0, (100, 20)) == (100, 20) and policy.limits(0, 8) == (128, 8)
+    for prompt, response in ((250, 8), (300, 0)):
+        with pytest.raises(ValueError, match="context is 256"):
+            policy.limits(prompt, response)
+
+
+def test_weights_saved_in_another_dtype_than_they_came_in_are_told(tmp_path, capsys):
+    came = tasks.base_model("arithmetic", tasks.BaseSettings(steps=1, hidden_size=32, layers=1), cache=tmp_path)
+    policy = opened(came)
+    policy.save(Transformer.from_pretrained(came, dtype=policy.dtype), tmp_path / "a")
+    assert "holds float32 weights" in (said := capsys.readouterr().out) and "bfloat16" in said
+    policy.save(Transformer.from_pretrained(came, dtype=policy.dtype), tmp_path / "a")  # best/ is written many times
+    assert capsys.readouterr().out == ""
+    policy = opened(tmp_path / "a")
+    policy.save(Transformer.from_pretrained(tmp_path / "a", dtype=policy.dtype), tmp_path / "b")
+    assert capsys.readouterr().out == ""
