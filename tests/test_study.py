@@ -136,4 +136,4 @@ def test_the_list_says_of_each_run_whether_it_is_done_and_how_train_would_be_cal
     study.main()
     (done, name, *flags), (missing, *_), *_ = (line.split() for line in capsys.readouterr().out.splitlines())
     assert (done, name, missing) == ("done", "arithmetic/grpo-1e-4-0", "missing")
-    assert parse_args(flags)[0] == dataclasses.replace(config(study.runs(name)[0]), out_dir="out/arithmetic-grpo-0")
+    assert parse_args(flags)[0] == dataclasses.replace(config(study.runs(name)[0]), out_dir="out/arithmetic-0-grpo-0")
