@@ -24,6 +24,7 @@ from policy import Policy
 from ranks import Ranks, RunError, deal
 from rollout import Batch
 from rules import RULES
+from runfolder import Tracker, scalars
 from train import (
     Decision,
     MasterAdamW,
@@ -392,6 +393,35 @@ def test_a_second_ctrl_c_stops_at_once(capsys):
     assert stop.asked and "stopping after this step" in capsys.readouterr().out
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+def test_a_stop_during_the_first_evaluation_comes_before_the_first_step(base, tmp_path):
+    cfg, preset, _ = parse_args(flags(base, tmp_path / "run"))
+    trainer, folder, evaluations = set_up(cfg, preset, False)
+    evaluate = trainer.evaluate
+    trainer.evaluate = lambda step: (signal.raise_signal(signal.SIGINT), evaluate(step))[1]
+    with trainer.grader:
+        assert not train_module.train(trainer, folder, evaluations)
+    assert trainer.next_step == 0 and not (folder.path / "metrics.jsonl").read_text()
+
+
+def test_a_tracker_gets_every_number_and_one_that_fails_is_named_once_and_left_out(base, tmp_path, capsys):
+    line = trainer_of(base, tmp_path).step(0)[0]
+    numbers = dict(scalars(line))
+    assert numbers["reward_mean"] == line["reward_mean"] and numbers["seconds/total"] == line["seconds"]["total"]
+    seen = {f"bins/share/{b}": q for b, q in enumerate(line["bins"]["share"])}
+    assert seen.items() <= numbers.items() and "bins/reward/0" not in numbers  # null: no prompt stands there yet
+    tracker, calls = Tracker("none", tmp_path), []
+    tracker.log(line)
+
+    def unreachable(values: dict, step: int):
+        calls.append(step)
+        raise ConnectionError("no route")
+
+    tracker.write = unreachable
+    tracker.log(line)
+    tracker.log(line)
+    assert calls == [0] and capsys.readouterr().out.count("failed (no route)") == 1
 
 
 def test_an_evaluation_that_a_stop_did_not_wait_for_is_made_up(base, tmp_path):
