@@ -229,6 +229,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, str, bool]:
         chosen = {} if adversary == "auto" else ADVERSARIES[adversary]
         cfg, preset = of_run(Path(given["out_dir"]), preset, {**chosen, **given})
     else:
+        if resume and preset == "auto" and not {"model", "train_data"} & given.keys():
+            raise ValueError(f"--resume: {given.get('out_dir') or 'out_dir, which is not given,'} holds no run to go "
+                             "on with; is --out_dir the folder of one?")
         preset = choose_preset(given) if preset == "auto" else preset
         usual, settings = PRESETS[preset]
         cfg = Config(**{**ADVERSARIES[usual if adversary == "auto" else adversary], **settings, **given})

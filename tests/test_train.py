@@ -657,6 +657,8 @@ def test_resume_alone_goes_on_with_the_settings_of_the_run_and_says_what_changed
 
     code, said = resume()
     assert code == 0 and "already at 2 of 2 steps" in said
+    with pytest.raises(ValueError, match="nowhere holds no run to go on with"):
+        parse_args(["--out_dir", str(tmp_path / "nowhere"), "--resume"])
     code, said = resume("--steps", "3", "--learning_rate", "2e-4")
     assert code == 0 and "--learning_rate was" in said and len(log(out)) == 3
     assert json.loads((out / "config.json").read_text())["temperature"] == 0.9
