@@ -511,8 +511,8 @@ def check_golds(problems: Sequence[Problem], grader: Grader, *, allowed: float, 
     bad = bad_golds(problems, grader)
     if bad:
         examples = "\n".join(f"  {p.id} ({p.style}): {p.answer[:70]!r}{'...' * (len(p.answer) > 70)}" for p in bad[:3])
-        message = (f"{name}: {len(bad)} of {len(problems)} gold answers equal hardly any answer that a response could "
-                   f"give, so that all would count as wrong (in brackets the style):\n{examples}\n"
+        message = (f"{name}: {len(bad)} of {len(problems)} gold answers could hardly be met by any response, so that "
+                   f"all would count as wrong (in brackets the style):\n{examples}\n"
                    r"give a column `answer` with the bare answer (14, \frac{1}{2}) or another `style`")
         if len(bad) > allowed * len(problems):
             raise ValueError(f"{message}, or admit a share of them with --allow_bad_golds SHARE (now {allowed:g})")

@@ -477,6 +477,9 @@ class Trainer:
         reward_R[mine] = [g.reward for g in grades]
         timeouts, failures = self.ranks.merge(np.array([sum(g.timed_out for g in grades),
                                                         sum(g.failed for g in grades)]))
+        if self.cfg.reward and failures and failures == (~batch.truncated).sum():  # of all that it was asked about
+            raise RunError(f"--reward {self.cfg.reward} failed on all {failures} responses: it raises (the first "
+                           "traceback stands above), or gives no number in [-1, 1]")
         return self.ranks.merge(reward_R), {"reward_timeouts": timeouts, "reward_failures": failures}, texts
 
     @torch.no_grad()

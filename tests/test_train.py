@@ -683,6 +683,17 @@ def test_the_policy_of_the_best_evaluation_stays_in_best_and_every_stop_leaves_a
         assert not (out / "best").exists()
 
 
+def test_a_reward_of_ones_own_is_trained_on_and_one_that_always_fails_ends_the_run(base, tmp_path):
+    (tmp_path / "mine.py").write_text("def short(response, problem):\n    return 0.5 if len(response) < 4 else -1.0\n\n"
+                                      "def broken(response, problem):\n    return 1 / 0\n")
+    assert main(base, tmp_path / "run", reward=f"{tmp_path}/mine.py:short", steps=1) == 0
+    samples = [json.loads(x) for x in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    ended = [x for x in samples if not x["truncated"]]
+    assert ended and all(x["reward"] == (0.5 if len(x["response"]) < 4 else -1) for x in ended)
+    message = main(base, tmp_path / "broken", reward=f"{tmp_path}/mine.py:broken", steps=1)
+    assert re.search(r"mine.py:broken failed on all \d+ responses", message)
+
+
 def test_a_tenth_of_the_training_data_is_held_out_where_no_other_is_named(base, tmp_path):
     trainer = trainer_of(base, tmp_path, eval_data="")
     ids = [p.id for p in tasks.load(str(base.parent / "sums.jsonl"), split="train", limit=72)[0]]
