@@ -346,7 +346,8 @@ class TorchEngine:
                  sampling: Sampling, bar: bool = False) -> list[Rollout]:
         """n_P[i] rollouts of prompt i, R = sum(n_P) in all, prompt by prompt, with a progress bar if asked."""
         batch = _Decoding(self, prompts, n_P, seed_P, sampling)
-        with _bar(total=batch.unfinished, unit="rollout", disable=not bar) as progress:
+        # In tokens, as if all ran to the limit: it moves from the first on, and a rollout that ends jumps ahead.
+        with _bar(total=batch.unfinished * sampling.max_tokens, unit="token", disable=not bar) as progress:
             while batch.unfinished:
                 batch.refill()
                 progress.update(batch.step())
@@ -427,19 +428,21 @@ class _Decoding:
         self.rollout_S[slots] = rollouts
 
     def step(self) -> int:
-        """Draws one token in every slot, retires the finished rollouts, feeds the others. Returns how many finished."""
+        """Draws one token in every slot, retires the finished rollouts, feeds the others. Returns how
+        many tokens fewer are to come at most."""
         r, (spare, T) = self.rollout_S, (len(self.owner_R), self.tokens.shape[1])
         t = self.length[r].clamp(max=T - 1)
         token, logprob = draw(self.logits, self.uniform[r, t], self.sampling)
         self.tokens[r, t], self.logprobs[r, t] = token.int(), logprob
         self.length[r] = t + 1
         done = ((torch.isin(token, self.stop_ids) | (t + 1 == T)) & (r != spare)).nonzero().squeeze(1)
+        settled = int((r != spare).sum() + (T - 1 - t[done]).sum())
         if len(done):
             self.rollout_S[done] = spare
             self.cache.release(done)
         if len(self.busy):
             self.logits = self.model.decode(token, self.cache)
-        return len(done)
+        return settled
 
     def rollouts(self) -> list[Rollout]:
         tokens, logprobs, length = (x.cpu().numpy() for x in (self.tokens, self.logprobs, self.length))

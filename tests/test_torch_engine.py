@@ -8,7 +8,7 @@ from conftest import VOCAB
 import rollout
 from model import Transformer
 from ranks import Ranks
-from rollout import Sampling, TorchEngine, choose_engine, draw, draw_together, rollout_seed
+from rollout import Sampling, TorchEngine, _Decoding, choose_engine, draw, draw_together, rollout_seed
 
 transformers = pytest.importorskip("transformers", reason="transformers makes the reference models")
 
@@ -136,11 +136,21 @@ def test_an_empty_request_gives_an_empty_list(engine):
     assert engine.generate(PROMPTS[:2], [0, 0], SEED_P[:2], WARM) == []
 
 
+@torch.inference_mode()
+def test_a_bar_in_tokens_ends_full_however_early_rollouts_end(engine):
+    batch, settled = _Decoding(engine, PROMPTS, N_P, SEED_P, WARM), []
+    while batch.unfinished:
+        batch.refill()
+        settled.append(batch.step())
+    assert sum(settled) == sum(N_P) * WARM.max_tokens and all(n > 0 for n in settled)
+    assert len({len(r.tokens) for r in batch.rollouts()}) > 1
+
+
 def test_there_is_a_progress_bar_for_those_who_ask_alone(engine, capsys):
     for bar in (False, True):
         draw_together(engine, Ranks(), PROMPTS, N_P, SEED_P, WARM, bar=bar)
         out, err = capsys.readouterr()
-        assert out == "" and ("sampling: " in err and f"/{sum(N_P)} " in err if bar else err == "")
+        assert out == "" and ("sampling: " in err and f"/{sum(N_P) * WARM.max_tokens} " in err if bar else err == "")
 
 
 def test_slots_that_wait_for_company_before_they_are_filled_again_change_nothing(tiny_hf):
