@@ -245,22 +245,30 @@ class Tracker:
 
     def __init__(self, kind: str, folder: Path):
         self.kind, self.write = kind, None
-        if kind == "tensorboard":
+        with self._kept_going():
+            self._open(folder)
+
+    def _open(self, folder: Path) -> None:
+        if self.kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(str(folder / "tensorboard"))
             self.write = lambda values, step: [writer.add_scalar(k, v, step) for k, v in values.items()]
-        elif kind == "wandb":
+        elif self.kind == "wandb":
             import wandb
 
             run = wandb.init(project="group-dro", name=folder.name, dir=str(folder), resume="allow", id=folder.name)
             self.write = lambda values, step: run.log(values, step=step)
 
     def log(self, line: dict) -> None:
-        if self.write is None:
-            return
+        if self.write:
+            with self._kept_going():
+                self.write(dict(scalars(line)), line["step"])
+
+    @contextmanager
+    def _kept_going(self):
         try:
-            self.write(dict(scalars(line)), line["step"])
+            yield
         except Exception as error:  # whatever a network or a service raises must not end the run
             say(f"WARNING: {self.kind} failed ({error}) and gets nothing more; metrics.jsonl goes on")
             self.write = None

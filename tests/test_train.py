@@ -422,6 +422,10 @@ def test_a_tracker_gets_every_number_and_one_that_fails_is_named_once_and_left_o
     tracker.log(line)
     tracker.log(line)
     assert calls == [0] and capsys.readouterr().out.count("failed (no route)") == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tracker, "_open", unreachable)
+        Tracker("wandb", 1).log(line)  # that it cannot be opened does not end the run either
+    assert "wandb failed (no route)" in capsys.readouterr().out
 
 
 def test_an_evaluation_that_a_stop_did_not_wait_for_is_made_up(base, tmp_path):
