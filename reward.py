@@ -8,7 +8,7 @@ A worker is this very file run as a program, so it starts in about a second what
 no memory with CUDA or vLLM, and gets its work through a pipe as JSON: bytes that are text, parsed and never unpickled.
 
 A reward of one's own, `--reward FILE.py:function`, takes the place of all three stages and runs in the same workers
-under the same deadline: `load_reward`.
+under the same deadline.
 """
 
 import contextlib
@@ -228,16 +228,6 @@ class _Source(NamedTuple):
         return function
 
 
-def load_reward(spec: str) -> tuple[Callable[[str, Problem], float], str]:
-    """The function of "FILE.py:function" and the sha256 of the file, 64 hexadecimal digits.
-
-    It is called with a response and its Problem and returns a number from -1 to 1; above 0 is right. Raises ValueError
-    that says what is wrong with the spec or the file.
-    """
-    source = _Source.read(spec)
-    return source.define(), source.sha256
-
-
 # ---- workers
 
 def _confine() -> None:
@@ -344,7 +334,8 @@ class Grader:
     """Grades responses; no answer can hold it for longer than `timeout` seconds. A context manager.
 
     workers: processes, started when first needed. timeout: seconds for one answer, hard: its worker is killed and
-    replaced. reward: "FILE.py:function" decides instead, see `load_reward`, which may raise ValueError.
+    replaced. reward: "FILE.py:function" decides instead, called with a response and its Problem: a number from -1 to 1,
+    above 0 is right; `source` then holds the file's text and sha256. Raises ValueError that says what is wrong with it.
     Use it from the main thread: workers die with the thread that started them.
     """
 

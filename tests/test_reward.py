@@ -18,7 +18,7 @@ import equivalence
 import reward
 from data import load_problems
 from equivalence import ask_math_verify, equivalent
-from reward import STYLES, Grade, Grader, Problem, bad_golds, check_golds, extract, load_reward, score
+from reward import STYLES, Grade, Grader, Problem, bad_golds, check_golds, extract, score
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -358,16 +358,15 @@ def write_reward(path, body: str, head: str = "") -> str:
 def test_a_reward_that_cannot_be_had_says_why(tmp_path, spec, content, message):
     if content is not None:
         (tmp_path / spec.rpartition(":")[0]).write_bytes(content if isinstance(content, bytes) else content.encode())
-    for load in load_reward, lambda spec: Grader(reward=spec):
-        with pytest.raises(ValueError, match=message):
-            load(f"{tmp_path}/{spec}")
+    with pytest.raises(ValueError, match=message):
+        Grader(reward=f"{tmp_path}/{spec}")
 
 
 def test_a_reward_is_loaded_with_the_hash_of_its_file(tmp_path):
     path = tmp_path / "mine.py"
     path.write_bytes(b"\xef\xbb\xbfdef score(response, problem):\r\n    return len(response) / 10\r\n")
-    function, sha256 = load_reward(f"{path}:score")
-    assert function("abc", None) == 0.3 and sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    source = Grader(reward=f"{path}:score").source
+    assert source.define()("abc", None) == 0.3 and source.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_a_reward_of_one_s_own_gets_response_and_problem_and_its_value_is_the_reward(tmp_path):
