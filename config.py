@@ -106,6 +106,8 @@ class Config:
     bin_edges: str = arg("0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", "inner edges of the bins",
                          heading="difficulty bins, (10)-(11)")
     bin_history: int = arg(50, "H, visits that count", low=1)
+    bin_decay: float = arg(1.0, "what a visit counts of what the next one does; 1 = the paper's plain mean", above=0,
+                           high=1)
     bin_hysteresis: float = arg(0.03, "delta, margin to pass before a prompt leaves its bin", low=0)
     bin_success: str = arg("any", "a visit records its success rate, or whether any rollout was right (the paper; "
                                    "depends on n)", ("rate", "any"))
@@ -127,7 +129,8 @@ class Config:
     n_min: int = arg(2, "fewest rollouts of a prompt", low=1, heading="Rollout-GDRO, (17)-(21)")
     n_max: int = arg(12, "most rollouts of a prompt", low=1)
     rollout_utility: str = arg("surrogate", "worth of an arm: surrogate = the paper; official = its sign reversed; "
-                                            "variance = -v_b/n; gain = expected learning; rank, knapsack = rivals",
+                                            "variance = -v_b/n; gain = expected learning; gain_per_rollout, "
+                                            "coverage, likelihood, rank, knapsack: gdro.py",
                                tuple(UTILITIES))
     rollout_budget: str = arg("exact", "exact = the paper's DP; spread = same total, counts inside a bin may differ "
                                        "by one; dual = only the shadow price holds the mean", BUDGETS)

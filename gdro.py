@@ -27,6 +27,7 @@ class DifficultyBins:
 
     edges:       the B - 1 inner edges, ascending in (0, 1). Bin b holds [a_b, a_{b+1}), the last one also 1.
     history:     H, how many of a prompt's last visits count; all there are while fewer.
+    decay:       what a visit counts of what the next one does. 1 = the paper's plain mean.
     hysteresis:  delta. A prompt leaves its bin upwards when its estimate reaches a_{b+1} + delta, downwards when it
                  falls below a_b - delta, and then goes to the bin of its estimate. The first visit places it freely.
     success:     what a visit with c correct of n rollouts records. "rate" = c/n: its expectation does not depend on
@@ -36,8 +37,8 @@ class DifficultyBins:
     Only prompts that were seen take memory: 8 `history` bytes each, and a dict entry.
     """
 
-    def __init__(self, edges: Sequence[float], *, history: int = 50, hysteresis: float = 0.03, success: str = "rate",
-                 unseen_rate: float = 0.5):
+    def __init__(self, edges: Sequence[float], *, history: int = 50, decay: float = 1.0, hysteresis: float = 0.03,
+                 success: str = "rate", unseen_rate: float = 0.5):
         # Edges, margins and estimates are compared at 12 decimals, where 0.3 - 0.03 is 27/100.
         self.edges = np.round(np.asarray(edges, dtype=np.float64), 12)
         if self.edges.size and not (np.all(np.diff(self.edges) > 0) and 0 < self.edges[0] and self.edges[-1] < 1):
@@ -46,10 +47,12 @@ class DifficultyBins:
             raise ValueError(f"success must be 'rate' or 'any', got {success!r}")
         if history < 1:
             raise ValueError(f"history must be at least 1, got {history}")
+        if not 0 < decay <= 1:
+            raise ValueError(f"decay must be above 0 and at most 1, got {decay}")
         if hysteresis < 0:
             raise ValueError(f"hysteresis must not be negative, got {hysteresis}")
         self.num_bins = len(self.edges) + 1
-        self.history, self.success = history, success
+        self.history, self.decay, self.success = history, decay, success
         self.unseen_rate = unseen_rate
         self.unseen_bin = int(np.digitize(unseen_rate, self.edges))
         self._leave_up = np.round(np.append(self.edges, np.inf) + hysteresis, 12)
@@ -105,8 +108,11 @@ class DifficultyBins:
         return np.where(leaves | first, np.digitize(estimate_P, self.edges), bin_P)  # digitize: a_b <= x < a_{b+1}
 
     def _estimate(self, row_P: np.ndarray) -> np.ndarray:
-        """(10): mean success of the last H visits."""
-        return np.round(np.nanmean(self._record[row_P], axis=1), 12)
+        """(10): mean success of the last H visits, each counting `decay` times what the next one does."""
+        record_PH = self._record[row_P]
+        age_PH = (self._visits[row_P, None] - 1 - np.arange(self.history)) % self.history
+        weight_PH = np.where(np.isnan(record_PH), 0.0, self.decay**age_PH)
+        return np.round((weight_PH * np.nan_to_num(record_PH)).sum(axis=1) / weight_PH.sum(axis=1), 12)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         used = len(self._row_of)
@@ -247,6 +253,11 @@ def expected_gain(arms_K: np.ndarray, rate_B: np.ndarray, k: int = 8) -> np.ndar
     return k * (1 - rate_B[:, None]) ** (k - 1) * pmf_mass.sum(axis=2)
 
 
+def coverage(arms_K: np.ndarray, rate_B: np.ndarray) -> np.ndarray:
+    """1 - (1 - p)^n, (B, K): the chance that a group holds a right rollout, which is all that `maxrl` can learn from."""
+    return 1 - (1 - rate_B[:, None]) ** arms_K
+
+
 def knapsack_value(arms_K: np.ndarray, rate_B: np.ndarray) -> np.ndarray:
     """(1 - p^n - (1-p)^n) p (1-p)^2, (B, K): a rival rule (Knapsack RL). The chance that a group teaches anything,
     times what it would then teach."""
@@ -282,6 +293,11 @@ UTILITIES = {
     "official": Utility(lambda s: s.loss_BK, by_share=False),  # the official code's sign: prefers arms of high loss
     "variance": Utility(lambda s: -s.variance_B[:, None] / s.arms_K, by_share=True),  # (28), known for every arm
     "gain": Utility(lambda s: expected_gain(s.arms_K, s.rate_B), by_share=True),
+    # The same where prompts weigh 1 in the loss, and a rollout of them 1/n.
+    "gain_per_rollout": Utility(lambda s: expected_gain(s.arms_K, s.rate_B) / s.arms_K, by_share=True),
+    "coverage": Utility(lambda s: coverage(s.arms_K, s.rate_B), by_share=True),
+    # Slope in p of the likelihood that MaxRL follows with n rollouts (2602.02710).
+    "likelihood": Utility(lambda s: coverage(s.arms_K, s.rate_B) / s.rate_B[:, None], by_share=True),
     "rank": Utility(lambda s: rank_value(s.arms_K, s.rate_B, s.n_bar), by_share=True),
     "knapsack": Utility(lambda s: knapsack_value(s.arms_K, s.rate_B), by_share=True),
 }

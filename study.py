@@ -39,6 +39,7 @@ WRITING = threading.Lock()  # two runs of a row may end at once
 BOTH_TASKS = ("arithmetic", "permutations")
 RATES = (1e-4, 2e-4, 4e-4)
 HIGHER = {"permutations": (8e-4,)}  # there 4e-4 was the best of RATES in every row
+BEST = {"arithmetic": (2e-4,), "permutations": (4e-4,)}  # of nearly every row of the arena, over the bases 0 to 4
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,19 @@ class Row:
     further: dict[str, tuple[float, ...]] = field(default_factory=lambda: HIGHER)  # such rates, by task
     bases: int = 8  # 0, 1, ...
     tasks: tuple[str, ...] = BOTH_TASKS
+    disguised: str = "1"  # share of the base's textbook that stands under any sign (tasks.BaseSettings)
 
 
+def at_best(name: str, flags: dict[str, object], against: str = "grpo", disguised: str = "1") -> Row:
+    """A row at one rate, that which was the best of its task in the arena, on four bases."""
+    return Row(name, flags, against, (), BEST, 4, disguised=disguised)
+
+
+ROLLOUT_MAXRL = {"mode": "rollout", "rule": "maxrl"}
+BOTH_MAXRL = {"mode": "both", "rule": "maxrl", "averaging": "prompt"}
+PAPER = {"adversary": "paper", "kl_beta": 0.001}
+MEMORIES = {"h1": {"bin_history": 1}, "h2": {"bin_history": 2}, "h4": {"bin_history": 4}, "decay": {"bin_decay": 0.5},
+            "fine": {"bin_edges": "0.02,0.05,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9"}}
 COMMON = {"engine": "torch", "eval_problems": 600, "eval_every": 0, "eval_first": False, "save_every": 0}
 # Parts of the study -> rows, in the order in which they run. The flags are what differs from the task's preset, whose
 # adversary is "tuned"; every row but the bases trains on the same number of rollouts.
@@ -65,8 +77,42 @@ PARTS = {
         Row("rollout", {"mode": "rollout"}),
         Row("prompt", {"mode": "prompt"}, "tilt"),
         Row("tilt", {"mode": "grpo", "rule": "tilt"}),
-        Row("both-maxrl", {"mode": "both", "rule": "maxrl", "averaging": "prompt"}, "maxrl"),
+        Row("both-maxrl", BOTH_MAXRL, "maxrl"),
     ),
+    "Memory: how long the bins remember": tuple(
+        at_best(f"{row}-{name}", {**flags, **memory}, row)
+        for row, flags in (("rollout-maxrl", ROLLOUT_MAXRL), ("both-maxrl", BOTH_MAXRL))
+        for name, memory in MEMORIES.items()),
+    "The paper's settings": (
+        Row("paper-grpo", {"mode": "grpo", **PAPER}, "paper-grpo", further={}, bases=4),
+        Row("paper-prompt", {"mode": "prompt", **PAPER}, "paper-grpo", further={}, bases=4),
+        Row("paper-rollout", {"mode": "rollout", **PAPER}, "paper-grpo", further={}, bases=4),
+    ),
+    "Utilities beside gain": (
+        at_best("coverage-maxrl", {**ROLLOUT_MAXRL, "rollout_utility": "coverage"}, "rollout-maxrl"),
+        at_best("likelihood-maxrl", {**ROLLOUT_MAXRL, "rollout_utility": "likelihood"}, "rollout-maxrl"),
+        at_best("per-rollout-maxrl", {**ROLLOUT_MAXRL, "rollout_utility": "gain_per_rollout", "averaging": "prompt"},
+                "rollout-maxrl"),
+    ),
+    "Rivals": (
+        at_best("pass-at-k", {"mode": "grpo", "rule": "pass_at_k"}),
+        at_best("dr-grpo", {"mode": "grpo", "rule": "dr_grpo"}),
+        *(at_best(utility + suffix, {"mode": "rollout", "rule": rule, "rollout_utility": utility}, against)
+          for rule, suffix, against in (("grpo", "", "rollout"), ("maxrl", "-maxrl", "rollout-maxrl"))
+          for utility in ("knapsack", "rank", "variance", "surrogate")),
+        at_best("rollout-maxrl-32", {**ROLLOUT_MAXRL, "n_max": 32}, "rollout-maxrl"),
+    ),
+    "Longer: 300 steps": tuple(
+        at_best(f"{row}-300", {**flags, "steps": 300, "eval_every": 25, "eval_first": True}, against)
+        for row, flags, against in (
+            ("grpo", {"mode": "grpo"}, "grpo-300"), ("maxrl", {"mode": "grpo", "rule": "maxrl"}, "grpo-300"),
+            ("rollout", {"mode": "rollout"}, "grpo-300"), ("rollout-maxrl", ROLLOUT_MAXRL, "maxrl-300"))),
+    "The dial: skills that spread between kinds": tuple(
+        at_best(f"{row}-disguised-{share}", flags, against and f"{against}-disguised-{share}", disguised=share)
+        for share in ("0", "0.5")
+        for row, flags, against in (
+            ("grpo", {"mode": "grpo"}, "grpo"), ("maxrl", {"mode": "grpo", "rule": "maxrl"}, "grpo"),
+            ("rollout-maxrl", ROLLOUT_MAXRL, "maxrl"))),
 }
 
 
@@ -81,10 +127,13 @@ class Run:
     def name(self) -> str:
         return f"{self.task}/{self.row.name}-{written(self.rate)}-{self.base}"
 
+    @property
+    def model(self) -> str:
+        return f"{self.task}:{self.base}" + (f":{self.row.disguised}" if self.row.disguised != "1" else "")
+
     def settings(self) -> dict[str, object]:
         """What differs from the task's preset."""
-        return {**COMMON, "model": f"{self.task}:{self.base}", "learning_rate": written(self.rate), **self.row.flags,
-                "seed": self.base}
+        return {**COMMON, "model": self.model, "learning_rate": written(self.rate), **self.row.flags, "seed": self.base}
 
     def command(self) -> list[str]:
         settings = {**self.settings(), "out_dir": OUT / self.name}

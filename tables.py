@@ -93,10 +93,18 @@ def rates(runs: list[Run]) -> str:
     return " ".join(written(rate) + f" ({count[rate]})" * (len(count) > 1) for rate in sorted(count))
 
 
-def outcome(row: Row, found: dict[str, list[Run]]) -> list[str]:
+def held_against(row: Row, found: dict[str, list[Run]], swept: dict[str, Sweep]) -> list[Run]:
+    """The runs that a row is compared with: at its own rate where it has only one, else at their cross-fitted ones."""
+    rates = {r.config["learning_rate"] for r in found[row.name]}
+    if len(swept.get(row.name, ())) == 1 and rates <= swept.get(row.against, {}).keys():
+        return swept[row.against][rates.pop()]
+    return found.get(row.against, [])
+
+
+def outcome(row: Row, found: dict[str, list[Run]], swept: dict[str, Sweep]) -> list[str]:
     """One line of a table of outcomes, figures in percent."""
     runs = found[row.name]
-    last, against = [r.last() for r in runs], found.get(row.against, [])
+    last, against = [r.last() for r in runs], held_against(row, found, swept)
     if row.name == row.against or not runs[0].log:  # the untrained model is not a method
         against = []
     minus = difference(runs, against, headline)
@@ -116,7 +124,7 @@ def outcome_tables() -> str:
     out = []
     for part, rows in PARTS.items():
         for task, found in study().items():
-            lines = [outcome(row, found) for row in rows if row.name in found]
+            lines = [outcome(row, found, sweeps().get(task, {})) for row in rows if row.name in found]
             if lines:
                 out.append(f"**{part}: {task}**\n\n{markdown(head, lines)}")
     return "\n\n".join(out)

@@ -37,6 +37,7 @@ PAD, END = "<pad>", "<end>"
 HELD_BACK = 1200  # problems of each split that the corpus leaves out
 SPLITS = ("train", "heldout", "development")  # settings are chosen on development problems, reported on held-out ones
 SIZES = {"train": 640, "heldout": 600, "development": 600}  # problems of a split where no number is given
+DISGUISED = ("0", "0.5", "1")  # what may stand behind a base's number: `BaseSettings.disguised`, 1 where nothing does
 WORKED = (0.40, 0.25, 0.15, 0.09, 0.055, 0.034, 0.021, 0.013, 0.008, 0.005)  # of a task's kinds, one after another
 
 
@@ -251,21 +252,24 @@ def tokenizer(task: str):
 
 
 def is_base(name: str) -> bool:
-    """Whether this names a base model: TASK or TASK:NUMBER."""
+    """Whether this names a base model: TASK, TASK:NUMBER or TASK:NUMBER:DISGUISED."""
     return name.partition(":")[0] in TASKS
 
 
 def base_model(name: str, settings: BaseSettings | None = None, *, cache: Path | None = None) -> Path:
-    """The Hugging Face folder of the base TASK (number 0) or TASK:NUMBER, from bases/ beside this file, else trained on
-    first use (about two minutes on one core) and kept in `cache` (default: cache/ beside this file), in both under a
-    key of the settings. Concurrent callers wait for the first one. Raises ValueError for what is no number.
+    """The Hugging Face folder of the base TASK (number 0), TASK:NUMBER or TASK:NUMBER:DISGUISED, from bases/ beside this
+    file, else trained on first use (about two minutes on one core) and kept in `cache` (default: cache/ beside this
+    file), in both under a key of the settings. Concurrent callers wait for the first one. Raises ValueError for what is
+    no number, or no share in [0, 1].
     """
     from filelock import FileLock
 
-    task, _, number = name.partition(":")
-    if number and not number.isdecimal():
-        raise ValueError(f"--model {name}: the base models of {task} are numbered, {task}:0, {task}:1, ...")
-    settings = dataclasses.replace(settings or BaseSettings(), **({"number": int(number)} if number else {}))
+    task, *own = name.split(":")
+    if len(own) > 2 or (own and not own[0].isdecimal()) or (own[1:] and own[1] not in DISGUISED):
+        raise ValueError(f"--model {name}: the base models of {task} are numbered, {task}:0, {task}:1, ...; how far "
+                         f"their skills spread between kinds may follow, {task}:0:{' or '.join(DISGUISED)}")
+    settings = dataclasses.replace(settings or BaseSettings(), **{
+        name: kind(x) for name, kind, x in zip(("number", "disguised"), (int, float), own, strict=False)})
     here = Path(__file__).parent
     cache = cache or here / "cache"
     key = hashlib.sha256(json.dumps(dataclasses.asdict(settings)).encode()).hexdigest()[:12]

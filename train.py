@@ -181,7 +181,7 @@ def adversaries(cfg: Config) -> tuple[DifficultyBins, PromptGDRO, RolloutGDRO]:
         edges = [float(e) for e in cfg.bin_edges.split(",") if e.strip()]
     except ValueError as error:
         raise ValueError(f"--bin_edges must be numbers with commas between them, got {cfg.bin_edges!r}") from error
-    bins = DifficultyBins(edges, history=cfg.bin_history,
+    bins = DifficultyBins(edges, history=cfg.bin_history, decay=cfg.bin_decay,
                           hysteresis=cfg.bin_hysteresis, success=cfg.bin_success, unseen_rate=cfg.unseen_rate)
     normalize = cfg.prompt_signal == "surrogate" if cfg.share_normalize == "auto" else cfg.share_normalize == "on"
     prompt = PromptGDRO(bins.num_bins, eta=cfg.prompt_eta if cfg.mode in ("prompt", "both") else 0.0,

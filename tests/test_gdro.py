@@ -38,9 +38,9 @@ def assert_same_state(a, b):
 class NaiveBins:
     """Section 2 in exact arithmetic, one list of successes a prompt."""
 
-    def __init__(self, edges, history, delta, success, unseen_rate):
+    def __init__(self, edges, history, decay, delta, success, unseen_rate):
         self.edges, self.delta = [Fraction(str(e)) for e in edges], Fraction(str(delta))
-        self.history, self.success = history, success
+        self.history, self.decay, self.success = history, Fraction(str(decay)), success
         self.unseen_rate = Fraction(str(unseen_rate))
         self.unseen = bisect_right(self.edges, self.unseen_rate)
         self.seen, self.bin = {}, {}
@@ -49,16 +49,19 @@ class NaiveBins:
         return [self.bin.get(i, self.unseen) for i in ids]
 
     def rates(self, ids):
-        last = (self.seen.get(i, [self.unseen_rate])[-self.history :] for i in ids)
-        return [float(sum(x) / len(x)) for x in last]
+        return [float(self.estimate(self.seen.get(i, [self.unseen_rate]))) for i in ids]
+
+    def estimate(self, past):
+        last = past[-self.history :]
+        weights = [self.decay**age for age in reversed(range(len(last)))]
+        return sum(w * x for w, x in zip(weights, last, strict=True)) / sum(weights)
 
     def update(self, ids, correct, n):
         for i, c, k in zip(ids, correct, n, strict=True):
             value = Fraction(int(c), int(k)) if self.success == "rate" else Fraction(int(c > 0))
             past = self.seen.setdefault(i, [])
             past.append(value)
-            last = past[-self.history :]
-            estimate = sum(last) / len(last)
+            estimate = self.estimate(past)
             target = bisect_right(self.edges, estimate)
             if len(past) == 1:
                 self.bin[i] = target
@@ -81,15 +84,17 @@ def random_visits(rng, steps, prompts=30, batch=10, counts=EXACT_N):
 
 
 @pytest.mark.parametrize("success", ["rate", "any"])
-@pytest.mark.parametrize("edges, history, delta, unseen_rate", [
-    (TENTHS, 50, 0.03, 0.5), (TENTHS, 10, 0.03, 0.0), (TENTHS, 4, 0, 1.0),
-    ([0.1, 0.2, 0.4, 0.6, 0.8, 0.9], 7, 0.05, 0.4),
-    ([0.4, 0.75], 1, 0.03, 0.75), ([0.5], 20, 0.25, 0.49), ([], 5, 0.03, 0.5), ([0.25, 0.5, 0.75], 64, 0.6, 0.3),
+@pytest.mark.parametrize("edges, history, decay, delta, unseen_rate", [
+    (TENTHS, 50, 1, 0.03, 0.5), (TENTHS, 10, 1, 0.03, 0.0), (TENTHS, 4, 1, 0, 1.0), (TENTHS, 20, 0.5, 0.03, 0.0),
+    ([0.1, 0.2, 0.4, 0.6, 0.8, 0.9], 7, 0.75, 0.05, 0.4),
+    ([0.4, 0.75], 1, 1, 0.03, 0.75), ([0.5], 20, 1, 0.25, 0.49), ([], 5, 1, 0.03, 0.5),
+    ([0.25, 0.5, 0.75], 64, 1, 0.6, 0.3),
 ])
-def test_bins_and_rates_equal_a_naive_loop(edges, history, delta, unseen_rate, success):
+def test_bins_and_rates_equal_a_naive_loop(edges, history, decay, delta, unseen_rate, success):
     rng = np.random.default_rng(len(edges) + history)
-    bins = DifficultyBins(edges, history=history, hysteresis=delta, success=success, unseen_rate=unseen_rate)
-    naive = NaiveBins(edges, history, delta, success, unseen_rate)
+    bins = DifficultyBins(edges, history=history, decay=decay, hysteresis=delta, success=success,
+                          unseen_rate=unseen_rate)
+    naive = NaiveBins(edges, history, decay, delta, success, unseen_rate)
     everyone = [f"prompt-{i}" for i in range(30)] + ["never visited"]
     assert bins.num_bins == len(edges) + 1
     for ids, correct, n in random_visits(rng, 150):
@@ -228,6 +233,7 @@ def test_a_state_of_bins_is_a_snapshot_and_questions_change_nothing():
     (dict(edges=[0.5, 0.5]), "ascend"), (dict(edges=[0.6, 0.5]), "ascend"), (dict(edges=[0, 0.5]), "ascend"),
     (dict(edges=[0.5, 1]), "ascend"), (dict(edges=[0.5], success="all"), "success"),
     (dict(edges=[0.5], history=0), "history"),
+    (dict(edges=[0.5], decay=0), "decay"),
     (dict(edges=[0.5], hysteresis=-0.01), "hysteresis"),
 ])
 def test_bins_refuse_settings_that_make_no_sense(arguments, message):
@@ -781,7 +787,9 @@ def test_arm_scores_are_an_ema_of_the_utility_from_its_first_visit(utility):
                     seen |= {(b, arm): -np.mean(spread) / arm for arm in arms}
             else:
                 rate = (sum(c for _, c, _ in mine) + 0.5) / (sum(n for n, _, _ in mine) + 1)
-                rule = {"gain": lambda n, p: brute_gain(n, p, 8), "knapsack": brute_knapsack, "rank": lambda n, p: p}
+                rule = {"gain": lambda n, p: brute_gain(n, p, 8), "knapsack": brute_knapsack, "rank": lambda n, p: p,
+                        "gain_per_rollout": lambda n, p: brute_gain(n, p, 8) / n, "coverage": brute_coverage,
+                        "likelihood": lambda n, p: sum((1 - p) ** i for i in range(n))}
                 seen |= {(b, arm): rule[utility](arm, rate) for arm in arms}
         if utility == "rank":  # from n_min = 1 for the easiest to 1 + 2 (n_bar - n_min) = 5 for the hardest
             order = sorted({(-p, b) for (b, _), p in seen.items()})
@@ -806,6 +814,11 @@ def brute_knapsack(n, p):
     """The chance that n rollouts are neither all right nor all wrong, over all outcomes, times p (1-p)^2."""
     mixed = [p ** sum(o) * (1 - p) ** (n - sum(o)) for o in itertools.product([0, 1], repeat=n) if 0 < sum(o) < n]
     return sum(mixed) * p * (1 - p) ** 2
+
+
+def brute_coverage(n, p):
+    """The chance that one of n rollouts is right, over all outcomes."""
+    return sum(p ** sum(o) * (1 - p) ** (n - sum(o)) for o in itertools.product([0, 1], repeat=n) if any(o))
 
 
 def brute_gain(n, p, k):

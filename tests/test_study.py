@@ -25,22 +25,26 @@ def test_every_run_is_one_that_train_accepts_from_its_base_at_its_rate_on_all_he
     for run in RUNS:
         cfg = config(run)
         check(cfg)
-        assert (cfg.model, cfg.train_data, cfg.eval_data) == (f"{run.task}:{run.base}", run.task, run.task)
+        assert (cfg.model, cfg.train_data, cfg.eval_data) == (run.model, run.task, run.task)
         assert cfg.seed == run.base and cfg.learning_rate == run.rate and cfg.out_dir.endswith(run.name)
         assert cfg.eval_problems == tasks.SIZES["heldout"] == 600 and cfg.eval_rollouts == 16
 
 
 def test_a_row_differs_from_grpo_at_its_rate_and_base_by_its_flags_alone():
     for run in RUNS:
-        own, grpo = config(run), config(dataclasses.replace(run, row=Row("grpo", {"mode": "grpo"})))
-        assert own == dataclasses.replace(grpo, out_dir=own.out_dir, **run.row.flags)
-        assert all(getattr(own, k) != getattr(grpo, k) for k in set(run.row.flags) - {"mode"})
+        flags = {k: v for k, v in run.row.flags.items() if k != "adversary"}
+        whose = {k: v for k, v in run.row.flags.items() if k == "adversary"}
+        grpo = dataclasses.replace(run.row, name="grpo", flags={"mode": "grpo", **whose})
+        own, grpo = config(run), config(dataclasses.replace(run, row=grpo))
+        assert own == dataclasses.replace(grpo, out_dir=own.out_dir, **flags)
+        assert all(getattr(own, k) != getattr(grpo, k) for k in set(flags) - {"mode", "rule"})
 
 
 def test_rows_of_a_task_train_on_equally_many_rollouts_as_the_preset_has():
     for run in RUNS:
         cfg = config(run)
-        assert cfg.steps == PRESETS[run.task][1]["steps"] or cfg.steps == 0 and run.row.name == "base"
+        usual = PRESETS[run.task][1]["steps"]
+        assert cfg.steps == (0 if run.row.name == "base" else 300 if run.row.name.endswith("-300") else usual)
         assert (cfg.prompts_per_step, cfg.rollouts_per_prompt) == (64, 4)
         assert cfg.rollout_budget != "dual"  # the only budget that holds on average alone
 

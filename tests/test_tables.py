@@ -39,12 +39,12 @@ def test_a_line_of_the_table_says_rate_mean_difference_relative_gain_and_worst_k
         run.evaluations[-1]["passes"]["pass@8"] += 0.21
         run.evaluations[-1]["by_kind"]["b"][2] += 0.125
     rows["prompt"][2].config["learning_rate"] = 4e-4
-    line = dict(zip(HEAD, tables.outcome(Row("prompt"), rows), strict=True))
+    line = dict(zip(HEAD, tables.outcome(Row("prompt"), rows, {}), strict=True))
     assert (line["row"], line["bases"], line["rate"]) == ("prompt", "3", "1e-4 (2) 4e-4 (1)")
     assert (line["against"], line["paired difference"], line["relative"]) == ("grpo", "+26.0 [+26.0, +26.0]", "+50.0%")
     assert line["pass@8"].startswith("78.0 [")
     assert (line["worst kind, pass@8"], line["worst kind, paired difference"]) == ("41.0", "+15.0 [+15.0, +15.0]")
-    base = dict(zip(HEAD, tables.outcome(Row("grpo"), rows), strict=True))
+    base = dict(zip(HEAD, tables.outcome(Row("grpo"), rows, {}), strict=True))
     assert (base["rate"], base["mean@16"]) == ("1e-4", "30.0 [30.0, 30.0]")
     assert base["against"] == base["paired difference"] == base["mean@16, paired difference"] == ""
 
@@ -65,11 +65,22 @@ def test_a_row_is_compared_with_that_which_it_is_held_against_on_the_bases_that_
     assert cells(tables.outcome_tables())["paired difference"] == ""
 
 
+def test_a_row_of_one_rate_is_compared_at_that_rate():
+    sweep = {rate: [a_run("grpo", s) for s in range(3)] for rate in (1e-4, 4e-4)}
+    ours = [a_run("rollout", s) for s in range(3)]
+    for run in (*sweep[4e-4], *ours):
+        run.config["learning_rate"] = 4e-4
+    found, swept = {"grpo": sweep[1e-4], "rollout": ours}, {"grpo": sweep, "rollout": {4e-4: ours}}
+    assert tables.held_against(Row("rollout"), found, swept) == sweep[4e-4]
+    swept["rollout"][1e-4] = ours  # of several rates the cross-fitted runs are held against such
+    assert tables.held_against(Row("rollout"), found, swept) == sweep[1e-4]
+
+
 def test_runs_that_began_from_different_base_models_are_not_compared():
     ours, theirs = a_run("rollout"), a_run("grpo")
     ours.config["loaded"] = {"model": {"head": "another"}}
     with pytest.raises(ValueError, match="began from different base models"):
-        tables.outcome(Row("rollout"), {"grpo": [theirs], "rollout": [ours]})
+        tables.outcome(Row("rollout"), {"grpo": [theirs], "rollout": [ours]}, {})
 
 
 def arena(gains: dict[str, float], bases: int = 8) -> dict[str, list]:

@@ -206,14 +206,19 @@ def test_a_base_goes_by_its_number_and_is_taken_from_bases_before_any_is_trained
     assert first.parent == third.parent == tmp_path / "cache" and first.name.startswith("arithmetic-0-")
     assert third.name.startswith("arithmetic-3-")
     assert (first / "model.safetensors").read_bytes() != (third / "model.safetensors").read_bytes()
+    half = tasks.base_model("arithmetic:3:0.5", SMALL)
+    assert half.name.startswith("arithmetic-3-") and half != third
     monkeypatch.setattr(tasks, "_train_base", None)
     assert tasks.base_model("arithmetic:0", SMALL) == first
+    assert tasks.base_model("arithmetic:3:1", SMALL) == third
+    assert tasks.base_model("arithmetic:3", dataclasses.replace(SMALL, disguised=0.5)) == half
     assert tasks.base_model("arithmetic", dataclasses.replace(SMALL, number=3)) == third
     (tmp_path / "bases").mkdir()
     kept = third.rename(tmp_path / "bases" / third.name)
     assert tasks.base_model("arithmetic:3", SMALL) == kept
-    with pytest.raises(ValueError, match="^--model arithmetic:x: the base models of arithmetic are numbered, .*$"):
-        tasks.base_model("arithmetic:x", SMALL)
+    for wrong in ("x", "3:0.7", "3:", "3:0.5:1"):
+        with pytest.raises(ValueError, match=f"^--model arithmetic:{wrong}: the base models of arithmetic are numbered, "):
+            tasks.base_model(f"arithmetic:{wrong}", SMALL)
 
 
 def test_concurrent_first_uses_train_the_base_once(tmp_path):
