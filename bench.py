@@ -168,8 +168,8 @@ def bench_threads(steps: int = 6) -> list[dict]:
     return rows
 
 
-def whole_logits(hidden, weight, targets, *, temperature=1.0, entropy=False, main_grad=None):
-    """linear_logprob as it is mostly written: logits of the whole batch, and autograd. Leaves main_grad to the hook."""
+def whole_logits(hidden, weight, targets, *, temperature=1.0, entropy=False):
+    """linear_logprob as it is mostly written: logits of the whole batch, and autograd."""
     log_p = (hidden @ weight.T / temperature).log_softmax(dim=1)
     logp = log_p.gather(1, targets[:, None]).squeeze(1)
     return (logp, -(log_p.exp() * log_p).sum(dim=1)) if entropy else logp
@@ -197,12 +197,12 @@ def memory_of_a_step(folder: Path, whole: bool) -> dict:
 
     grade = trainer.grade
 
-    def toss(batch, problems):
-        rewards, timeouts, texts = grade(batch, problems)
-        return np.random.default_rng(0).choice([-1.0, 1.0], len(rewards)), timeouts, texts
+    def toss(part, problems):
+        coins = np.random.default_rng(0).choice([-1.0, 1.0], len(part.rollouts))
+        return [g._replace(reward=coin) for g, coin in zip(grade(part, problems), coins, strict=True)]
 
     trainer.grade = toss
-    train.draw_together = watched("sample", train.draw_together)
+    train.draw_part = watched("sample", train.draw_part)
     for name in ("behaviour", "update"):
         setattr(trainer, name, watched(name, getattr(trainer, name)))
     with trainer.grader:

@@ -35,7 +35,7 @@ from metrics import by_kind, figures, headline
 from policy import Policy
 from ranks import Ranks, RunError, say
 from reward import STYLES, Grader, check_golds
-from rollout import Sampling, choose_engine, draw_together, make_engine, rollout_seed
+from rollout import Sampling, choose_engine, draw_part, make_engine, rollout_seed
 from runfolder import environment, portable, replace_text, write_json
 
 PAPER_BENCHMARKS = ("math500", "aime24", "aime25", "amc23", "minerva", "olympiad", "gpqa")
@@ -262,9 +262,10 @@ def draw_samples(benchmarks: list[Benchmark], path: Path, engine, ranks: Ranks, 
     for start in range(finished, len(work), chunk):
         part = work[start : start + chunk]
         seed_P = [rollout_seed(seed, -1, b.problems[p].id) for b, p in part]
-        batch = draw_together(engine, ranks, [b.prompts[p] for b, p in part], [k] * len(part), seed_P, sampling)
+        batch = draw_part(engine, ranks, [b.prompts[p] for b, p in part], [k] * len(part), seed_P,
+                          sampling).exchange(ranks)
         if ranks.rank == 0:
-            responses = batch.texts(tokenizer)
+            responses = batch.texts(tokenizer, range(len(batch.owner)))
             drawn = [Sample(name, p.id, j, p.answer, p.style, responses[r], None, False, False, int(batch.lengths[r]),
                             "length" if batch.truncated[r] else "stop", prompt=p.prompt, kind=p.kind)
                      for r, (name, p, j) in enumerate((b.name, b.problems[p], j) for b, p in part for j in range(k))]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import linear_logprob
+from sharding import fill, full
 
 QK_NORM = {"qwen3": True, "qwen2": False, "llama": False}
 QKV_BIAS = {"qwen3": False, "qwen2": True, "llama": False}
@@ -281,11 +282,9 @@ class Transformer(nn.Module):
 
         tokens (T,) int64; cu_seqlens (S + 1,) int64; no target is the first of its sequence. Returns (N,) float32, and
         with `entropy` the entropy of the same distributions. Logits of all rows and the whole vocabulary never exist.
-        A head with an attribute `main_grad` gets its gradient as output matrix added there.
         """
         hidden = self(tokens, PackedAttention(cu_seqlens, max_seqlen))
-        return linear_logprob(hidden[targets - 1], self.head, tokens[targets], temperature=temperature, entropy=entropy,
-                              main_grad=getattr(self.head, "main_grad", None))
+        return linear_logprob(hidden[targets - 1], self.head, tokens[targets], temperature=temperature, entropy=entropy)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, D) -> (n, V) float32, accumulated and kept in float32; for the few rows that decoding needs, no grad."""
@@ -310,14 +309,16 @@ class Transformer(nn.Module):
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype,
-                        device: torch.device | str = "cpu") -> "Transformer":
-        """Loads a Hugging Face folder (one or many safetensors files). Every name and shape must fit."""
+    def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu",
+                        shard: Callable[["Transformer"], object] = lambda model: None) -> "Transformer":
+        """Loads a Hugging Face folder (one or many safetensors files). Every name and shape must fit. `shard`, of the
+        model before it has memory, says which part of it this process holds."""
         path = Path(path)
         config = ModelConfig.from_hf(json.loads((path / "config.json").read_text()))
         with torch.device("meta"):
-            model = cls(config)
-        model = model.to(dtype).to_empty(device=device)
+            model = cls(config).to(dtype)
+        shard(model)
+        model.to_empty(device=device)
         wanted = dict(model.named_parameters())
         for name, tensor in iterate_safetensors(path):
             if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
@@ -327,20 +328,29 @@ class Transformer(nn.Module):
             if tensor.shape != wanted[name].shape:
                 raise ValueError(f"{path}: {name!r} is {tuple(tensor.shape)}, config.json makes it "
                                  f"{tuple(wanted[name].shape)}")
-            wanted.pop(name).data.copy_(tensor)
+            fill(wanted.pop(name), tensor)
         if wanted:
             raise ValueError(f"{path}: tensors missing from the checkpoint: {sorted(wanted)[:5]}")
         return model
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Writes config.json and safetensors (shards of 5 GB with their index) as transformers and vLLM read them."""
+    def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None, write: bool = True) -> None:
+        """Writes config.json and safetensors (shards of 5 GB with their index) as transformers and vLLM read them, in
+        `dtype` or as the weights are. Collective for a sharded model, of which one rank writes: the others, too, call
+        it. Weights go to the host one by one."""
         from huggingface_hub import save_torch_state_dict
 
+        whole = {}
+        for name, p in self.named_parameters():
+            tensor = full(p, dtype)
+            if write:
+                whole[name] = tensor.to("cpu", copy=True)
+        if not write:
+            return
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        (path / "config.json").write_text(json.dumps(self.config.to_hf(self.head.dtype), indent=2) + "\n")
-        # Copies: the parameters may be views of one buffer, which the format refuses.
-        save_torch_state_dict({name: p.detach().clone() for name, p in self.named_parameters()}, path)
+        kept = next(iter(whole.values())).dtype
+        (path / "config.json").write_text(json.dumps(self.config.to_hf(kept), indent=2) + "\n")
+        save_torch_state_dict(whole, path)
 
 
 def iterate_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:

@@ -86,11 +86,13 @@ class Policy:
                 f"{total / 2**30:.0f} GiB are free. Take a smaller model, a lower --gpu_memory_utilization (vLLM), or "
                 "--kl_beta 0, which saves the reference")
 
-    def save(self, model: Transformer, path: Path) -> None:
-        """The weights of `model` as a Hugging Face folder with this policy's tokenizer. Where their dtype is
-        another than they came in, a new folder is told of."""
+    def save(self, model: Transformer, path: Path, *, write: bool = True) -> None:
+        """The weights of `model`, as they are in a forward pass, as a Hugging Face folder with this policy's tokenizer.
+        Where their dtype is another than they came in, a new folder is told of. All ranks call it, one writes."""
         known = path.exists()
-        model.save_pretrained(path)
+        model.save_pretrained(path, dtype=self.dtype, write=write)
+        if not write:
+            return
         self.tokenizer.save_pretrained(path)
         (path / "generation_config.json").write_text(json.dumps(self.generation, indent=2) + "\n")
         saved = str(self.dtype).removeprefix("torch.")

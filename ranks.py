@@ -10,6 +10,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tqdm import tqdm
 
 
@@ -36,6 +37,16 @@ class Ranks:
             # A rank that dies should fail the others within minutes, not after the default half hour of silence.
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=15))
 
+    def mesh(self) -> DeviceMesh:
+        """Over all ranks, by node where there are several: shard inside a node, replicate between nodes."""
+        if not dist.is_initialized():  # one process
+            dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+        in_node = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        if in_node < self.world:
+            return init_device_mesh(self.device.type, (self.world // in_node, in_node),
+                                    mesh_dim_names=("replicate", "shard"))
+        return init_device_mesh(self.device.type, (self.world,))
+
     def merge(self, array: np.ndarray) -> np.ndarray:
         """Sum over ranks of arrays in which each rank filled its own places and left zeros elsewhere. Exact."""
         if self.world == 1:
@@ -44,9 +55,11 @@ class Ranks:
         dist.all_reduce(tensor)
         return tensor.cpu().numpy()
 
-    def sum_(self, tensor: torch.Tensor) -> None:
-        if self.world > 1:
-            dist.all_reduce(tensor)
+    def gather(self, value: float) -> np.ndarray:
+        """A number of each rank, (world,)."""
+        mine = np.zeros(self.world)
+        mine[self.rank] = value
+        return self.merge(mine)
 
     def leave(self) -> None:
         if dist.is_initialized():
@@ -68,3 +81,19 @@ def deal(cost: np.ndarray, ranks: int) -> np.ndarray:
         owner[i] = load.argmin()
         load[owner[i]] += cost[i]
     return owner
+
+
+def deal_rows(cost: np.ndarray, most: int, ranks: int) -> list[list[np.ndarray]]:
+    """[rank][row] -> the pieces of work in it, of (n,) with these costs: rows of at most `most`, but for a piece that is
+    larger alone. All ranks have as many rows, of about the same cost in the same place, for they meet in every one; some
+    are empty where there is too little work, and where there is none each rank has one that is."""
+    rows = max(1, int(np.ceil(cost.sum() / (most * ranks))))
+    while True:
+        owner = deal(cost, ranks * rows)
+        load, pieces = (np.bincount(owner, weights=w, minlength=ranks * rows) for w in (cost, None))
+        if np.all((load <= most) | (pieces <= 1)):
+            break
+        rows += 1
+    order = np.argsort(-load, kind="stable").reshape(rows, ranks)
+    order[1::2] = order[1::2, ::-1]  # to and fro: no rank has the larger of every row
+    return [[np.flatnonzero(owner == row) for row in mine] for mine in order.T]

@@ -83,10 +83,9 @@ class Batch:
     def response(self, r: int) -> np.ndarray:
         return self.tokens[self.offsets[r] : self.offsets[r + 1]]
 
-    def texts(self, tokenizer) -> list[str]:
-        """The R responses as text, special tokens left out."""
-        return tokenizer.batch_decode([self.response(r).tolist() for r in range(len(self.owner))],
-                                      skip_special_tokens=True)
+    def texts(self, tokenizer, rollouts: Iterable[int]) -> list[str]:
+        """These responses as text, special tokens left out."""
+        return tokenizer.batch_decode([self.response(r).tolist() for r in rollouts], skip_special_tokens=True)
 
     def cost(self) -> np.ndarray:
         """Tokens that each rollout takes in a packed row, (R,)."""
@@ -472,9 +471,38 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tup
     return token, logp.gather(1, token.unsqueeze(1)).squeeze(1)
 
 
-def draw_together(engine, ranks: Ranks, prompts: list[list[int]], n_P, seed_P: list[int], sampling: Sampling,
-                  expected_P: np.ndarray | None = None, *, bar: bool = False) -> Batch:
-    """Rollouts of all prompts, each rank drawing its part with its own engine, then known to all.
+@dataclass
+class Part:
+    """A rank's rollouts of a batch, all of the prompts that are its own, before the other ranks know of them."""
+
+    prompts: list[list[int]]  # the batch's P token lists
+    rank_P: np.ndarray  # whose each prompt is
+    owner_R: np.ndarray  # (R,) prompt of each rollout of the batch
+    mine_R: np.ndarray  # which of them are here, indices into R
+    rollouts: list[Rollout]  # these
+
+    def texts(self, tokenizer) -> list[str]:
+        """Its responses as text, special tokens left out."""
+        return tokenizer.batch_decode([r.tokens.tolist() for r in self.rollouts], skip_special_tokens=True)
+
+    def exchange(self, ranks: Ranks) -> Batch:
+        """The batch as all ranks drew it. Collective."""
+        length_R, truncated_R = np.zeros(len(self.owner_R), np.int64), np.zeros(len(self.owner_R), np.int64)
+        for r, rollout in zip(self.mine_R, self.rollouts, strict=True):
+            length_R[r], truncated_R[r] = len(rollout.tokens), rollout.truncated
+        length_R, truncated_R = ranks.merge(length_R), ranks.merge(truncated_R)
+        offsets = np.concatenate(([0], length_R.cumsum()))
+        tokens, logp = np.zeros(offsets[-1], np.int64), np.zeros(offsets[-1], np.float32)
+        for r, rollout in zip(self.mine_R, self.rollouts, strict=True):
+            place = slice(offsets[r], offsets[r + 1])
+            tokens[place], logp[place] = rollout.tokens, rollout.logprobs
+        return Batch(self.prompts, self.owner_R, offsets, ranks.merge(tokens), ranks.merge(logp),
+                     truncated_R.astype(bool))
+
+
+def draw_part(engine, ranks: Ranks, prompts: list[list[int]], n_P, seed_P: list[int], sampling: Sampling,
+              expected_P: np.ndarray | None = None, *, bar: bool = False) -> Part:
+    """This rank's part of a batch, drawn with its own engine.
 
     n_P (P,) rollouts of each prompt; expected_P (P,) response tokens expected of one, to deal out the work evenly;
     bar: the first rank shows how far it is, for a caller that has no progress bar of its own.
@@ -485,14 +513,4 @@ def draw_together(engine, ranks: Ranks, prompts: list[list[int]], n_P, seed_P: l
     mine_P, mine_R = np.flatnonzero(rank_P == ranks.rank), np.flatnonzero(rank_P[owner_R] == ranks.rank)
     drawn = engine.generate([prompts[p] for p in mine_P], [int(n_P[p]) for p in mine_P], [seed_P[p] for p in mine_P],
                             sampling, bar and ranks.rank == 0)
-
-    length_R, truncated_R = np.zeros(len(owner_R), np.int64), np.zeros(len(owner_R), np.int64)
-    for r, rollout in zip(mine_R, drawn, strict=True):
-        length_R[r], truncated_R[r] = len(rollout.tokens), rollout.truncated
-    length_R, truncated_R = ranks.merge(length_R), ranks.merge(truncated_R)
-    offsets = np.concatenate(([0], length_R.cumsum()))
-    tokens, logp = np.zeros(offsets[-1], np.int64), np.zeros(offsets[-1], np.float32)
-    for r, rollout in zip(mine_R, drawn, strict=True):
-        place = slice(offsets[r], offsets[r + 1])
-        tokens[place], logp[place] = rollout.tokens, rollout.logprobs
-    return Batch(prompts, owner_R, offsets, ranks.merge(tokens), ranks.merge(logp), truncated_R.astype(bool))
+    return Part(prompts, rank_P, owner_R, mine_R, drawn)

@@ -4,8 +4,9 @@
 "grpo" every prompt's weight is 1 and every prompt's number of rollouts is n_bar. Apart from the policy and its
 optimiser, state changes only at the end of a step, in `Trainer._end_step`.
 
-With torchrun every rank holds the whole batch and a copy of everything; work (prompts to sample, rollouts to train on)
-is dealt out by tokens, and results meet in one collective: a sum of arrays in which each rank filled its own places.
+With torchrun every rank knows the whole batch and holds a shard of the model (sharding.py); work (prompts to sample,
+rollouts to train on) is dealt out by tokens, and results meet in one collective: a sum of arrays in which each rank
+filled its own places.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import hashlib
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,11 +31,12 @@ from kernels import group_advantage, grpo_token_loss
 from metrics import Evaluation, table
 from model import Transformer
 from policy import Policy
-from ranks import Ranks, RunError, deal, say
-from reward import Grader, check_golds, extract
-from rollout import Batch, Sampling, choose_engine, draw_together, make_engine, rollout_seed
+from ranks import Ranks, RunError, deal_rows, say
+from reward import Grade, Grader, check_golds, extract
+from rollout import Batch, Part, Sampling, choose_engine, draw_part, make_engine, rollout_seed
 from rules import RULES
 from runfolder import Checkpoint, RunFolder, Tracker, jsonable, portable, write_json
+from sharding import fill, full, reshard, shard
 
 MEASURE_EVERY = 2  # entropy and mismatch are measured on the first rollout of every second prompt of a batch
 
@@ -53,104 +56,20 @@ class Micro:
     offsets: torch.Tensor  # (S + 1,) borders of the responses among the n targets
 
 
-def micro_batches(batch: Batch, rollouts: np.ndarray, max_tokens: int, device: torch.device) -> list[Micro]:
-    """Packs `rollouts` into rows of at most max_tokens (a longer one gets its own row), similar lengths together."""
-    cost, rows, filled = batch.cost(), [], 0
-    for r in rollouts[np.argsort(cost[rollouts], kind="stable")]:
-        if not rows or filled + cost[r] > max_tokens:
-            rows.append([])
-            filled = 0
-        rows[-1].append(int(r))
-        filled += cost[r]
-    return [_micro(batch, np.array(row), device) for row in rows]
-
-
-def _micro(batch: Batch, rollouts: np.ndarray, device: torch.device) -> Micro:
+def pack(batch: Batch, rollouts: np.ndarray, device: torch.device) -> Micro:
+    """These rollouts in one row, end to end. Of none: one token that nothing is asked of, for a rank that has no work
+    but must be there when the others gather weights and sum gradients."""
     sequences = [np.concatenate((batch.prompts[batch.owner[r]], batch.response(r))).astype(np.int64) for r in rollouts]
-    length, total = batch.lengths[rollouts], np.array([len(s) for s in sequences])
+    length, total = batch.lengths[rollouts], np.array([len(s) for s in sequences] or [1])
     end = total.cumsum()
-    targets = np.concatenate([np.arange(e - n, e) for e, n in zip(end, length, strict=True)])
-    places = np.concatenate([np.arange(batch.offsets[r], batch.offsets[r + 1]) for r in rollouts])
+    targets = np.concatenate([np.zeros(0, np.int64), *(np.arange(e - n, e) for e, n in zip(end, length, strict=False))])
+    places = np.concatenate([np.zeros(0, np.int64), *(np.arange(*batch.offsets[r : r + 2]) for r in rollouts)])
 
     def put(x: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(x).to(device, non_blocking=True)
 
-    return Micro(rollouts, places, put(np.concatenate(sequences)), put(np.concatenate(([0], end))), int(total.max()),
+    return Micro(rollouts, places, put(np.concatenate(sequences or [np.zeros(1, np.int64)])), put(np.concatenate(([0], end))), int(total.max()),
                  put(targets), put(np.concatenate(([0], length.cumsum()))))
-
-
-# ------------------------------------------------------------------------------------------------ optimiser
-
-
-class MasterAdamW:
-    """AdamW on one flat float32 master of all weights; the model holds a copy in its own dtype.
-
-    At lr 1e-6 an update is far below bf16's resolution, so bf16 weights alone would hardly move. Gradients, too, are
-    accumulated over micro-batches in float32: each parameter's is added to the flat buffer as soon as it is complete.
-    """
-
-    def __init__(self, model: Transformer, cfg: Config):
-        parameters = list(model.parameters())
-        total = sum(p.numel() for p in parameters)
-        device = parameters[0].device
-        self.weights = torch.empty(total, dtype=parameters[0].dtype, device=device)  # what the model's parameters view
-        self.master = torch.nn.Parameter(torch.empty(total, dtype=torch.float32, device=device))
-        self.master.grad = torch.zeros_like(self.master)
-        start = 0
-        for p in parameters:
-            place = slice(start, start + p.numel())
-            self.weights[place] = p.data.flatten()
-            p.data = self.weights[place].view(p.shape)
-            p.main_grad = self.master.grad[place].view(p.shape)  # where the head's kernel adds straight away
-            p.register_post_accumulate_grad_hook(self._accumulate)
-            start = place.stop
-        self.master.data.copy_(self.weights)
-        self.adam = torch.optim.AdamW([self.master], lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
-        self.grad_clip, self.count = cfg.grad_clip, 0
-
-    @staticmethod
-    def _accumulate(p: torch.Tensor) -> None:
-        p.main_grad.add_(p.grad)
-        p.grad = None
-
-    @torch.no_grad()
-    def step(self, ranks: Ranks, where: str) -> float:
-        """Sums the ranks' gradients, clips, updates, clears. Returns the norm before clipping.
-
-        Raises RunError, with the weights untouched, when the norm is not finite.
-        """
-        gradient = self.master.grad
-        ranks.sum_(gradient)
-        norm = float(torch.linalg.vector_norm(gradient))
-        if not np.isfinite(norm):
-            raise RunError(f"{where}: the gradient norm is {norm}; the weights are those before this update. "
-                           "--resume goes on from the last checkpoint, with a lower --learning_rate for instance")
-        gradient.mul_(min(1.0, self.grad_clip / (norm + 1e-6)))
-        self.adam.step()
-        self.count += 1
-        self.weights.copy_(self.master)
-        gradient.zero_()
-        return norm
-
-    def checkpoint_bytes(self) -> int:
-        """What `tensors` take once there are moments."""
-        return 3 * self.master.nbytes
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        state = self.adam.state.get(self.master, {})
-        moments = {k: state[k] for k in ("exp_avg", "exp_avg_sq")} if state else {}
-        return {"master": self.master.data, **moments}
-
-    @torch.no_grad()
-    def load(self, tensors: dict[str, torch.Tensor], count: int) -> None:
-        self.master.copy_(tensors["master"])
-        self.weights.copy_(self.master)
-        self.count = count
-        if count:
-            device = self.master.device
-            self.adam.state[self.master] = {
-                "step": torch.tensor(float(count), device=device),
-                **{k: tensors[k].to(device, copy=True) for k in ("exp_avg", "exp_avg_sq")}}
 
 
 # ------------------------------------------------------------------------------------------------ the trainer
@@ -227,6 +146,8 @@ class Outcome:
 class Update:
     """What the optimiser steps of a batch did."""
 
+    tokens: np.ndarray  # (ranks,) that each rank trained on
+
     surrogate_R: np.ndarray  # J of (5), from weighted advantages
     kl_R: np.ndarray
     loss: float  # this and the norm: means over the optimiser steps
@@ -250,7 +171,9 @@ class Trainer:
         self._load_data()
         say(self.summary())
         cfg = self.cfg  # with the limits that depend on the model
-        self.optimizer = MasterAdamW(self.model, cfg)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
+                                           fused=True)
+        self.optimizer_steps = 0
         self.engine = make_engine(
             self.record["engine"], self.policy.folder, dtype=self.policy.dtype, device=self.device,
             max_prompt_tokens=cfg.max_prompt_tokens, max_response_tokens=cfg.max_response_tokens,
@@ -271,12 +194,14 @@ class Trainer:
         say(f"engine: {engine}. {why}")
         self.policy.check_memory(self.device, with_reference=bool(cfg.kl_beta), engine=engine,
                                  utilization=cfg.gpu_memory_utilization)
-        load = partial(Transformer.from_pretrained, self.policy.folder, dtype=self.policy.dtype, device=self.device)
-        self.model = load()
+        load = partial(Transformer.from_pretrained, self.policy.folder, device=self.device,
+                       shard=partial(shard, ranks=self.ranks, compute=self.policy.dtype))
+        self.model = load(dtype=torch.float32)  # at lr 1e-6 an update is far below what bf16 resolves
         self.model.gradient_checkpointing = cfg.gradient_checkpointing
-        self.reference = load().requires_grad_(False) if cfg.kl_beta else None
+        self.reference = load(dtype=self.policy.dtype).requires_grad_(False) if cfg.kl_beta else None
         # The folder's name is a commit or a recipe's hash; the head's hash tells apart folders that share a name.
-        head = hashlib.blake2b(self.model.head.detach().cpu().view(torch.uint8).numpy(), digest_size=8).hexdigest()
+        head = full(self.model.head, self.policy.dtype).cpu()
+        head = hashlib.blake2b(head.view(torch.uint8).numpy(), digest_size=8).hexdigest()
         self.record |= {"model": {"name": portable(cfg.model), "folder": self.policy.folder.name, "head": head},
                         "engine": engine}
 
@@ -336,11 +261,13 @@ class Trainer:
         with clock("generate"):
             sampling = Sampling(cfg.max_response_tokens, cfg.temperature, stop_ids=self.policy.stop_ids)
             seed_P = [rollout_seed(cfg.seed, step, i) for i in ids_P]
-            batch = draw_together(self.engine, self.ranks, prompts, decided.n_P, seed_P, sampling,
-                                  self.expected_tokens_B[decided.bin_P])
+            part = draw_part(self.engine, self.ranks, prompts, decided.n_P, seed_P, sampling,
+                             self.expected_tokens_B[decided.bin_P])
             self.engine.sleep()
-        with clock("reward"):
-            reward_R, unclear, texts = self.grade(batch, problems)
+        with clock("reward"):  # while other ranks still decode
+            grades = self.grade(part, problems)
+        with clock("exchange"):
+            batch, reward_R, unclear, load = self.exchange(part, grades, clock)
         with clock("advantage"):
             advantage_R, constant_P, factor_P = self.advantages(reward_R, decided)
             # Without a KL term a rollout of advantage 0 adds exactly 0 to loss, statistics and gradient: left out.
@@ -350,19 +277,21 @@ class Trainer:
         with clock("update"):
             update = self.update(batch, decided.n_P, advantage_R, acts_R, old_N, ref_N, step)
         with clock("sync"):
-            self.engine.load_weights(self.model.named_parameters())
+            self.engine.load_weights(self.weights())
         with clock("adversary"):
             outcome = self.outcome(decided, batch, reward_R, constant_P, update)
             self._end_step(ids_P, decided, outcome, update.grad_norm)
 
         line = {"step": step, "mode": cfg.mode, "seed": cfg.seed, "seconds": clock.total(),
-                **batch.stats(), **unclear, **measured, **self.log_line(decided, outcome, update), "eval": None}
-        first_P = decided.n_P.cumsum() - decided.n_P  # each prompt's first rollout
+                **batch.stats(), **unclear, **measured, **self.log_line(decided, outcome, update),
+                "ranks": {**load, "tokens_trained": update.tokens}, "eval": None}
+        first_P = (decided.n_P.cumsum() - decided.n_P)[:4]  # each prompt's first rollout
+        texts = batch.texts(self.policy.tokenizer, first_P)
         samples = [{"step": step, "id": ids_P[p], "bin": decided.bin_P[p], "n": decided.n_P[p],
                     "weight": decided.weight_P[p], "factor": factor_P[p], "answer": problems[p].answer,
-                    "found": None if cfg.reward else extract(texts[r], problems[p].style),
+                    "found": None if cfg.reward else extract(texts[p], problems[p].style),
                     "reward": reward_R[r], "right": reward_R[r] > 0, "truncated": batch.truncated[r],
-                    "prompt": problems[p].prompt, "response": texts[r]} for p, r in enumerate(first_P[:4])]
+                    "prompt": problems[p].prompt, "response": texts[p]} for p, r in enumerate(first_P)]
         return jsonable(line), jsonable(samples)
 
     def decide(self, ids_P: list[str]) -> Decision:
@@ -394,13 +323,14 @@ class Trainer:
         cfg, P = self.cfg, len(n_P)
         # Of each rollout: J, KL, clipped tokens, tokens with a gradient. A rank fills its own; 0 for those left out.
         stats = np.zeros((4, len(batch.owner)))
-        losses, norms = [], []
+        losses, norms, tokens = [], [], np.zeros(self.ranks.world)
         self.model.train()
         for start in range(0, P, cfg.minibatch_prompts):
             prompts = np.arange(start, min(start + cfg.minibatch_prompts, P))
             weight_R = self.token_weights(batch, n_P, prompts)
-            loss_sum, mine = np.zeros(1), self.mine(batch, acts_R & (weight_R > 0))
-            for micro in micro_batches(batch, mine, cfg.microbatch_tokens, self.device):
+            loss_sum, (micros, load) = np.zeros(1), self.micro_batches(batch, acts_R & (weight_R > 0))
+            tokens += load
+            for micro in micros:
                 out = self.token_loss(batch, micro, advantage_R, weight_R, old_N, ref_N)
                 out.loss.backward()
                 loss_sum += out.loss.item()
@@ -410,11 +340,25 @@ class Trainer:
             if not np.isfinite(losses[-1]):
                 raise RunError(f"step {step}: the loss is {losses[-1]}; the weights are those before this update. "
                                "--resume goes on from the last checkpoint, with a lower --learning_rate for instance")
-            norms.append(self.optimizer.step(self.ranks, f"step {step}"))
+            norms.append(self.optimizer_step(f"step {step}"))
         surrogate_R, kl_R, clipped_R, active_R = self.ranks.merge(stats)
-        tokens = len(batch.tokens)
-        return Update(surrogate_R, kl_R, float(np.mean(losses)), float(np.mean(norms)),
-                      clip_frac=float(clipped_R.sum() / tokens), idle_frac=float(1 - active_R.sum() / tokens))
+        N = len(batch.tokens)
+        return Update(tokens, surrogate_R, kl_R, float(np.mean(losses)), float(np.mean(norms)),
+                      clip_frac=float(clipped_R.sum() / N), idle_frac=float(1 - active_R.sum() / N))
+
+    def optimizer_step(self, where: str) -> float:
+        """Clips the gradient, updates, frees it. Returns the norm before clipping.
+
+        Raises RunError, with the weights untouched, when the norm is not finite.
+        """
+        norm = float(full(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip)))
+        if not np.isfinite(norm):
+            raise RunError(f"{where}: the gradient norm is {norm}; the weights are those before this update. "
+                           "--resume goes on from the last checkpoint, with a lower --learning_rate for instance")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.optimizer_steps += 1
+        return norm
 
     def token_weights(self, batch: Batch, n_P: np.ndarray, prompts: np.ndarray) -> np.ndarray:
         """Weight of one token of each rollout in the loss of the mini-batch `prompts`, (R,); they sum to 1 over it."""
@@ -467,20 +411,25 @@ class Trainer:
 
     # -- what a step calls
 
-    def grade(self, batch: Batch, problems: list[Problem]) -> tuple[np.ndarray, dict, list[str]]:
-        """Rewards in [-1, 1] (R,) float64, how many are -1 for want of a verdict, texts. Each rank grades its part."""
-        texts = batch.texts(self.policy.tokenizer)
-        mine = np.arange(self.ranks.rank, len(texts), self.ranks.world)
-        grades = self.grader.grade([texts[r] for r in mine], [problems[p] for p in batch.owner[mine]],
-                                   cut=batch.truncated[mine])
-        reward_R = np.zeros(len(texts))
-        reward_R[mine] = [g.reward for g in grades]
-        timeouts, failures = self.ranks.merge(np.array([sum(g.timed_out for g in grades),
-                                                        sum(g.failed for g in grades)]))
+    def grade(self, part: Part, problems: list[Problem]) -> list[Grade]:
+        """Of this rank's responses. Not collective."""
+        return self.grader.grade(part.texts(self.policy.tokenizer), [problems[p] for p in part.owner_R[part.mine_R]],
+                                 cut=np.array([r.truncated for r in part.rollouts], bool))
+
+    def exchange(self, part: Part, grades: list[Grade], clock: Clock) -> tuple[Batch, np.ndarray, dict, dict]:
+        """What all ranks drew, with rewards in [-1, 1] (R,) float64; how many are -1 for want of a verdict; by rank its
+        tokens, and the share of the time until here that it waits for the slowest."""
+        ranks = self.ranks
+        spent = ranks.gather(time.perf_counter() - clock.start)
+        batch, reward_R = part.exchange(ranks), np.zeros(len(part.owner_R))
+        reward_R[part.mine_R] = [g.reward for g in grades]
+        timeouts, failures = ranks.merge(np.array([sum(g.timed_out for g in grades), sum(g.failed for g in grades)]))
         if self.cfg.reward and failures and failures == (~batch.truncated).sum():  # of all that it was asked about
             raise RunError(f"--reward {self.cfg.reward} failed on all {failures} responses: it raises (the first "
                            "traceback stands above), or gives no number in [-1, 1]")
-        return self.ranks.merge(reward_R), {"reward_timeouts": timeouts, "reward_failures": failures}, texts
+        tokens = np.bincount(part.rank_P[batch.owner], weights=batch.lengths, minlength=ranks.world)
+        return (batch, ranks.merge(reward_R), {"reward_timeouts": timeouts, "reward_failures": failures},
+                {"tokens_generated": tokens, "idle_frac": 1 - spent / spent.max()})
 
     @torch.no_grad()
     def behaviour(self, batch: Batch, acts_R: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray | None, dict]:
@@ -494,7 +443,7 @@ class Trainer:
         out = np.zeros((3, len(batch.tokens)), np.float32)
         old_N, ref_N, entropy_N = out  # views: what is written to them stands in `out`
         for wanted_R, measure in ((measured_R, True), (acts_R & ~measured_R, False)):
-            for micro in micro_batches(batch, self.mine(batch, wanted_R), self.cfg.microbatch_tokens, self.device):
+            for micro in self.micro_batches(batch, wanted_R)[0]:
                 if measure:
                     logp, entropy = self.logprobs(self.model, micro, entropy=True)
                     entropy_N[micro.places] = entropy.cpu().numpy()
@@ -503,6 +452,8 @@ class Trainer:
                 old_N[micro.places] = logp.cpu().numpy()
                 if self.reference is not None:
                     ref_N[micro.places] = self.logprobs(self.reference, micro).cpu().numpy()
+        if self.reference is not None:
+            reshard(self.reference)
         old_N, ref_N, entropy_N = self.ranks.merge(out)
         measured_N = np.repeat(measured_R, batch.lengths)
         mismatch_N = self.check_mismatch(batch.sampler_logp, old_N, measured_N, step)
@@ -530,10 +481,18 @@ class Trainer:
         return model.logprobs(micro.tokens, micro.cu_seqlens, micro.max_seqlen, micro.targets,
                               temperature=self.cfg.temperature, entropy=entropy)
 
-    def mine(self, batch: Batch, wanted_R: np.ndarray) -> np.ndarray:
-        """This rank's part of the wanted rollouts, dealt out by tokens."""
+    def micro_batches(self, batch: Batch, wanted_R: np.ndarray) -> tuple[list[Micro], np.ndarray]:
+        """This rank's part of the wanted rollouts, dealt out by tokens, in rows; the tokens of each rank."""
         rollouts = np.flatnonzero(wanted_R)
-        return rollouts[deal(batch.cost()[rollouts], self.ranks.world) == self.ranks.rank]
+        cost = batch.cost()[rollouts]
+        rows = deal_rows(cost, self.cfg.microbatch_tokens, self.ranks.world)
+        return ([pack(batch, rollouts[row], self.device) for row in rows[self.ranks.rank]],
+                np.array([sum(cost[row].sum() for row in mine) for mine in rows]))
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, whole tensor in the dtype of a forward pass), one at a time. Collective."""
+        for name, p in self.model.named_parameters():
+            yield name, full(p, self.policy.dtype)
 
     def log_line(self, decided: Decision, outcome: Outcome, update: Update) -> dict:
         """What metrics.jsonl says of a step beyond its rollouts; by bin, B entries each, NaN for an absent bin."""
@@ -562,9 +521,10 @@ class Trainer:
         sampling = Sampling(cfg.max_response_tokens, cfg.eval_temperature, cfg.eval_top_p, cfg.eval_top_k,
                             self.policy.stop_ids)
         seed_P = [rollout_seed(cfg.seed, -1, p.id) for p in problems]
-        batch = draw_together(self.engine, self.ranks, prompts, [cfg.eval_rollouts] * len(problems), seed_P, sampling,
-                              bar=True)
-        reward_R, _, _ = self.grade(batch, problems)
+        clock = Clock(self.device)
+        part = draw_part(self.engine, self.ranks, prompts, [cfg.eval_rollouts] * len(problems), seed_P, sampling,
+                         bar=True)
+        batch, reward_R, _, _ = self.exchange(part, self.grade(part, problems), clock)
         return Evaluation.of(step, [p.kind for p in problems], reward_R.reshape(len(problems), -1) > 0,
                              float(batch.lengths.mean()), float(batch.truncated.mean()))
 
@@ -573,13 +533,29 @@ class Trainer:
     def checkpoint(self, evaluations: list[Evaluation]) -> Checkpoint:
         parts = {"bins": self.bins, "prompt": self.prompt_gdro, "rollout": self.rollout_gdro}
         arrays = {f"{name}/{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
-        return Checkpoint(self.optimizer.tensors(), {**arrays, "expected_tokens": self.expected_tokens_B},
-                          {"next_step": self.next_step, "optimizer_steps": self.optimizer.count,
+        return Checkpoint({k: full(t) for k, t in self.tensors().items()}, {**arrays, "expected_tokens": self.expected_tokens_B},
+                          {"next_step": self.next_step, "optimizer_steps": self.optimizer_steps,
                            "evaluations": [e.to_json() for e in evaluations]})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The live weights and AdamW's moments of them, shards where they are sharded: weight.NAME, exp_avg.NAME,
+        exp_avg_sq.NAME. Moments are 0 before the first update."""
+        out = {}
+        for name, p in self.model.named_parameters():
+            moments = self.optimizer.state[p]
+            if not moments:
+                moments |= {"step": torch.zeros((), device=self.device), "exp_avg": torch.zeros_like(p),
+                            "exp_avg_sq": torch.zeros_like(p)}
+            moments["step"].fill_(self.optimizer_steps)
+            out |= {f"weight.{name}": p.detach(), **{f"{k}.{name}": moments[k] for k in ("exp_avg", "exp_avg_sq")}}
+        return out
 
     def restore(self, saved: Checkpoint) -> list[Evaluation]:
         """Takes over what `checkpoint` gave; the evaluations until then."""
-        self.optimizer.load(saved.tensors, saved.state["optimizer_steps"])
+        self.optimizer_steps = saved.state["optimizer_steps"]
+        with torch.no_grad():
+            for name, live in self.tensors().items():
+                fill(live, saved.tensors[name])
         for name, part in (("bins", self.bins), ("prompt", self.prompt_gdro), ("rollout", self.rollout_gdro)):
             part.load_state_dict({k.split("/")[1]: v for k, v in saved.arrays.items() if k.startswith(name + "/")})
         self.expected_tokens_B, self.next_step = saved.arrays["expected_tokens"], saved.state["next_step"]
@@ -625,7 +601,7 @@ def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, 
         else:
             folder.start(preset, jsonable(trainer.record))
         folder.forget_after(trainer.next_step)
-    trainer.engine.load_weights(trainer.model.named_parameters())
+    trainer.engine.load_weights(trainer.weights())
     return trainer, folder, evaluations
 
 
@@ -640,8 +616,9 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
         latest = evaluations[-1]
         if first:
             folder.write_evaluations(evaluations)
-            if trainer.next_step and all(latest.passes[e.k] > e.passes[e.k] for e in evaluations[:-1]):
-                trainer.policy.save(trainer.model, folder.path / "best")
+        if trainer.next_step and all(latest.passes[e.k] > e.passes[e.k] for e in evaluations[:-1]):
+            trainer.policy.save(trainer.model, folder.path / "best", write=first)
+            if first:
                 write_json(folder.path / "best" / "evaluation.json", latest.to_json())
         say(latest.line())
         return {k: v for k, v in latest.to_json().items() if k != "by_kind"}
@@ -677,8 +654,10 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
         bar.set_postfix(reward=f"{line['reward_mean']:+.3f}", solved=f"{line['solved_frac']:.2f}",
                         cut=f"{line['truncated_frac']:.0%}", tokens=f"{line['response_tokens_mean']:.0f}",
                         mismatch=f"{line['mismatch']['mean']:.0e}")
-        if first and (stopping or last or (cfg.save_every and done % cfg.save_every == 0)):
-            folder.save(trainer.checkpoint(evaluations), cfg.keep)
+        if stopping or last or (cfg.save_every and done % cfg.save_every == 0):
+            saved = trainer.checkpoint(evaluations)
+            if first:
+                folder.save(saved, cfg.keep)
     bar.close()
     return trainer.next_step >= cfg.steps
 
@@ -708,11 +687,11 @@ def main() -> None:
     except (ValueError, OSError, RunError) as error:  # what was given; a later ValueError is a bug and keeps its trace
         sys.exit(f"train.py: {error}")
     try:
-        with trainer.grader, folder.full_disk_explained(trainer.optimizer.checkpoint_bytes()):
+        with trainer.grader, folder.full_disk_explained(12 * trainer.policy.config.num_parameters()):
             begun = trainer.next_step
             complete = train(trainer, folder, evaluations)
-            if trainer.ranks.rank == 0 and (trainer.next_step > begun or not (folder.path / "model").exists()):
-                trainer.policy.save(trainer.model, folder.path / "model")
+            if trainer.next_step > begun or not (folder.path / "model").exists():
+                trainer.policy.save(trainer.model, folder.path / "model", write=trainer.ranks.rank == 0)
     except RunError as error:
         sys.exit(f"train.py: {error}")
     if complete and begun >= trainer.cfg.steps:

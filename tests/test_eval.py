@@ -65,13 +65,13 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_file(base, evaluated, tmp
     (tmp_path / "eval_samples.jsonl").write_text("".join(lines[:kept]) + lines[kept][:20])  # killed in mid-line
     settings = json.loads((evaluated / "eval.json").read_text())["settings"]
     (tmp_path / "eval.json").write_text(json.dumps({"settings": settings}))
-    drawn, draw = [], eval_module.draw_together
+    drawn, draw = [], eval_module.draw_part
 
     def record(engine, ranks, prompts, *rest):
         drawn.append(len(prompts))
         return draw(engine, ranks, prompts, *rest)
 
-    monkeypatch.setattr(eval_module, "draw_together", record)
+    monkeypatch.setattr(eval_module, "draw_part", record)
     saved = run(base, tmp_path)
     assert (tmp_path / "eval_samples.jsonl").read_text() == whole
     assert saved["figures"] == json.loads((evaluated / "eval.json").read_text())["figures"]

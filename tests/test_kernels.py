@@ -888,9 +888,9 @@ def base(tmp_path_factory):
 def tossed(grade):
     """Coins for rewards: so small a model solves nothing, and all advantages would be 0."""
 
-    def toss(batch, problems):
-        rewards, timeouts, texts = grade(batch, problems)
-        return np.random.default_rng(0).choice([-1.0, 1.0], len(rewards)), timeouts, texts
+    def toss(part, problems):
+        coins = np.random.default_rng(0).choice([-1.0, 1.0], len(part.rollouts))
+        return [g._replace(reward=coin) for g, coin in zip(grade(part, problems), coins, strict=True)]
 
     return toss
 
@@ -905,14 +905,15 @@ def test_a_training_step_on_the_kernels_is_one_on_the_references(base, tmp_path,
         trainer = trainer_of(base, tmp_path, mode="both", prompts_per_step=12, minibatch_prompts=6, train_problems=15,
                              eval_problems=5, max_response_tokens=6, kl_beta=0.1)
         monkeypatch.setattr(trainer, "grade", tossed(trainer.grade))
-        before = trainer.optimizer.master.detach().clone()
+        before = torch.cat([w.detach().flatten() for _, w in trainer.weights()])
         line, _ = trainer.step(0)
         # idle_frac: at the reference the KL's gradient is 0 or dust
         rounded = ("loss", "grad_norm", "kl", "entropy", "surrogate_abs", "idle_frac")
         line["signals"].pop("surrogate")  # as rounded; compared as surrogate_abs and as the scores it makes
         lines.append({k: v for k, v in line.items() if k != "seconds" and k not in rounded})
-        tensors.append({"change": trainer.optimizer.master.detach() - before,
-                        "gradient": trainer.optimizer.tensors()["exp_avg"],
+        flat = {part: torch.cat([t.flatten() for name, t in trainer.tensors().items() if name.startswith(part)])
+                for part in ("weight", "exp_avg.")}
+        tensors.append({"change": flat["weight"] - before, "gradient": flat["exp_avg."],
                         **{k: torch.tensor(line[k]) for k in rounded[:5]},
                         "prompt scores": torch.from_numpy(trainer.prompt_gdro.score_B),
                         "arm scores": torch.from_numpy(trainer.rollout_gdro.log_prob_BK())})

@@ -8,7 +8,7 @@ from conftest import VOCAB
 import rollout
 from model import Transformer
 from ranks import Ranks
-from rollout import Sampling, TorchEngine, _Decoding, choose_engine, draw, draw_together, rollout_seed
+from rollout import Sampling, TorchEngine, _Decoding, choose_engine, draw, draw_part, rollout_seed
 
 transformers = pytest.importorskip("transformers", reason="transformers makes the reference models")
 
@@ -148,7 +148,7 @@ def test_a_bar_in_tokens_ends_full_however_early_rollouts_end(engine):
 
 def test_there_is_a_progress_bar_for_those_who_ask_alone(engine, capsys):
     for bar in (False, True):
-        draw_together(engine, Ranks(), PROMPTS, N_P, SEED_P, WARM, bar=bar)
+        draw_part(engine, Ranks(), PROMPTS, N_P, SEED_P, WARM, bar=bar)
         out, err = capsys.readouterr()
         assert out == "" and ("sampling: " in err and f"/{sum(N_P) * WARM.max_tokens} " in err if bar else err == "")
 

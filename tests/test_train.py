@@ -21,19 +21,17 @@ from config import PRESETS, Config, nearest, parse_args
 from kernels import group_advantage
 from model import Transformer
 from policy import Policy
-from ranks import Ranks, RunError, deal
+from ranks import Ranks, RunError, deal, deal_rows
 from rollout import Batch
 from rules import RULES
 from runfolder import Tracker, scalars
 from train import (
     Decision,
-    MasterAdamW,
     StopSignal,
     Trainer,
     Update,
-    _micro,
-    micro_batches,
     nothing_to_learn,
+    pack,
     set_up,
 )
 
@@ -99,12 +97,16 @@ def log(out: Path) -> list[dict]:
 def trainer_of(base: Path, tmp_path: Path, **changes) -> Trainer:
     cfg, _, _ = parse_args(flags(base, tmp_path / "run", **changes))
     trainer = Trainer(cfg, Ranks())
-    trainer.engine.load_weights(trainer.model.named_parameters())
+    trainer.engine.load_weights(trainer.weights())
     return trainer
 
 
 def run_steps(trainer: Trainer, steps: int) -> list[dict]:
     return [{k: v for k, v in trainer.step(i)[0].items() if k not in ("seconds", "mode")} for i in range(steps)]
+
+
+def weights(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([w.detach().flatten() for _, w in trainer.weights()])
 
 
 # ---- one path
@@ -114,8 +116,8 @@ def test_grpo_is_both_adversaries_at_rest_bit_for_bit(base, tmp_path):
     grpo = trainer_of(base, tmp_path, mode="grpo")
     rest = trainer_of(base, tmp_path, mode="both", prompt_eta=0.0, n_min=4, n_max=4)
     assert run_steps(grpo, 4) == run_steps(rest, 4)
-    assert torch.equal(grpo.optimizer.master, rest.optimizer.master)
-    assert not torch.equal(grpo.optimizer.master, trainer_of(base, tmp_path).optimizer.master)  # and they did move
+    assert torch.equal(weights(grpo), weights(rest))
+    assert not torch.equal(weights(grpo), weights(trainer_of(base, tmp_path)))  # and they did move
 
 
 def test_every_mode_draws_the_same_prompts_and_first_batch(base, tmp_path):
@@ -180,7 +182,7 @@ def test_a_rule_multiplies_advantages_beside_the_adversary_which_sees_the_rule_a
         assert (applied_P == factor_P).all()
         assert advantage_R == pytest.approx(plain * (factor_P * weights)[owner], rel=1e-12, abs=0)
         assert (constant_P == constant).all() and constant_P[:2].all()
-        update = Update(share_R * advantage_R, np.zeros(len(owner)), 0.0, 1.0, 0.0, 0.0)  # a surrogate that is not 0
+        update = Update(np.zeros(1), share_R * advantage_R, np.zeros(len(owner)), 0.0, 1.0, 0.0, 0.0)  # a surrogate that is not 0
         loss_P = trainer.outcome(decided, batch, reward_R, constant_P, update).loss_P
         expected = [-(share_R * plain)[owner == p].mean() * factor_P[p] for p in range(P)]
         assert loss_P == pytest.approx(expected, rel=1e-9, abs=1e-12)
@@ -191,13 +193,13 @@ def test_a_rule_multiplies_advantages_beside_the_adversary_which_sees_the_rule_a
 
 def gradient(trainer: Trainer) -> torch.Tensor:
     """Gradient of the first mini-batch of step 0, before the optimiser uses it."""
-    captured, step = [], trainer.optimizer.step
+    captured, step = [], trainer.optimizer_step
 
-    def record(ranks: Ranks, where: str) -> float:
-        captured.append(trainer.optimizer.master.grad.clone())
-        return step(ranks, where)
+    def record(where: str) -> float:
+        captured.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
+        return step(where)
 
-    trainer.optimizer.step = record
+    trainer.optimizer_step = record
     trainer.step(0)
     return captured[0]
 
@@ -212,13 +214,13 @@ def test_any_micro_batch_split_gives_the_same_gradient(base, tmp_path, averaging
 
 
 def test_leaving_out_rollouts_of_advantage_0_changes_nothing_but_the_work(base, tmp_path, monkeypatch):
-    packed, pack = [], train_module.micro_batches
+    packed = []
 
     def record(batch, rollouts, *rest):
         packed.append(len(rollouts))
         return pack(batch, rollouts, *rest)
 
-    monkeypatch.setattr(train_module, "micro_batches", record)
+    monkeypatch.setattr(train_module, "pack", record)
     gradients, lines = [], []
     for kl_beta in (0.0, 1e-30):  # the second is too small to be felt, yet keeps every rollout
         trainer = trainer_of(base, tmp_path, kl_beta=kl_beta)
@@ -299,7 +301,8 @@ def test_micro_batches_hold_every_rollout_once_with_its_own_tokens():
     batch = Batch(prompts, np.repeat(np.arange(4), n_P), offsets, tokens, np.zeros(len(tokens), np.float32),
                   np.zeros(len(lengths), bool))
     seen = []
-    for micro in micro_batches(batch, np.arange(len(lengths)), 40, torch.device("cpu")):
+    (rows,) = deal_rows(batch.cost(), 40, 1)
+    for micro in (pack(batch, row, torch.device("cpu")) for row in rows):
         assert len(micro.tokens) <= 40 or len(micro.rollouts) == 1
         assert torch.equal(micro.tokens[micro.targets], torch.from_numpy(tokens[micro.places]))
         for s, r in enumerate(micro.rollouts):
@@ -317,6 +320,21 @@ def test_work_is_dealt_out_evenly():
     assert max(loads) - min(loads) <= cost.max() and sum(loads) == cost.sum()
 
 
+@pytest.mark.parametrize("ranks, pieces, most", [(1, 60, 100), (3, 60, 100), (4, 200, 64), (4, 3, 100), (2, 0, 50)])
+def test_all_ranks_get_as_many_rows_of_about_the_same_cost(ranks, pieces, most):
+    cost = np.random.default_rng(pieces).integers(1, 60, pieces)
+    cost[:1] += 70  # more than a row may hold
+    rows = deal_rows(cost, most, ranks)
+    assert len(rows) == ranks and len({len(mine) for mine in rows}) == 1 and rows[0]
+    assert sorted(i for mine in rows for row in mine for i in row) == list(range(pieces))
+    for place in zip(*rows, strict=True):
+        assert all(len(row) <= 1 or cost[row].sum() <= most for row in place)
+    if pieces >= 60:
+        loads = [sum(cost[row].sum() for row in mine) for mine in rows]
+        assert max(loads) < 1.05 * min(loads)
+        assert len(rows[0]) <= 1 + np.ceil(1.1 * cost.sum() / (most * ranks))
+
+
 @two_ranks
 def test_two_processes_equal_one(base, tmp_path):
     options = dict(mode="both", kl_beta=0.01, rollout_utility="variance", steps=4)
@@ -327,6 +345,11 @@ def test_two_processes_equal_one(base, tmp_path):
     assert len(one) == len(two) == 4 and all(line["grad_norm"] > 0 for line in one)
     for a, b in zip(one, two, strict=True):
         a.pop("idle_frac"), b.pop("idle_frac")  # with KL: where log-prob and reference agree to the last bit
+        of_one, of_two = a.pop("ranks"), b.pop("ranks")
+        for key in ("tokens_generated", "tokens_trained"):
+            assert len(of_two[key]) == 2 and sum(of_two[key]) == of_one[key][0] > 0
+            assert max(of_two[key]) < 1.6 * min(of_two[key])
+        assert of_one["idle_frac"] == [0.0] and min(of_two["idle_frac"]) == 0 <= max(of_two["idle_frac"]) < 1
         close(a, b)
 
 
@@ -474,43 +497,15 @@ def test_a_finished_run_can_be_extended_and_its_model_loads_elsewhere(base, tmp_
 
 # ---- the optimiser
 
-def test_master_adamw_equals_torch_adamw_on_separate_parameters(base, tmp_path):
-    cfg, _, _ = parse_args(flags(base, tmp_path, weight_decay=0.1, learning_rate=1e-2, grad_clip=1e9))
-    model, twin = (Transformer.from_pretrained(base, dtype=torch.float32) for _ in range(2))
-    ours = MasterAdamW(model, cfg)
-    theirs = torch.optim.AdamW(twin.parameters(), lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(3):
-        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-            g = torch.randn(p.shape, generator=generator)
-            (p * g).sum().backward()
-            q.grad = g
-        ours.step(Ranks(), "here")
-        theirs.step()
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6)
-
-
-def test_float32_masters_learn_where_bf16_alone_stands_still(base, tmp_path):
-    cfg, _, _ = parse_args(flags(base, tmp_path, learning_rate=1e-6, weight_decay=0.0))
-    model = Transformer.from_pretrained(base, dtype=torch.bfloat16)
-    optimizer = MasterAdamW(model, cfg)
-    before, start = optimizer.master.detach().clone(), model.head.detach().clone()
-    for _ in range(5):
-        for p in model.parameters():
-            p.float().sum().backward()
-        optimizer.step(Ranks(), "here")
-    assert torch.allclose(optimizer.master, before - 5e-6, atol=1e-7)
-    assert (model.head == start).float().mean() > 0.5  # most bf16 weights cannot show a change that small
-
-
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(base, tmp_path):
     trainer = trainer_of(base, tmp_path)
-    before = trainer.optimizer.master.detach().clone()
-    trainer.optimizer.master.grad[3] = float("nan")
+    before = weights(trainer)
+    for p in trainer.model.parameters():
+        p.grad = torch.ones_like(p)
+    trainer.model.head.grad[0, 3] = torch.nan
     with pytest.raises(RunError, match="step 7: the gradient norm is nan"):
-        trainer.optimizer.step(trainer.ranks, "step 7")
-    assert torch.equal(before, trainer.optimizer.master)
+        trainer.optimizer_step("step 7")
+    assert torch.equal(before, weights(trainer))
 
 
 def test_a_diverged_run_stops_with_the_step_and_a_remedy(base, tmp_path):
@@ -523,14 +518,14 @@ def test_log_probs_that_are_no_numbers_are_not_blamed_on_stale_weights(base, tmp
     trainer = trainer_of(base, tmp_path)
     if whose == "trainer":
         trainer.model.model.norm.weight.data[0] = torch.nan
-    draw = train_module.draw_together
+    draw = train_module.draw_part
 
     def broken(*args):
-        batch = draw(*args)
-        batch.sampler_logp[-1] = np.nan if whose == "sampler" else batch.sampler_logp[-1]
-        return batch
+        part = draw(*args)
+        part.rollouts[-1].logprobs[-1] = np.nan if whose == "sampler" else part.rollouts[-1].logprobs[-1]
+        return part
 
-    monkeypatch.setattr(train_module, "draw_together", broken)
+    monkeypatch.setattr(train_module, "draw_part", broken)
     with pytest.raises(RunError, match=f"log-probs of the {whose} are not finite numbers") as error:
         trainer.step(0)
     assert "stale" not in str(error.value)
@@ -795,8 +790,10 @@ def test_what_cannot_fit_a_gpu_says_so_before_it_starts(base, monkeypatch):
 def test_a_single_rollout_packs():
     batch = Batch([[5, 6]], np.zeros(1, int), np.array([0, 1]), np.array([1]), np.zeros(1, np.float32),
                   np.zeros(1, bool))
-    micro = _micro(batch, np.array([0]), torch.device("cpu"))
+    micro = pack(batch, np.array([0]), torch.device("cpu"))
     assert micro.tokens.tolist() == [5, 6, 1] and micro.targets.tolist() == [2]
+    nothing = pack(batch, np.zeros(0, int), torch.device("cpu"))
+    assert len(nothing.tokens) == 1 and len(nothing.targets) == len(nothing.places) == 0
 
 
 @two_ranks

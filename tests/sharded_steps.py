@@ -1,0 +1,57 @@
+"""Three training steps on fixed rollouts, under torchrun or not: what came out goes to a file. Of test_sharding.py.
+
+    sharded_steps.py OUT always|usual CASE FLAG ...      CASE: the name of the file's entry, then train.py's flags;
+                                                         more cases follow after a bare +
+"""
+
+import hashlib
+import sys
+
+import torch
+
+import sharding
+from config import parse_args
+from ranks import Ranks
+from train import Trainer
+
+STEPS = 3
+
+
+def adversaries(trainer: Trainer) -> dict[str, torch.Tensor]:
+    parts = {"bins": trainer.bins, "prompt": trainer.prompt_gdro, "rollout": trainer.rollout_gdro}
+    return {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()
+            if v.dtype.kind != "U"}
+
+
+def masters(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([sharding.full(p).flatten() for p in trainer.model.parameters()])
+
+
+def main() -> None:
+    out, how, *words = sys.argv[1:]
+    if how == "always":  # a lone float32 process, too
+        sharding.is_sharded = lambda *_: True
+    ranks, found = Ranks(), {}
+    while words:
+        case, *flags = words[: words.index("+")] if "+" in words else words
+        words = words[len(flags) + 2 :]
+        cfg, _, _ = parse_args([*flags, "--max_mismatch", "1e9"])
+        trainer = Trainer(cfg, ranks)
+        began = masters(trainer)
+        trainer.engine.load_weights = lambda weights: list(weights)  # the sampler keeps the base's: the same rollouts
+        with trainer.grader:
+            lines = [trainer.step(i)[0] for i in range(STEPS)]
+        state = adversaries(trainer)
+        found[case] = {
+            "loss": [x["loss"] for x in lines], "grad_norm": [x["grad_norm"] for x in lines],
+            "kl": [x["kl"] for x in lines], "tokens": [x["ranks"]["tokens_trained"] for x in lines],
+            "began": began, "masters": masters(trainer),
+            "adversaries": {k: torch.from_numpy(v) for k, v in state.items()},
+            "hash": hashlib.blake2b(b"".join(v.tobytes() for v in state.values())).hexdigest()}
+    if ranks.rank == 0:
+        torch.save(found, out)
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    main()
