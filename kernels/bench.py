@@ -141,14 +141,7 @@ def forward(call: Callable, inputs: Inputs) -> Tensor:
 
 
 def forward_and_backward(call: Callable, inputs: Inputs) -> list[Tensor]:
-    """The gradients. One that is to be added to a leaf's `main_grad` is, by whoever did not do so himself."""
-    found = list(torch.autograd.grad(call(*inputs.arguments), inputs.leaves, inputs.grad, allow_unused=True))
-    for i, leaf in enumerate(inputs.leaves):
-        if hasattr(leaf, "main_grad"):
-            if found[i] is not None:
-                leaf.main_grad.add_(found[i])
-            found[i] = leaf.main_grad
-    return found
+    return list(torch.autograd.grad(call(*inputs.arguments), inputs.leaves, inputs.grad))
 
 
 DIRECTIONS = {"forward": forward, "both": forward_and_backward}
@@ -292,14 +285,12 @@ def seeded(i: int) -> torch.Generator:
     return torch.Generator(DEVICE).manual_seed(i)
 
 
-def linear_inputs(T: int, V: int, D: int, i: int, *, live: float = 1.0, main_grad: bool = False) -> Inputs:
+def linear_inputs(T: int, V: int, D: int, i: int, *, live: float = 1.0) -> Inputs:
     """bf16. The last 1 - `live` of every 1,024 incoming gradients are exactly zero, as those of whole responses are."""
     draw = functools.partial(torch.randn, generator=seeded(i), device=DEVICE)
     hidden, weight = draw(T, D).bfloat16().requires_grad_(), (draw(V, D) / D**0.5).bfloat16().requires_grad_()
     targets = torch.randint(V, (T,), generator=seeded(i), device=DEVICE)
     grad = torch.where(torch.arange(T, device=DEVICE) % 1024 < 1024 * live, draw(T), 0.0)
-    if main_grad:
-        weight.main_grad = torch.zeros(V, D, device=DEVICE)
     return Inputs((hidden, weight, targets), (hidden, weight), grad)
 
 
@@ -333,16 +324,16 @@ def linear_truth(inputs: Inputs, *, entropy: bool = False) -> Truth:
 
 
 def our_linear(hidden, weight, targets):
-    return linear_logprob(hidden, weight, targets, main_grad=getattr(weight, "main_grad", None))
+    return linear_logprob(hidden, weight, targets)
 
 
 def our_linear_and_entropy(hidden, weight, targets):
     return torch.stack(linear_logprob(hidden, weight, targets, entropy=True))
 
 
-def linear_case(T: int, V: int, D: int, what: str = "", *, live: float = 1.0, main_grad: bool = False,
+def linear_case(T: int, V: int, D: int, what: str = "", *, live: float = 1.0,
                 entropy: bool = False) -> Iterator[dict]:
-    make = functools.partial(linear_inputs, T, V, D, live=live, main_grad=main_grad)
+    make = functools.partial(linear_inputs, T, V, D, live=live)
     flops = 2 * T * V * D
     predicted = {"forward": 1000 * flops / FORWARD_FLOPS, "both": 1000 * (1 + 3 * live) * flops / BOTH_FLOPS}
     if entropy:  # as the trainer asks for it: without gradients
@@ -350,7 +341,7 @@ def linear_case(T: int, V: int, D: int, what: str = "", *, live: float = 1.0, ma
             "forward": predicted["forward"]}
     else:
         calls = our_linear, plain_linear, LINEAR_PEERS
-        if live < 1 or main_grad:  # forward is that of the plain case
+        if live < 1:  # forward is that of the plain case
             del predicted["forward"]
     return compare("linear_logprob", f"T {T}, V {V}, D {D}{what}", providers(*calls), make,
                    linear_truth(make(0), entropy=entropy), predicted=predicted, names=("hidden", "weight"),
@@ -417,7 +408,6 @@ def cuda_cases() -> Iterator[Callable[[], Iterator[dict]]]:
     for T, D in ((16_384, 2048), (4096, 2048), (16_384, 4096)):
         yield functools.partial(linear_case, T, VOCABULARY, D)
     yield functools.partial(linear_case, 16_384, VOCABULARY, 2048, ", half of the gradients 0", live=0.5)
-    yield functools.partial(linear_case, 16_384, VOCABULARY, 2048, ", main_grad", main_grad=True)
     yield functools.partial(linear_case, 16_384, VOCABULARY, 2048, ", with entropy", entropy=True)
     yield functools.partial(linear_case, 4095, 151_937, 2056)
     for groups, rollouts in ((256, 1024), (4096, 16_384)):

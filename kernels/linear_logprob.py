@@ -361,58 +361,53 @@ def _(hidden, weight, targets, temperature, entropy, on_triton):
     return like, torch.empty_like(like), torch.empty_like(like)
 
 
-@torch.library.custom_op("group_dro::linear_logprob_backward", mutates_args=("main_grad",))
-def _backward(grad_logp: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor,
-              main_grad: Tensor | None, temperature: float, needs_weight: bool,
-              on_triton: bool) -> tuple[Tensor, Tensor]:
-    """Gradients in hidden and weight; the second is empty where it is not needed or was added to main_grad."""
+@torch.library.custom_op("group_dro::linear_logprob_backward", mutates_args=())
+def _backward(grad_logp: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, temperature: float,
+              needs_weight: bool, on_triton: bool) -> tuple[Tensor, Tensor]:
+    """Gradients in hidden and weight; the second is empty where it is not needed."""
     grad_logp = grad_logp.masked_fill(targets == IGNORE_INDEX, 0.0).contiguous()
     dhidden = torch.zeros(hidden.shape, device=hidden.device, dtype=lse.dtype)
-    dweight, add = main_grad if needs_weight else None, True
-    if needs_weight and main_grad is None:  # Triton rounds its float32 sums once, where it writes them
+    dweight, add = None, True
+    if needs_weight:  # Triton rounds its float32 sums once, where it writes them
         add = not on_triton or not len(hidden) or INTERPRETED and weight.dtype != lse.dtype
         dweight = torch.zeros(weight.shape, device=weight.device, dtype=lse.dtype) if add else torch.empty_like(
             weight, memory_format=torch.contiguous_format)
     given = grad_logp, hidden, weight, targets, lse, temperature, dhidden, dweight
     if len(hidden):
         _backward_triton(*given, add) if on_triton else _backward_reference(*given)
-    none = weight.new_empty(0)
-    return dhidden.to(hidden.dtype), none if dweight is None or main_grad is not None else dweight.to(weight.dtype)
+    return dhidden.to(hidden.dtype), weight.new_empty(0) if dweight is None else dweight.to(weight.dtype)
 
 
 @_backward.register_fake
-def _(grad_logp, hidden, weight, targets, lse, main_grad, temperature, needs_weight, on_triton):
-    whole = needs_weight and main_grad is None
-    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape if whole else 0)
+def _(grad_logp, hidden, weight, targets, lse, temperature, needs_weight, on_triton):
+    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape if needs_weight else 0)
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, entropy, main_grad, on_triton):
+    def forward(ctx, hidden, weight, targets, temperature, entropy, on_triton):
         logp, lse, entropy_T = _forward(hidden, weight, targets, temperature, entropy, on_triton)
         ctx.save_for_backward(hidden, weight, targets, lse)
-        ctx.settings = temperature, main_grad, on_triton
+        ctx.settings = temperature, on_triton
         ctx.mark_non_differentiable(entropy_T)
         return logp, entropy_T
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logp, _):
-        temperature, main_grad, on_triton = ctx.settings
+        temperature, on_triton = ctx.settings
         needs_weight = ctx.needs_input_grad[1]
-        dhidden, dweight = _backward(grad_logp, *ctx.saved_tensors, main_grad if needs_weight else None, temperature,
-                                     needs_weight, on_triton)
-        return dhidden, dweight if needs_weight and main_grad is None else None, None, None, None, None, None
+        dhidden, dweight = _backward(grad_logp, *ctx.saved_tensors, temperature, needs_weight, on_triton)
+        return dhidden, dweight if needs_weight else None, None, None, None, None
 
 
 def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, entropy: bool = False,
-                   main_grad: Tensor | None = None, backend: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
+                   backend: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs of `targets`, and the entropy of the distributions they were drawn from, in nats.
 
     hidden (T, D) and weight (V, D) of one floating dtype, targets (T,) int64 -> logp (T,) float32 (float64 for
     float64), differentiable once in hidden and weight, and with `entropy` also the entropy (T,), which is not. A target
     of -100 gives 0 and no gradient; any other that is no row of weight raises IndexError on CPU and gives NaN on CUDA.
-    `main_grad` (V, D), float32 as a rule: the gradient in weight is added to it, and autograd gets none.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
         raise ValueError(f"shapes do not fit: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, "
@@ -421,9 +416,6 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperatu
         raise TypeError(f"hidden and weight must have one floating dtype, got {hidden.dtype} and {weight.dtype}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    if main_grad is not None and (main_grad.shape != weight.shape or main_grad.stride(1) != 1):
-        raise ValueError(f"main_grad must have the shape of weight, {tuple(weight.shape)}, and contiguous rows, got "
-                         f"{tuple(main_grad.shape)} with strides {main_grad.stride()}")
     logp, entropy_T = _LinearLogprob.apply(hidden, weight, targets.long().contiguous(), float(temperature), entropy,
-                                           main_grad, use_triton(backend, hidden))
+                                           use_triton(backend, hidden))
     return (logp, entropy_T) if entropy else logp

@@ -279,29 +279,25 @@ def zero_row_case(how, name, V=40, dtype=F32):
     return hidden, weight, targets, torch.where(live, grad, 0.0), live
 
 
-@pytest.mark.parametrize("name, V, dtype, into_main", [
-    ("all", 40, F32, False), ("none", 40, F32, True), ("the last tile only", 40, BF16, False),
-    ("every other tile", 1100, BF16, True), ("scattered rows", 40, F32, False), ("halves of tiles", 40, F32, True),
+@pytest.mark.parametrize("name, V, dtype", [
+    ("all", 40, F32), ("none", 40, F32), ("the last tile only", 40, BF16),
+    ("every other tile", 1100, BF16), ("scattered rows", 40, F32), ("halves of tiles", 40, F32),
 ])
-def test_leaving_out_rows_without_gradient_changes_no_bit(monkeypatch, how, name, V, dtype, into_main):
+def test_leaving_out_rows_without_gradient_changes_no_bit(monkeypatch, how, name, V, dtype):
     monkeypatch.setattr(LINEAR, "MAX_LOGITS", 1)  # the reference in chunks of 128 rows, the kernels in slices
     monkeypatch.setattr(LINEAR, "MAX_EXTRA_BYTES", 0)
     hidden, weight, targets, grad, live = zero_row_case(how, name, V, dtype)
     _, lse, _ = LINEAR._forward(hidden, weight, targets, 1.0, False, how == "triton")
-    start = torch.randn(weight.shape, generator=generator(5)).to(DEVICE)
     results = []
     for _ in range(2):
-        main = start.clone() if into_main else None
-        dh, dw = LINEAR._backward(grad, hidden, weight, targets, lse, main, 1.0, True, how == "triton")
-        results.append((dh, main if into_main else dw))
+        results.append(LINEAR._backward(grad, hidden, weight, targets, lse, 1.0, True, how == "triton"))
         monkeypatch.setattr(LINEAR, "_live", lambda grad_logp: torch.ones_like(grad_logp, dtype=torch.bool))
     (dh, dw), (dh_all, dw_all) = results
     assert torch.equal(dh, dh_all) and torch.equal(dw, dw_all) and (dh[~live] == 0).all()
-    before = start if into_main else torch.zeros_like(dw)
-    assert torch.equal(dw, before) == (name == "none")
+    assert bool(dw.any()) == (name != "none")
     _, _, dh_true, dw_true = plain(hidden, weight, targets, grad)
     assert relative_error(dh, dh_true) < GRADIENT[dtype]
-    assert name == "none" or relative_error(dw - before, dw_true) < GRADIENT[dtype]
+    assert name == "none" or relative_error(dw, dw_true) < GRADIENT[dtype]
 
 
 def test_tiles_without_gradient_are_really_left_out(monkeypatch, how):
@@ -333,32 +329,6 @@ def test_a_tied_weight_collects_both_gradients(how):
     assert relative_error(mine.grad, theirs.grad.double()) < 1e-6
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
-def test_main_grad_collects_the_weights_gradient_in_float32(how, dtype):
-    hidden, weight, targets, grad = linear_case(40, 140, 16, dtype=dtype)
-    main = 1e-3 * torch.randn(140, 16, generator=generator(5)).to(DEVICE)
-    expected = main.double()
-    for at in (slice(0, 25), slice(25, 40)):
-        case = hidden[at], weight, targets[at], grad[at]
-        _, _, dh, dw = linear(*case, how, main_grad=main)
-        _, _, dh_true, dw_true = plain(*case)
-        expected += dw_true
-        assert dw is None and relative_error(dh, dh_true) < GRADIENT[dtype]
-    exact = dtype == F32 or DEVICE == "cpu"  # compiled, dlogits are rounded to bf16 once
-    assert relative_error(main, expected) < (1e-6 if exact else 2**-8)
-
-
-def test_rows_beyond_two_to_the_31_elements_are_found(how):
-    """Rows of main_grad 2^29 elements apart; of the memory between them only what is touched becomes real on CPU."""
-    stride, case = 2**29 + 16, linear_case(6, 5, 8)
-    try:
-        main = torch.empty(4 * stride + 8, device=DEVICE).as_strided((5, 8), (stride, 1)).zero_()
-    except (RuntimeError, MemoryError):
-        pytest.skip("no 9 GB of address space")
-    linear(*case, how, main_grad=main)
-    assert relative_error(main, plain(*case)[3]) < 1e-6
-
-
 def test_the_same_bits_twice(how):
     case = linear_case(33, 140, 16)
     assert all(torch.equal(x, y) for x, y in zip(linear(*case, how), linear(*case, how), strict=True))
@@ -380,12 +350,10 @@ def test_outputs_may_be_overwritten_after_forward(how):
 def test_frozen_operands_get_no_gradient_and_spoil_none(how, frozen):
     hidden, weight, targets, grad = linear_case(9, 140, 24)
     expected = linear(hidden, weight, targets, grad, how)
-    operands, main = [hidden.clone(), weight.clone()], torch.zeros_like(weight)
+    operands = [hidden.clone(), weight.clone()]
     operands[1 - frozen].requires_grad_()
     (grad * linear_logprob(*operands, targets, backend=how)).sum().backward()
     assert operands[frozen].grad is None and torch.equal(operands[1 - frozen].grad, expected[3 - frozen])
-    (grad * linear_logprob(*operands, targets, backend=how, main_grad=main)).sum().backward()
-    assert bool(main.any()) == (frozen == 0)  # a frozen weight's main_grad is left alone
 
 
 def test_the_backward_keeps_no_logits(how):
@@ -433,8 +401,6 @@ def test_no_more_than_a_chunk_of_logits_ever_exists(monkeypatch):
     (dict(hidden=torch.zeros(5, 3, dtype=torch.long), weight=torch.zeros(7, 3, dtype=torch.long)), TypeError,
      "one floating dtype"),
     *((dict(temperature=t), ValueError, "temperature must be positive") for t in (0.0, -1.0, math.nan)),
-    (dict(main_grad=torch.zeros(6, 3)), ValueError, "must have the shape of weight"),
-    (dict(main_grad=torch.zeros(3, 7).T), ValueError, "contiguous rows"),
     *((dict(targets=torch.tensor([0, y, 1, 2, 3])), IndexError, rf"targets\[1\] is {y}, and there are 7 words")
       for y in (7, -1, -99, 10**9)),
 ])
@@ -787,9 +753,8 @@ def operation(name: str, on: bool):
     if name.startswith("linear backward"):
         _, lse, _ = ops.linear_logprob(hidden, weight, targets, 0.7, True, on)
         sideways = hidden.T.contiguous().T
-        into = torch.zeros_like(weight) if name.endswith("main_grad") else None
         return ops.linear_logprob_backward, (grad, sideways if name.endswith("transposed") else hidden, weight, targets,
-                                             lse, into, 0.7, not name.endswith("frozen"), on)
+                                             lse, 0.7, not name.endswith("frozen"), on)
     case, extra = loss_case((2, 5), dtype=F32)
     rewards, offsets = torch.randn(7, generator=generator(3)).to(DEVICE), torch.tensor([0, 3, 3, 7], device=DEVICE)
     loss = [x.to(DEVICE) for x in (*case, *extra.values())]
@@ -803,34 +768,31 @@ def operation(name: str, on: bool):
 
 
 @pytest.mark.parametrize("name", [
-    "linear", "linear backward", "linear backward, transposed", "linear backward, frozen", "linear backward, main_grad",
-    "advantage", "advantage, unweighted", "loss", "loss, no reference",
+    "linear", "linear backward", "linear backward, transposed", "linear backward, frozen", "advantage",
+    "advantage, unweighted", "loss", "loss, no reference",
 ])
 def test_operations_are_what_torch_is_told_of_them(how, name):
     torch.library.opcheck(*operation(name, how == "triton"))
 
 
-def step_of_all(hidden, weight, targets, rewards, offsets, how, main_grad):
+def step_of_all(hidden, weight, targets, rewards, offsets, how):
     """A function of all three operations, of (6,) tokens in two responses, for torch.compile."""
     A, _ = group_advantage(rewards, torch.tensor([0, 2], device=rewards.device), clip=3.0, backend=how)
-    logp, entropy = linear_logprob(hidden, weight, targets, temperature=0.7, entropy=True, main_grad=main_grad,
-                                   backend=how)
+    logp, entropy = linear_logprob(hidden, weight, targets, temperature=0.7, entropy=True, backend=how)
     loss = grpo_token_loss(logp, logp.detach() - 0.1, A, offsets, torch.ones_like(A), beta=0.04,
                            ref_logp=logp.detach() + 0.1, backend=how).loss
     return loss, entropy
 
 
-@pytest.mark.parametrize("how, main", [("torch", False), ("triton", False), ("triton", True)], indirect=["how"])
-def test_compiled_whole_they_are_what_they_were(how, main):
+def test_compiled_whole_they_are_what_they_were(how):
     hidden, weight, targets, _ = linear_case(6, 40, 16)
     rest = (torch.tensor([1.0, -1.0], device=DEVICE), torch.tensor([0, 2, 6], device=DEVICE), how)
     results = []
     for function in (step_of_all, torch.compile(step_of_all, backend="aot_eager", fullgraph=True)):
         operands = [x.clone().requires_grad_() for x in (hidden, weight)]
-        main_grad = torch.ones_like(weight) if main else None
-        loss, entropy = function(*operands, targets, *rest, main_grad)
+        loss, entropy = function(*operands, targets, *rest)
         loss.backward()
-        results.append([loss.detach(), entropy, operands[0].grad, main_grad if main else operands[1].grad])
+        results.append([loss.detach(), entropy, operands[0].grad, operands[1].grad])
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
