@@ -40,7 +40,8 @@ def gloo(world: int, function, *args, limit: float = 30) -> list:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as environment:
         environment.setenv("CUDA_VISIBLE_DEVICES", "")
         environment.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        mp.set_forkserver_preload(["conftest", "torch.distributed.checkpoint", "torch.distributed.fsdp"])  # once
+        mp.set_forkserver_preload(["conftest", "torch.distributed.checkpoint", "torch.distributed.fsdp",
+                                   "torch._dynamo"])  # once for all, the last for a first step of AdamW
         mp.start_processes(_rank, (world, function, args, folder, limit), world, start_method="forkserver")
         return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(world)]
 
