@@ -1,16 +1,22 @@
-"""Where the kernels run, tiny random Hugging Face checkpoints for the tests of the model and of the engine, and a small
-base model that has learned something, for the tests of training and evaluation."""
+"""Where the kernels run, ranks on the CPU, tiny random Hugging Face checkpoints for the tests of the model and of the
+engine, and a small base model that has learned something, for the tests of training and evaluation."""
 
+import faulthandler
 import functools
 import itertools
 import json
 import os
+import pickle
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads that wait spin (docs/speed.md)
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.multiprocessing as mp  # noqa: E402
 
 if not torch.cuda.is_available():  # the kernels go through Triton's interpreter, which the first import decides;
     with pytest.MonkeyPatch.context() as environment:  # what the tests start as processes must not inherit that
@@ -22,6 +28,34 @@ from model import Transformer  # noqa: E402
 
 VOCAB = 61
 two_ranks = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks would share one GPU")
+
+
+def gloo(world: int, function, *args, limit: float = 30) -> list:
+    """What function(*args), which stands at the top of a module, returns on each of `world` ranks: processes on the CPU
+    that see what torchrun sets, and one group of gloo where they are several.
+
+    Raises with the traceback of the first rank that raises, or with the signal that ended it, and ends the others. Each
+    rank has `limit` seconds; one that needs more prints where it stands and ends.
+    """
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as environment:
+        environment.setenv("CUDA_VISIBLE_DEVICES", "")
+        environment.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        mp.set_forkserver_preload(["conftest", "torch.distributed.checkpoint", "torch.distributed.fsdp",
+                                   "torch._dynamo"])  # once for all, the last for a first step of AdamW
+        mp.start_processes(_rank, (world, function, args, folder, limit), world, start_method="forkserver")
+        return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(world)]
+
+
+def _rank(rank: int, world: int, function, args: tuple, folder: str, limit: float) -> None:
+    faulthandler.dump_traceback_later(limit, exit=True)
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)})
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
+    result = function(*args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    Path(folder, str(rank)).write_bytes(pickle.dumps(result))
 
 
 @pytest.fixture(scope="session")
