@@ -86,7 +86,8 @@ class Config:
     minibatch_prompts: int = arg(128, "prompts of one optimiser step", low=1)
     microbatch_tokens: int = arg(16384, "packed tokens of one forward and backward; changes memory, not the objective",
                                  low=1)
-    gradient_checkpointing: bool = arg(True, "recompute layers in backward")
+    gradient_checkpointing: float = arg(1.0, "share of the layers, the first ones, that are recomputed in backward "
+                                             "instead of kept: less memory, up to a third more work", low=0, high=1)
     learning_rate: float = arg(1e-6, "AdamW, constant", above=0)
     weight_decay: float = arg(0.01, "AdamW, decoupled, on all weights", low=0)
     grad_clip: float = arg(1.0, "global gradient norm", above=0)
@@ -163,7 +164,7 @@ ADVERSARIES = {
 BUILT_IN = dict(
     prompt_suffix="", chat_template="never", threads=1,  # threads that wait spin: see docs/speed.md
     max_prompt_tokens=16, max_response_tokens=32, steps=50, prompts_per_step=64,
-    minibatch_prompts=16, learning_rate=1e-4, kl_beta=0.0, gradient_checkpointing=False, save_every=25, eval_every=25,
+    minibatch_prompts=16, learning_rate=1e-4, kl_beta=0.0, gradient_checkpointing=0.0, save_every=25, eval_every=25,
     eval_rollouts=16, eval_temperature=1.0, eval_top_p=1.0, eval_top_k=0, max_rollouts=512)
 # For --model and --train_data of one's own: what one small machine can do, the rest from the model and its tokenizer.
 OWN = dict(model="", train_data="", eval_data="", max_prompt_tokens=0, max_response_tokens=0, prompts_per_step=16,

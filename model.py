@@ -103,12 +103,12 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
             self.k_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, layer: int) -> Tensor:
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, D) -> q (T, H, d), k and v (T, Hkv, d)"""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (T, H, d)
-        return self.o_proj(out.flatten(-2))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class MLP(nn.Module):
@@ -131,7 +131,15 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, layer: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend, layer)
+        return self.after(x, attend(layer, *self.before(x, cos, sin)))
+
+    # What stands before and after the attention, in which `Transformer.compile_blocks` has elementwise work fused.
+
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attn.qkv(self.input_layernorm(x), cos, sin)
+
+    def after(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.self_attn.o_proj(attended.flatten(-2))  # (T, H, d) -> (T, D)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -245,17 +253,25 @@ class CachedAttention:
 
 
 class Transformer(nn.Module):
-    """The language model. `gradient_checkpointing` recomputes every layer in backward instead of keeping it."""
+    """The language model. `gradient_checkpointing` is the share of its layers, the first ones, that are recomputed in
+    backward instead of kept."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config, self.gradient_checkpointing = config, False
+        self.config, self.gradient_checkpointing = config, 0.0
         self.model = nn.Module()  # the name that Hugging Face gives the trunk
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.model.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def compile_blocks(self, **options) -> None:
+        """Has torch.compile fuse norms, RoPE, SwiGLU and residuals, about two thirds of the tensors that a layer moves.
+        One graph for all layers and lengths; what attends stays outside, and so does what gathers a sharded block."""
+        for block in self.model.layers:
+            block.before = torch.compile(block.before, dynamic=True, fullgraph=True, **options)
+            block.after = torch.compile(block.after, dynamic=True, fullgraph=True, **options)
 
     @property
     def head(self) -> Tensor:
@@ -269,8 +285,9 @@ class Transformer(nn.Module):
         plane = torch.arange(half, device=x.device, dtype=torch.float32)
         angle = attend.positions.float()[:, None] * self.config.rope_theta ** (-plane / half)  # (T, d/2), float32
         cos, sin = angle.cos().to(x.dtype)[:, None], angle.sin().to(x.dtype)[:, None]  # (T, 1, d/2)
+        recomputed = round(self.gradient_checkpointing * len(self.model.layers)) if torch.is_grad_enabled() else 0
         for i, layer in enumerate(self.model.layers):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if i < recomputed:
                 x = checkpoint(layer, x, cos, sin, attend, i, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, attend, i)

@@ -199,6 +199,9 @@ class Trainer:
         self.model = load(dtype=torch.float32)  # at lr 1e-6 an update is far below what bf16 resolves
         self.model.gradient_checkpointing = cfg.gradient_checkpointing
         self.reference = load(dtype=self.policy.dtype).requires_grad_(False) if cfg.kl_beta else None
+        if self.device.type == "cuda":  # TORCH_COMPILE_DISABLE=1 in the environment leaves it out
+            for model in filter(None, (self.model, self.reference)):
+                model.compile_blocks()
         # The folder's name is a commit or a recipe's hash; the head's hash tells apart folders that share a name.
         head = full(self.model.head, self.policy.dtype).cpu()
         head = hashlib.blake2b(head.view(torch.uint8).numpy(), digest_size=8).hexdigest()

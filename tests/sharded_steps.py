@@ -1,7 +1,7 @@
 """Three training steps on fixed rollouts, under torchrun or not: what came out goes to a file. Of test_sharding.py.
 
-    sharded_steps.py OUT always|usual CASE FLAG ...      CASE: the name of the file's entry, then train.py's flags;
-                                                         more cases follow after a bare +
+    sharded_steps.py OUT usual|compiled CASE FLAG ...    CASE: the name of the file's entry, then train.py's
+                                                                flags; more cases follow after a bare +
 """
 
 import hashlib
@@ -29,7 +29,7 @@ def masters(trainer: Trainer) -> torch.Tensor:
 
 def main() -> None:
     out, how, *words = sys.argv[1:]
-    if how == "always":  # a lone float32 process, too
+    if how == "compiled":  # a lone float32 process is sharded, too
         sharding.is_sharded = lambda *_: True
     ranks, found = Ranks(), {}
     while words:
@@ -37,6 +37,8 @@ def main() -> None:
         words = words[len(flags) + 2 :]
         cfg, _, _ = parse_args([*flags, "--max_mismatch", "1e9"])
         trainer = Trainer(cfg, ranks)
+        if how == "compiled" and cfg.gradient_checkpointing:
+            trainer.model.compile_blocks(backend="aot_eager")  # as on a GPU, up to the code that is made of the graphs
         began = masters(trainer)
         trainer.engine.load_weights = lambda weights: list(weights)  # the sampler keeps the base's: the same rollouts
         with trainer.grader:

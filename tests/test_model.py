@@ -145,7 +145,7 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_keeps_less(tiny_hf):
     rows = sequences()
     model = load(tiny_hf("qwen3", False))
     kept, result = {}, {}
-    for model.gradient_checkpointing in (False, True):
+    for model.gradient_checkpointing in (0.0, 0.5, 1.0):
         kept[model.gradient_checkpointing] = 0
 
         def count(x, on=model.gradient_checkpointing):
@@ -155,9 +155,28 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_keeps_less(tiny_hf):
         with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
             loss = model.logprobs(*pack(rows)).square().mean()
         result[model.gradient_checkpointing] = gradients(model, loss)
-    for name, gradient in result[False].items():
-        torch.testing.assert_close(result[True][name], gradient, rtol=1e-6, atol=1e-8)
-    assert kept[True] < kept[False] / 2
+    for name, gradient in result[0.0].items():
+        for share in (0.5, 1.0):
+            torch.testing.assert_close(result[share][name], gradient, rtol=1e-6, atol=1e-8)
+    assert kept[1.0] < kept[0.0] / 2 and kept[0.5] == pytest.approx((kept[0.0] + kept[1.0]) / 2, rel=0.2)
+
+
+@pytest.mark.parametrize("recomputed", [0.0, 1.0])
+def test_compiled_blocks_give_the_same_in_one_graph_for_all_layers_and_lengths(tiny_hf, recomputed):
+    found = {}
+    for compiled in (False, True):
+        model = load(tiny_hf("qwen3", True))
+        model.gradient_checkpointing = recomputed
+        if compiled:
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            model.compile_blocks(backend="aot_eager")
+        found[compiled] = [gradients(model, model.logprobs(*pack(rows)).square().mean())
+                           for rows in (sequences(), sequences()[:2], sequences()[1:])]
+    for eager, fused in zip(found[False], found[True], strict=True):
+        for name, gradient in eager.items():
+            torch.testing.assert_close(fused[name], gradient, rtol=1e-4, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # before the attention, and after it
 
 
 # ------------------------------------------------------------------------------------------------------- decoding
