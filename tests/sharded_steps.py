@@ -1,7 +1,7 @@
 """Three training steps on fixed rollouts, under torchrun or not: what came out goes to a file. Of test_sharding.py.
 
     sharded_steps.py OUT usual|compiled CASE FLAG ...    CASE: the name of the file's entry, then train.py's
-                                                                flags; more cases follow after a bare +
+                                                        flags; more cases follow after a bare +
 """
 
 import hashlib
