@@ -10,6 +10,7 @@ is dealt out by tokens, and results meet in one collective: a sum of arrays in w
 
 import dataclasses
 import hashlib
+import os
 import signal
 import sys
 import time
@@ -28,6 +29,7 @@ from gdro import SIGNALS, DifficultyBins, PromptGDRO, RolloutGDRO, bin_shares, e
 from kernels import group_advantage, grpo_token_loss
 from metrics import Evaluation, table
 from model import Transformer
+from plan import check_memory
 from policy import Policy
 from ranks import Ranks, RunError, deal, say
 from reward import Grader, check_golds, extract
@@ -269,8 +271,9 @@ class Trainer:
         self.cfg = cfg = dataclasses.replace(cfg, max_prompt_tokens=prompt, max_response_tokens=response)
         engine, why = choose_engine(cfg.engine, self.device)
         say(f"engine: {engine}. {why}")
-        self.policy.check_memory(self.device, with_reference=bool(cfg.kl_beta), engine=engine,
-                                 utilization=cfg.gpu_memory_utilization)
+        if self.device.type == "cuda":
+            check_memory(self.policy.config, dataclasses.replace(cfg, engine=engine), self.ranks.world,
+                         int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.mem_get_info())
         load = partial(Transformer.from_pretrained, self.policy.folder, dtype=self.policy.dtype, device=self.device)
         self.model = load()
         self.model.gradient_checkpointing = cfg.gradient_checkpointing
