@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -170,10 +171,16 @@ BUILT_IN = dict(
 OWN = dict(model="", train_data="", eval_data="", max_prompt_tokens=0, max_response_tokens=0, prompts_per_step=16,
            minibatch_prompts=4, kl_beta=0.0, steps=100, save_every=25, eval_every=25, eval_problems=100,
            microbatch_tokens=8192, max_rollouts=64)
+# GSM8K on one GPU of 24 GB, in about two hours by `--plan`, unmeasured.
+ONE_GPU = dict(
+    model="Qwen/Qwen3-0.6B-Base", train_data="hub:openai/gsm8k:main", eval_data="hub:openai/gsm8k:main:test",
+    eval_problems=200, eval_rollouts=4, max_prompt_tokens=512, max_response_tokens=512, prompts_per_step=64,
+    minibatch_prompts=16, microbatch_tokens=8192, max_rollouts=128, kl_beta=0.0, steps=200)
 # name -> (adversary, settings)
 PRESETS = {
     "own": ("tuned", OWN),
     **{task: ("tuned", dict(BUILT_IN, model=task, train_data=task, eval_data=task)) for task in tasks.TASKS},
+    "qwen3-0.6b": ("tuned", ONE_GPU),
     "qwen3-1.7b": ("paper", dict(model="Qwen/Qwen3-1.7B-Base")),
     "qwen3-4b": ("paper", dict(model="Qwen/Qwen3-4B-Base")),
     "qwen3-8b": ("paper", dict(model="Qwen/Qwen3-8B-Base")),
@@ -205,7 +212,8 @@ def nearest(flag: str) -> str | None:
 
 def parse_args(argv: list[str] | None = None) -> tuple[Config, str, bool]:
     """Command line -> (config, preset name, resume). A preset sets fields; flags given override it. With --resume the
-    rest comes from the run's own config.json. Raises ValueError for values that cannot be (`check`)."""
+    rest comes from the run's own config.json; with --plan, as with --help, the program ends here. Raises ValueError for
+    values that cannot be (`check`)."""
     parser = Parser(
         description="GRPO, Prompt-GDRO and Rollout-GDRO (arXiv 2601.19280). Several GPUs or processes: torchrun.",
         usage="train.py [--preset PRESET] [--adversary paper|tuned] [--mode MODE] [--FLAG VALUE ...]\n"
@@ -220,6 +228,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, str, bool]:
     parser.add_argument("--resume", action="store_true",
                         help="go on from the last checkpoint in out_dir, with the settings of the run; may change:\n"
                              + ", ".join(MAY_CHANGE))
+    parser.add_argument("--plan", action="store_true",
+                        help="only print what the run would need, by our estimate: memory on 1 to 16 GPUs, hours")
     group = parser
     for f in dataclasses.fields(Config):
         group = parser.add_argument_group(f.metadata["heading"]) if f.metadata["heading"] else group
@@ -228,7 +238,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, str, bool]:
                            metavar=None if f.metadata["choices"] else f.name.upper(),
                            help=f"{f.metadata['help']} [{f.default!r}]".replace("%", "%%"))
     given = vars(parser.parse_args(argv))
-    preset, adversary, resume = given.pop("preset"), given.pop("adversary"), given.pop("resume")
+    preset, adversary = given.pop("preset"), given.pop("adversary")
+    resume, planned = given.pop("resume"), given.pop("plan")
     if resume and given.get("out_dir") and (Path(given["out_dir"]) / "config.json").exists():
         chosen = {} if adversary == "auto" else ADVERSARIES[adversary]
         cfg, preset = of_run(Path(given["out_dir"]), preset, {**chosen, **given})
@@ -245,10 +256,15 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, str, bool]:
     idle = [f"--{name}" for name in given if not acts(name, cfg.mode)]
     if idle:
         say(f"WARNING: {', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect in mode {cfg.mode}")
-    check(cfg)
+    check(cfg, needed=("model",) if planned else ("model", "train_data"))
     if cfg.mode in ("rollout", "both") and cfg.rollouts_per_prompt in (cfg.n_min, cfg.n_max):
         say(f"WARNING: a mean of {cfg.rollouts_per_prompt} rollouts from --n_min {cfg.n_min} to --n_max {cfg.n_max} "
             "leaves Rollout-GDRO no choice: every prompt gets as many")
+    if planned:
+        from plan import tables  # here, for it needs this file
+
+        print(tables(cfg))
+        sys.exit()
     return cfg, preset, resume
 
 
@@ -306,8 +322,9 @@ def _boolean(text: str) -> bool:
     return text.lower() in ("true", "1", "yes", "on")
 
 
-def check(cfg: Config) -> None:
-    """Raises ValueError, naming the flag, for a value outside its bounds and for values that cannot work together."""
+def check(cfg: Config, needed: tuple[str, ...] = ("model", "train_data")) -> None:
+    """Raises ValueError, naming the flag, for a value outside its bounds, for values that cannot work together, and
+    where one of `needed` is empty."""
     for f in dataclasses.fields(cfg):
         value, bounds = getattr(cfg, f.name), f.metadata
         for holds, what in ((bounds["low"] is None or value >= bounds["low"], f"at least {bounds['low']}"),
@@ -324,7 +341,7 @@ def check(cfg: Config) -> None:
                          f"{cfg.prompts_per_step}")
     if cfg.tracker != "none" and importlib.util.find_spec(cfg.tracker) is None:
         raise ValueError(f"--tracker {cfg.tracker}: it is not installed; pip install {cfg.tracker}")
-    for name in ("model", "train_data"):
+    for name in needed:
         if not getattr(cfg, name):
             raise ValueError(f"--{name} is missing: own models and data (--preset own) need both --model and "
                              "--train_data; with the paper's settings: --preset qwen3-1.7b")

@@ -70,22 +70,6 @@ class Policy:
             raise ValueError(f"--max_prompt_tokens + --max_response_tokens is {needed} and the model's context is "
                              f"{longest}")
 
-    def check_memory(self, device: torch.device, *, with_reference: bool, engine: str, utilization: float) -> None:
-        """Refuses, before anything is loaded, a model whose replicated training state and engine cannot fit one GPU."""
-        if device.type != "cuda":
-            return
-        parameters = self.config.num_parameters()
-        # weights, one micro-batch's gradients, the reference; float32 master, gradient and two moments
-        training = parameters * (self.dtype.itemsize * (2 + with_reference) + 16)
-        free, total = torch.cuda.mem_get_info()
-        sampling = int(utilization * total) if engine == "vllm" else parameters * self.dtype.itemsize
-        if training + sampling > 0.95 * free:
-            raise ValueError(
-                f"{parameters / 1e9:.1f}B parameters need {training / 2**30:.0f} GiB a GPU for training (replicated, "
-                f"not sharded, for now) and {sampling / 2**30:.0f} GiB for the {engine} engine; {free / 2**30:.0f} of "
-                f"{total / 2**30:.0f} GiB are free. Take a smaller model, a lower --gpu_memory_utilization (vLLM), or "
-                "--kl_beta 0, which saves the reference")
-
     def save(self, model: Transformer, path: Path, *, write: bool = True) -> None:
         """The weights of `model`, as they are in a forward pass, as a Hugging Face folder with this policy's tokenizer.
         Where their dtype is another than they came in, a new folder is told of. All ranks call it, one writes."""

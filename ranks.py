@@ -29,6 +29,7 @@ class Ranks:
 
     def __init__(self):
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.in_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         local = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
         if self.device.type == "cuda":
@@ -41,9 +42,8 @@ class Ranks:
         """Over all ranks, by node where there are several: shard inside a node, replicate between nodes."""
         if not dist.is_initialized():  # one process
             dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
-        in_node = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
-        if in_node < self.world:
-            return init_device_mesh(self.device.type, (self.world // in_node, in_node),
+        if self.in_node < self.world:
+            return init_device_mesh(self.device.type, (self.world // self.in_node, self.in_node),
                                     mesh_dim_names=("replicate", "shard"))
         return init_device_mesh(self.device.type, (self.world,))
 

@@ -30,7 +30,7 @@ def shard(model: nn.Module, ranks: Ranks, *, compute: torch.dtype) -> nn.Module:
     for part in (*model.model.layers, model):
         fully_shard(part, mesh=ranks.mesh(), mp_policy=policy)
     for part in model.modules():
-        if isinstance(part, FSDPModule):  # on every one: the root's setting does not reach the blocks
+        if isinstance(part, FSDPModule) and ranks.world > 1:  # on every one: the root's does not reach the blocks
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "logprobs")  # training calls it, and the root's weights must be there

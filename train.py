@@ -30,6 +30,7 @@ from gdro import SIGNALS, DifficultyBins, PromptGDRO, RolloutGDRO, bin_shares, e
 from kernels import group_advantage, grpo_token_loss
 from metrics import Evaluation, table
 from model import Transformer
+from plan import check_memory
 from policy import Policy
 from ranks import Ranks, RunError, deal_rows, say
 from reward import Grade, Grader, check_golds, extract
@@ -192,8 +193,9 @@ class Trainer:
         self.cfg = cfg = dataclasses.replace(cfg, max_prompt_tokens=prompt, max_response_tokens=response)
         engine, why = choose_engine(cfg.engine, self.device)
         say(f"engine: {engine}. {why}")
-        self.policy.check_memory(self.device, with_reference=bool(cfg.kl_beta), engine=engine,
-                                 utilization=cfg.gpu_memory_utilization)
+        if self.device.type == "cuda":
+            check_memory(self.policy.config, dataclasses.replace(cfg, engine=engine), self.ranks.world,
+                         self.ranks.in_node, torch.cuda.mem_get_info())
         load = partial(Transformer.from_pretrained, self.policy.folder, device=self.device,
                        shard=partial(shard, ranks=self.ranks, compute=self.policy.dtype))
         self.model = load(dtype=torch.float32)  # at lr 1e-6 an update is far below what bf16 resolves

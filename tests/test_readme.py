@@ -7,13 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import logs
 import tables as tabulated
 from metrics import Evaluation
-from model import ModelConfig
-from policy import Policy
 from study import PARTS
 
 ROOT = Path(__file__).parents[1]
@@ -129,27 +126,6 @@ def test_every_test_file_and_page_that_the_texts_name_exists():
 def test_the_end_of_the_first_run_is_what_its_evaluation_says():
     last = json.loads((ROOT / "results" / "first_run" / "eval.json").read_text())[-1]
     assert f"{Evaluation.from_json(last).line()}\nmodel: out/arithmetic-prompt-0/model" in TEXTS["README.md"]
-
-
-def test_what_the_readme_says_of_80_gb_cards_is_what_the_check_of_memory_does(monkeypatch):
-    """Of a card with 78.66 of 79.19 GiB free."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(78.66 * 2**30), int(79.19 * 2**30)))
-    sizes = {"1.7B": (2048, 6144, 28, 16, True), "4B": (2560, 9728, 36, 32, True), "8B": (4096, 12288, 36, 32, False)}
-    fits = {}
-    for name, (hidden, inner, layers, heads, tied) in sizes.items():
-        config = ModelConfig(
-            model_type="qwen3", vocab_size=151936, hidden_size=hidden, intermediate_size=inner,
-            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=8, head_dim=128, rope_theta=1e6,
-            rms_norm_eps=1e-6, tie_word_embeddings=tied, max_position_embeddings=32768)
-        policy = Policy(Path(), config, torch.bfloat16, None, (), {})
-        for utilization in (0.5, 0.4, 0.01):
-            try:
-                policy.check_memory(torch.device("cuda"), with_reference=True, engine="vllm", utilization=utilization)
-                fits[name, utilization] = True
-            except ValueError:
-                fits[name, utilization] = False
-    assert "1.7B asks for `--gpu_memory_utilization 0.4`, 4B and 8B do not fit" in PROSE
-    assert [key for key, fit in fits.items() if fit] == [("1.7B", 0.4), ("1.7B", 0.01)]
 
 
 def test_the_readme_is_short():

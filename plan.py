@@ -1,0 +1,292 @@
+"""What a run will need, before it runs: bytes on each GPU by phase, operations, bytes sent, hours.
+
+`python train.py --plan` prints it with all other flags taken into account, without a GPU or the network, and
+`check_memory` refuses by the same numbers what cannot fit. The trainer's bytes follow from what autograd and FSDP2
+keep, and tests compare them with what both allocate on fake tensors. vLLM's bytes and all seconds rest on the constants
+below. Nothing of it has been measured on a GPU.
+
+P parameters are sharded over the N ranks of a node (several nodes hold copies): b of them in each block, r in the root,
+which is embedding, head and last norm. A forward pass takes `width` bytes a number.
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+import torch
+
+import tasks
+from config import Config
+from kernels.linear_logprob import MAX_EXTRA_BYTES
+from model import QK_NORM, ModelConfig
+from policy import Policy
+
+GIB = 2**30
+USABLE = 0.95  # of what is free: the rest is for NCCL's buffers and for what the allocator cannot use
+ASLEEP, VLLM_FIXED = 0.7 * GIB, 1.7 * GIB  # vLLM's CUDA graphs, which it keeps asleep; these and its workspaces
+PER_NODE = 8  # GPUs of a node in the tables
+MEAN_PROMPT, MEAN_RESPONSE, EVAL_PROBLEMS = 150, 1200, 500  # unless the limits or --eval_problems are lower
+DECODE_STEP = 0.003  # seconds of a decoding step that depend on no model: scheduler, launches, drawing
+AWAKENING, GRADING = 2.0, 0.003  # seconds of a step for sleep and wake-up; of a rollout for its text and grade
+TRAIN_SHARE, LOGPROB_SHARE, DECODE_SHARE = 0.4, 0.45, 0.6  # of a card's peak: operations, operations, bandwidth
+NVLINK, INFINIBAND = 300e9, 40e9  # bytes a second of one GPU inside a node and between nodes
+
+
+@dataclass(frozen=True)
+class Card:
+    memory: tuple[int, int]  # bytes free and in all, as torch.cuda.mem_get_info gives them in a process of its own
+    flops: float  # bf16 operations a second at most
+    bandwidth: float  # bytes a second of its memory at most
+
+
+CARDS = {"24 GB": Card((int(23.1 * GIB), int(23.6 * GIB)), 165e12, 1.0e12),  # RTX 4090
+         "80 GB": Card((int(78.66 * GIB), int(79.19 * GIB)), 989e12, 3.35e12),  # H100
+         "141 GB": Card((int(139.3 * GIB), int(139.8 * GIB)), 989e12, 4.8e12)}  # H200
+SHOWN = [("24 GB", 1), *((name, world) for name in ("80 GB", "141 GB") for world in (1, 2, 4, 8, 16))]
+# What --plan knows without the hub: hidden size, inner size, layers, heads, whether embedding and head are one.
+QWEN3 = {"Qwen/Qwen3-0.6B-Base": (1024, 3072, 28, 16, True), "Qwen/Qwen3-1.7B-Base": (2048, 6144, 28, 16, True),
+         "Qwen/Qwen3-4B-Base": (2560, 9728, 36, 32, True), "Qwen/Qwen3-8B-Base": (4096, 12288, 36, 32, False)}
+
+
+def known_model(name: str) -> ModelConfig:
+    """The numbers of a built-in base, of a folder's config.json, or of a key of QWEN3; ValueError for another id."""
+    if name in QWEN3:
+        hidden, inner, layers, heads, tied = QWEN3[name]
+        return ModelConfig("qwen3", 151936, hidden, inner, layers, heads, num_key_value_heads=8, head_dim=128,
+                           rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=tied, max_position_embeddings=32768)
+    folder = tasks.base_model(name.partition(":")[0]) if tasks.is_base(name) else Path(name)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"--plan asks no hub and does not know {name!r}: give --model a folder with its config.json, "
+                         f"or one of {', '.join(QWEN3)}")
+    return ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+@functools.cache
+def sizes(model: ModelConfig) -> tuple[int, int, int]:
+    """P, r and b."""
+    P, root = model.num_parameters(), model.hidden_size * (model.vocab_size * (2 - model.tie_word_embeddings) + 1)
+    return P, root, (P - root) // model.num_hidden_layers
+
+
+def width(cfg: Config) -> int:
+    return 4 if cfg.dtype == "float32" else 2
+
+
+def limits(model: ModelConfig, cfg: Config) -> tuple[int, int]:
+    """Tokens of a prompt and of a response at most."""
+    return Policy(Path(), model, torch.bfloat16, None, (), {}).limits(cfg.max_prompt_tokens, cfg.max_response_tokens)
+
+
+def row_tokens(model: ModelConfig, cfg: Config) -> int:
+    """Tokens of the longest packed row: a rollout longer than --microbatch_tokens has a row of its own."""
+    return max(cfg.microbatch_tokens, sum(limits(model, cfg)))
+
+
+def cache_bytes(model: ModelConfig, width: int) -> int:
+    """Of the keys and values of one token."""
+    return 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * width
+
+
+def activations(model: ModelConfig, tokens: int, *, checkpointing: float, width: int = 2) -> int:
+    """Bytes of a row of tokens on top of weights and their gradients when they are most: in backward of the last
+    block's MLP or, where rows are short, of the head. Kernels as on CUDA: flash attention, norms that keep their
+    input."""
+    D, inner, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
+    H, Hkv, norm = model.num_attention_heads, model.num_key_value_heads, QK_NORM[model.model_type]
+    # Of a block: its input, both normed inputs and the sum between them (D each); q and k (before and after the norm),
+    # v and what attention gave; gate, its silu, up and their product; in float32 lse and 1/rms.
+    kept = width * (4 * D + (2 + norm) * (H + Hkv) * model.head_dim + 4 * inner) + 4 * (2 + H + norm * (H + Hkv))
+    recomputed = round(checkpointing * L)
+    layers = recomputed * width * D + (L - recomputed) * kept
+    mlp = (kept if recomputed == L else width * D) + width * 2 * inner  # a block again; the gradients of silu and up
+    columns = min(model.vocab_size, max(1024, (MAX_EXTRA_BYTES // tokens - 4 * D) // width))  # of a slice of logits
+    head = width * 5 * D + 4 * D + width * columns
+    return tokens * (layers + max(mlp, head))
+
+
+def _largest(*moments: dict[str, float]) -> dict[str, float]:
+    return max(moments, key=lambda parts: sum(parts.values()))
+
+
+def phases(model: ModelConfig, cfg: Config, world: int, per_node: int, total: int) -> dict[str, dict[str, float]]:
+    """Bytes on one GPU of `total` bytes, by phase and by part: the parts are there at once, at the phase's peak."""
+    (P, root, block), N, w = sizes(model), min(world, per_node), width(cfg)
+    table, tokens, tied = model.vocab_size * model.hidden_size, row_tokens(model, cfg), model.tie_word_embeddings
+    state = {"masters": 4 * P / N, "moments": 8 * P / N} | ({"reference": w * P / N} if cfg.kl_beta else {})
+    awake, asleep = {"vLLM": cfg.gpu_memory_utilization * total}, {"vLLM": ASLEEP}
+    if cfg.engine == "torch":  # keeps its weights; its cache takes half of what is free, and one rollout at least
+        awake = {"sampler": w * P + sum(limits(model, cfg)) * cache_bytes(model, w)}
+        asleep = {"sampler": w * P}
+    # A block's weights are there twice, as they arrived and in place; so are the root's until those of a block come.
+    models = 2 if cfg.kl_beta else 1
+    forward = _largest(
+        {"gathered": w * (models * root + 2 * block),
+         "activations": tokens * w * 3 * (model.hidden_size + model.intermediate_size)},
+        {"gathered": w * ((models + 1) * root + 2 * block), "activations": tokens * w * model.hidden_size})
+    # Gradients of a block are on their way in float32; the head's wait for the root's end, where an embedding's of its
+    # own joins them, or one that is the same matrix, and then their sum. A lone rank copies more.
+    backward = _largest(
+        {"gathered": w * (root + 2 * block),
+         "unsharded gradients": w * (table + model.hidden_size * model.intermediate_size) + 4 * block,
+         "activations": activations(model, tokens, checkpointing=cfg.gradient_checkpointing, width=w)},
+        {"root's end": max((9 - tied) * (N == 1), w * (3 + tied)) * root + 4 * block})
+    return {"sampling": state | awake, "log-probs": state | asleep | forward,
+            "training": state | asleep | {"gradients": 4 * P / N} | backward,
+            "saving": state | awake | {"a whole matrix": (4 + w) * table}}  # as gathered, and cast
+
+
+def cache_tokens(model: ModelConfig, cfg: Config, total: int) -> int:
+    """Tokens whose keys and values vLLM can hold beside weights, activations and drawing; below 0 where these alone
+    are too much."""
+    w, rows = width(cfg), min(cfg.max_rollouts, 1024)
+    batched = min(16384 if total >= 70 * GIB else 8192, rows * sum(limits(model, cfg)))  # vLLM's defaults
+    own = VLLM_FIXED + batched * w * (2 * model.hidden_size + 3 * model.intermediate_size)
+    own += rows * model.vocab_size * 4 * 5  # logits, log-probs and what drawing makes of them
+    return int((cfg.gpu_memory_utilization * total - w * sizes(model)[0] - own) // cache_bytes(model, w))
+
+
+def over(model: ModelConfig, cfg: Config, world: int, per_node: int, memory: tuple[int, int]) -> dict[str, str]:
+    """What does not fit: phase -> what it needs; empty where all fits. memory: bytes free and in all."""
+    free, total = memory
+    found = {phase: f"{sum(parts.values()) / GIB:.1f} GiB"
+             for phase, parts in phases(model, cfg, world, per_node, total).items()
+             if sum(parts.values()) > USABLE * free}
+    longest, room = sum(limits(model, cfg)), max(0, cache_tokens(model, cfg, total))
+    if cfg.engine != "torch" and room < longest:
+        found["vLLM's KV cache"] = f"{longest} tokens for one rollout and gets {room}"
+    return found
+
+
+def check_memory(model: ModelConfig, cfg: Config, world: int, per_node: int, memory: tuple[int, int]) -> None:
+    """Refuses, before anything is loaded, a run with a phase that cannot fit one GPU. cfg.engine: as it was chosen;
+    memory: bytes free and in all, torch.cuda.mem_get_info()."""
+    found, (free, total), utilization = over(model, cfg, world, per_node, memory), memory, cfg.gpu_memory_utilization
+    phase = bool(found.keys() - {"vLLM's KV cache"})
+    remedies = {
+        "more GPUs in a node": phase,
+        f"--gpu_memory_utilization below {utilization}": cfg.engine != "torch" and "saving" in found,
+        f"--gpu_memory_utilization above {utilization}, shorter responses": "vLLM's KV cache" in found,
+        f"--microbatch_tokens below {cfg.microbatch_tokens}":
+            "training" in found and cfg.microbatch_tokens > sum(limits(model, cfg)),
+        f"--gradient_checkpointing above {cfg.gradient_checkpointing}":
+            "training" in found and cfg.gradient_checkpointing < 1,
+        "--kl_beta 0, which saves the reference": phase and cfg.kl_beta > 0,
+    }
+    if found:
+        raise ValueError(
+            f"{sizes(model)[0] / 1e9:.1f}B parameters do not fit {world} x {total / GIB:.1f} GiB, by estimate: "
+            + ", ".join(f"{what} needs {need}" for what, need in found.items())
+            + f". On each {free / GIB:.1f} GiB are free, of which {USABLE * free / GIB:.1f} can be planned with. Try "
+            + "; ".join(remedy for remedy, helps in remedies.items() if helps))
+
+
+# ------------------------------------------------------------------------------------------------ time
+
+
+@dataclass(frozen=True)
+class Work:
+    """One phase of a step on one GPU."""
+
+    seconds: float
+    flops: float = 0.0
+    sent: float = 0.0  # bytes
+
+
+def mean_tokens(model: ModelConfig, cfg: Config) -> tuple[int, int]:
+    """Of a prompt and of a response, as assumed."""
+    prompt, response = limits(model, cfg)
+    return min(MEAN_PROMPT, prompt), min(MEAN_RESPONSE, response)
+
+
+def decoding(model: ModelConfig, cfg: Config, rollouts: float, card: Card) -> float:
+    """Seconds in which one GPU draws so many rollouts: each decoding step reads the weights and all live caches."""
+    (prompt, response), w = mean_tokens(model, cfg), width(cfg)
+    at_once = min(cfg.max_rollouts, max(1, cache_tokens(model, cfg, card.memory[1]) // (prompt + response)))
+    steps = response * max(0.0, rollouts / at_once - 1) + limits(model, cfg)[1]  # one of the last runs to the limit
+    read = steps * w * sizes(model)[0] + rollouts * response * (prompt + response / 2) * cache_bytes(model, w)
+    return steps * DECODE_STEP + read / (DECODE_SHARE * card.bandwidth)
+
+
+def step_work(model: ModelConfig, cfg: Config, world: int, per_node: int, card: Card) -> dict[str, Work]:
+    """A step by phase. Sending runs beside computing: what takes longer counts."""
+    (P, root, _), N, w, (prompt, response) = sizes(model), min(world, per_node), width(cfg), mean_tokens(model, cfg)
+    rollouts, models = cfg.prompts_per_step * cfg.rollouts_per_prompt / world, 2 if cfg.kl_beta else 1
+    minibatches, row, tokens = cfg.prompts_per_step / cfg.minibatch_prompts, row_tokens(model, cfg), prompt + response
+    # Of one token in one forward pass: two a weight, but none in a table of embeddings, and causal attention.
+    multiplied = P if model.tie_word_embeddings else P - model.vocab_size * model.hidden_size
+    flops = 2 * multiplied + 2 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * tokens
+    trained = rollouts * tokens * flops * (3 + cfg.gradient_checkpointing)
+    # A row gathers all weights, those of the blocks again in backward, and sends gradients; nodes add up theirs.
+    others, rows = (N - 1) / N, ceil(rollouts * tokens / row)
+    training_rows = ceil(minibatches) * ceil(rollouts * tokens / minibatches / row)
+    gathered = models * rows * others * w * P
+    inside, between = training_rows * others * (w * (2 * P - root) + 4 * P), training_rows * 8 * (1 - N / world) * P / N
+
+    def of(flops: float, share: float, inside: float, between: float = 0.0) -> Work:
+        seconds = max(flops / (share * card.flops), inside / NVLINK + between / INFINIBAND)
+        return Work(seconds, flops, inside + between)
+
+    return {"sampling": Work(decoding(model, cfg, rollouts, card), rollouts * response * flops),
+            "log-probs": of(models * rollouts * tokens * flops, LOGPROB_SHARE, gathered),
+            "training": of(trained, TRAIN_SHARE, inside, between),
+            "the rest": Work(AWAKENING + GRADING * rollouts + others * 4 * P / NVLINK, sent=others * 4 * P)}
+
+
+# ------------------------------------------------------------------------------------------------ the tables
+
+
+def _memory_row(model: ModelConfig, cfg: Config, name: str, world: int) -> list[str]:
+    memory, row = CARDS[name].memory, row_tokens(model, cfg)
+    by_phase, found = phases(model, cfg, world, PER_NODE, memory[1]), over(model, cfg, world, PER_NODE, memory)
+    state = sum(by_phase["training"].get(part, 0) for part in ("masters", "moments", "gradients", "reference"))
+    held = activations(model, row, checkpointing=cfg.gradient_checkpointing, width=width(cfg))
+    room = max(0, cache_tokens(model, cfg, memory[1]))
+    return [f"{world} x {name}", *(f"{x / GIB:.1f}" for x in (state, held)),
+            f"{room:,} ({room // sum(limits(model, cfg))})",
+            *(f"{sum(parts.values()) / GIB:.1f}" for parts in by_phase.values()),
+            "over: " + ", ".join(found) if found else "yes"]
+
+
+def _time_row(model: ModelConfig, cfg: Config, name: str, world: int) -> list[str]:
+    work = step_work(model, cfg, world, PER_NODE, CARDS[name])
+    step = sum(x.seconds for x in work.values())
+    problems = (cfg.eval_problems or EVAL_PROBLEMS) * cfg.eval_rollouts / world
+    evaluation = decoding(model, cfg, problems, CARDS[name])
+    evaluations = cfg.eval_first + ceil(cfg.steps / (cfg.eval_every or cfg.steps or 1))
+    return [f"{world} x {name}", f"{sum(x.flops for x in work.values()) / 1e15:.1f}",
+            f"{sum(x.sent for x in work.values()) / 1e9:.0f}",
+            *(f"{x:.1f}" for x in (*(x.seconds for x in work.values()), step, evaluation)),
+            f"{(cfg.steps * step + evaluations * evaluation) / 3600:.1f}"]
+
+
+def tables(cfg: Config) -> str:
+    """What --plan prints, in Markdown."""
+    model, rollouts = known_model(cfg.model), cfg.prompts_per_step * cfg.rollouts_per_prompt
+    prompt, response = mean_tokens(model, cfg)
+    fitting = [(name, world) for name, world in SHOWN
+               if world in (1, 8, 16) and not over(model, cfg, world, PER_NODE, CARDS[name].memory)]
+
+    def table(head: list[str], rows: list[list[str]]) -> list[str]:
+        return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+
+    return "\n".join([
+        f"{cfg.model}: {sizes(model)[0] / 1e9:.2f}B parameters. Every number below is an estimate, unmeasured.", "",
+        f"**Memory**, estimated GiB of each GPU: rows of {row_tokens(model, cfg):,} tokens, rollouts of up to "
+        f"{sum(limits(model, cfg)):,}, --gpu_memory_utilization {cfg.gpu_memory_utilization}, --gradient_checkpointing "
+        f"{cfg.gradient_checkpointing}. State: masters, moments, gradients and reference, sharded inside "
+        "a node of 8. KV cache: tokens that vLLM holds, in brackets rollouts of full length. The phases: their peaks, "
+        f"which must fit {USABLE:.0%} of what is free.", "",
+        *table(["GPUs", "state", "activations", "KV cache", *phases(model, cfg, 1, 1, 0), "fits"],
+               [_memory_row(model, cfg, *shown) for shown in SHOWN]), "",
+        f"**Time**, estimated where 1, 8 or 16 GPUs hold it: a step draws {cfg.prompts_per_step} prompts x "
+        f"{cfg.rollouts_per_prompt} rollouts and trains on all; assumed are {prompt} + {response} tokens of each, so "
+        f"{rollouts * response:,} drawn and {rollouts * (prompt + response):,} in training. Operations and bytes: a "
+        f"step's of one GPU. The run: {cfg.steps} steps, evaluations of {cfg.eval_problems or EVAL_PROBLEMS} problems "
+        f"x {cfg.eval_rollouts} responses.", "",
+        *table(["GPUs", "PFLOP", "GB sent", "sampling s", "log-probs s", "training s", "the rest s", "step s",
+                "evaluation s", "run h"], [_time_row(model, cfg, *shown) for shown in fitting])])

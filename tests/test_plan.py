@@ -1,0 +1,239 @@
+"""The plan of a run: its bytes are those that autograd and FSDP2 allocate, and what it refuses could not fit."""
+
+import dataclasses
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import model as model_module
+import plan
+from config import PRESETS, parse_args
+from model import ModelConfig, Transformer
+from plan import CARDS, GIB, QWEN3, activations, cache_tokens, check_memory, known_model, over, phases, sizes
+from sharding import shard
+
+
+class FlashAttention:
+    """PackedAttention's branch for CUDA, which fake tensors can take on the CPU."""
+
+    def __init__(self, cu_seqlens: torch.Tensor, max_seqlen: int):
+        self.cu, self.longest = cu_seqlens.int(), max_seqlen
+        self.positions = torch.arange((len(cu_seqlens) - 1) * max_seqlen)  # sequences of one length
+
+    def __call__(self, layer: int, q, k, v):
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn(q, k, v, self.cu, self.cu, self.longest, self.longest, window_size=(-1, 0), enable_gqa=True)
+
+
+class FusedNorm(torch.autograd.Function):
+    """What CUDA's RMSNorm keeps, its input and 1/rms; on the CPU it would be put together from parts that keep more."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, torch.empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:2])
+
+
+@pytest.fixture
+def allocated(monkeypatch):
+    """allocated(model, tokens, world, ...) -> bytes that one of `world` ranks has allocated at most, in the second row
+    of a mini-batch or without gradient; of fake tensors, with collectives that send nothing."""
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    monkeypatch.setattr(model_module, "PackedAttention", FlashAttention)
+    monkeypatch.setattr(nn.RMSNorm, "forward", lambda norm, x: FusedNorm.apply(x, norm.weight))
+
+    def measure(config: ModelConfig, tokens: int, world: int, *, checkpointing: float = 1.0, grad: bool = True) -> int:
+        dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+        mesh = dist.init_device_mesh("cpu", (world,))
+        ranks = SimpleNamespace(world=world, device=torch.device("cpu"), mesh=lambda: mesh)
+        cu_seqlens = torch.arange(0, tokens + 1, 1024)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = Transformer(config)
+            model.gradient_checkpointing = checkpointing
+            shard(model, ranks, compute=torch.bfloat16)
+            row, targets = torch.zeros(tokens, dtype=torch.long), torch.arange(1, tokens)
+            for _ in range(1 + grad):
+                with FSDPMemTracker(model) as tracker, torch.set_grad_enabled(grad):
+                    logp = model.logprobs(row, cu_seqlens, 1024, targets)
+                    if grad:
+                        logp.sum().backward()
+                del logp
+        return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+    yield measure
+
+
+@pytest.fixture(autouse=True)
+def no_group_stays():
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def model_of(size: str, **changes) -> ModelConfig:
+    return dataclasses.replace(known_model(f"Qwen/Qwen3-{size}-Base"), **changes)
+
+
+def config(*argv: str):
+    return parse_args(["--preset", "qwen3-1.7b", *argv])[0]
+
+
+@pytest.mark.parametrize("size, layers, tokens, world, checkpointing, grad", [
+    ("1.7B", 6, 16384, 8, 1.0, True), ("8B", 6, 16384, 8, 1.0, True), ("8B", 12, 16384, 8, 1.0, True),
+    ("1.7B", 4, 16384, 8, 0.0, True), ("4B", 6, 16384, 2, 0.0, True), ("4B", 6, 16384, 8, 0.5, True),
+    # the root's end
+    ("1.7B", 3, 1024, 1, 1.0, True), ("1.7B", 3, 1024, 8, 1.0, True), ("8B", 3, 1024, 2, 1.0, True),
+    # without gradient
+    ("1.7B", 4, 16384, 8, 1.0, False), ("8B", 4, 16384, 8, 1.0, False)])
+def test_what_is_planned_is_what_is_allocated_beside_the_shards(allocated, size, layers, tokens, world, checkpointing,
+                                                                grad):
+    """Layers of the real width; the first three rows tell that their number is counted right."""
+    model = model_of(size, num_hidden_layers=layers)
+    cfg = config("--microbatch_tokens", str(tokens), "--max_prompt_tokens", "500", "--max_response_tokens", "500",
+                 "--kl_beta", "0", "--gradient_checkpointing", str(checkpointing))
+    parts = phases(model, cfg, world, 8, 0)["training" if grad else "log-probs"]
+    shards = parts["masters"] + parts.get("gradients", 0)
+    planned = sum(parts.values()) - parts["moments"] - parts["vLLM"]  # neither an optimiser nor vLLM is there
+    assert planned - shards == pytest.approx(allocated(model, tokens, world, checkpointing=checkpointing, grad=grad)
+                                             - shards, rel=0.1)
+
+
+def test_parameters_are_those_of_the_models_names():
+    counts = [sizes(known_model(name))[0] / 1e9 for name in QWEN3]
+    assert counts == pytest.approx([0.596, 1.721, 4.022, 8.191], abs=1e-3)
+    for name in QWEN3:
+        P, root, block = sizes(known_model(name))
+        assert P == root + known_model(name).num_hidden_layers * block
+
+
+def refused(size: str, world: int, memory: tuple[int, int], *argv: str) -> str:
+    """What check_memory says, "" where it lets the run begin; nodes of 8."""
+    try:
+        check_memory(model_of(size), config(*argv), world, 8, memory)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_the_papers_models_on_cards_as_they_report_themselves():
+    h100, h200 = (int(78.66 * GIB), int(79.19 * GIB)), (int(139.27 * GIB), int(139.8 * GIB))
+    fewest = {(size, card): min(world for world in (1, 2, 4, 8) if not refused(size, world, card))
+              for size in ("1.7B", "4B", "8B") for card in (h100, h200)}
+    assert fewest == {("1.7B", h100): 1, ("4B", h100): 2, ("8B", h100): 4,
+                      ("1.7B", h200): 1, ("4B", h200): 1, ("8B", h200): 2}
+    said = refused("8B", 1, h100)
+    assert said.startswith("8.2B parameters do not fit 1 x 79.2 GiB, by estimate: sampling needs 146.")
+    assert "training needs" in said and "78.7 GiB are free, of which 74.7" in said
+    assert all(remedy in said for remedy in ("more GPUs", "--gpu_memory_utilization below 0.5", "--kl_beta 0",
+                                             "--microbatch_tokens below 16384"))
+    busy = refused("8B", 8, (int(30 * GIB), h100[1]))  # another process holds the rest
+    assert "sampling needs" in busy and "30.0 GiB are free" in busy
+
+
+def test_only_remedies_that_act_are_named():
+    card = CARDS["80 GB"].memory
+    assert "gradient_checkpointing" not in refused("8B", 1, card)
+    assert "--gradient_checkpointing above 0.0" in refused("8B", 8, card, "--gradient_checkpointing", "0")
+    assert "kl_beta" not in refused("8B", 1, card, "--kl_beta", "0")
+    assert "--microbatch_tokens" not in refused("8B", 1, card, "--microbatch_tokens", "1024")
+    starved = refused("8B", 8, card, "--gpu_memory_utilization", "0.25")
+    assert "vLLM's KV cache needs 7296 tokens for one rollout and gets " in starved and "utilization above" in starved
+    assert not [word for word in ("sampling", "below", "more GPUs", "kl_beta") if word in starved]
+    torch_engine = refused("8B", 1, card, "--engine", "torch")
+    assert "sampling needs" in torch_engine and "utilization" not in torch_engine
+
+
+@pytest.mark.parametrize("size", ["0.6B", "1.7B", "4B", "8B"])
+@pytest.mark.parametrize("flags", [(), ("--kl_beta", "0"), ("--gradient_checkpointing", "0"), ("--engine", "torch"),
+                                   ("--dtype", "float32"), ("--microbatch_tokens", "1024")])
+def test_more_ranks_shorter_rows_no_reference_and_checkpointing_never_need_more(size, flags):
+    model, total = model_of(size), CARDS["80 GB"].memory[1]
+
+    def peaks(world: int, *more: str) -> list[float]:
+        return [sum(parts.values()) for parts in phases(model, config(*flags, *more), world, 8, total).values()]
+
+    for world in (1, 2, 4, 8):
+        fewer = peaks(world)
+        for more in (("--kl_beta", "0"), ("--gradient_checkpointing", "1"), ("--microbatch_tokens", "512"), ()):
+            other = peaks(world if more else 2 * world, *more)
+            assert all(a <= b for a, b in zip(other, fewer, strict=True))
+    assert peaks(16) == peaks(8)  # a second node holds a copy
+
+
+def test_activations_are_those_of_the_tokens_and_of_the_layers():
+    def held(layers: int, tokens: int, checkpointing: float) -> int:
+        return activations(model_of("4B", num_hidden_layers=layers), tokens, checkpointing=checkpointing)
+
+    for checkpointing in (1.0, 0.0):
+        assert held(36, 32768, checkpointing) == pytest.approx(2 * held(36, 16384, checkpointing), rel=0.01)
+        assert held(36, 16384, checkpointing) - held(35, 16384, checkpointing) == (
+            held(3, 16384, checkpointing) - held(2, 16384, checkpointing))
+    assert held(36, 16384, 0.0) > 10 * held(36, 16384, 1.0)
+
+
+def test_vllm_gets_what_its_share_leaves_beside_weights_and_working_memory():
+    model, total = model_of("8B"), CARDS["80 GB"].memory[1]
+    less, more = (cache_tokens(model, config("--gpu_memory_utilization", share), total) for share in ("0.5", "0.6"))
+    assert (more - less) * 2 * 36 * 8 * 128 * 2 == pytest.approx(0.1 * total, rel=1e-4)  # keys and values, bf16
+    assert cache_tokens(model, config("--gpu_memory_utilization", "0.1"), total) < 0
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_every_preset_has_a_plan_without_gpu_or_network(preset, tiny_hf, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    start = time.perf_counter()
+    with pytest.raises(SystemExit) as stop:
+        parse_args(["--plan", "--preset", preset, *(["--model", str(tiny_hf("llama", True))] * (preset == "own"))])
+    said = capsys.readouterr().out
+    assert not stop.value.code and time.perf_counter() - start < 10
+    for world in (1, 2, 4, 8, 16):
+        assert all(f"\n| {world} x {card} | " in said for card in ("80 GB", "141 GB"))
+    assert "estimate, unmeasured" in said and "Memory**, estimated" in said and "Time**, estimated" in said
+
+
+def test_the_plan_follows_the_flags_and_a_folder_and_refuses_what_only_a_hub_knows(base, capsys):
+    def planned(*argv: str) -> str:
+        with pytest.raises(SystemExit):
+            parse_args(["--plan", *argv])
+        return capsys.readouterr().out
+
+    paper = planned("--preset", "qwen3-4b")
+    assert "256 prompts x 4 rollouts" in paper and "1,228,800 drawn and 1,382,400 in training" in paper
+    assert planned("--preset", "qwen3-4b", "--microbatch_tokens", "8192") != paper
+    assert f"{base}: 0.00B parameters" in planned("--model", str(base), "--train_data", "sums.jsonl")
+    with pytest.raises(ValueError, match="asks no hub and does not know 'some/model'"):
+        parse_args(["--plan", "--preset", "own", "--model", "some/model"])
+    with pytest.raises(ValueError, match="--model is missing"):
+        parse_args(["--plan", "--preset", "own"])
+
+
+def test_one_24_gb_card_holds_qwen3_06b_and_trains_it_in_about_two_hours():
+    cfg = parse_args(["--preset", "qwen3-0.6b"])[0]
+    model, card = known_model(cfg.model), CARDS["24 GB"]
+    assert not over(model, cfg, 1, 1, card.memory)
+    step = sum(work.seconds for work in plan.step_work(model, cfg, 1, 1, card).values())
+    assert 1.5 < cfg.steps * step / 3600 < 2.5
+
+
+def test_work_is_counted_as_in_the_books():
+    """8B, 8 GPUs: 2 N operations a token forward, 8 N with checkpointing, and attention; a terabyte sent."""
+    model, cfg = model_of("8B"), config()
+    work = plan.step_work(model, cfg, 8, 8, CARDS["80 GB"])
+    tokens, N = 256 * 4 * 1350 / 8, sizes(model)[0] - 151936 * 4096
+    assert work["log-probs"].flops == pytest.approx(2 * 2 * N * tokens, rel=0.05)  # policy and reference
+    assert work["training"].flops == pytest.approx(8 * N * tokens, rel=0.05)
+    assert 0.9e12 < sum(x.sent for x in work.values()) < 1.1e12
+    alone, two_nodes = (plan.step_work(model, cfg, world, 8, CARDS["80 GB"])["training"] for world in (1, 16))
+    assert alone.sent == 0 and two_nodes.sent > work["training"].sent / 2
