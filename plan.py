@@ -9,6 +9,7 @@ P parameters are sharded over the N ranks of a node (several nodes hold copies):
 which is embedding, head and last norm. A forward pass takes `width` bytes a number.
 """
 
+import dataclasses
 import functools
 import json
 from dataclasses import dataclass
@@ -246,10 +247,12 @@ def _memory_row(model: ModelConfig, cfg: Config, name: str, world: int) -> list[
     state = sum(by_phase["training"].get(part, 0) for part in ("masters", "moments", "gradients", "reference"))
     held = activations(model, row, checkpointing=cfg.gradient_checkpointing, width=width(cfg))
     room = max(0, cache_tokens(model, cfg, memory[1]))
+    least = next((f"{share:g}" for share in (0.0, 0.25, 0.5, 0.75, 1.0) if not over(
+        model, dataclasses.replace(cfg, gradient_checkpointing=share), world, PER_NODE, memory)), "")
     return [f"{world} x {name}", *(f"{x / GIB:.1f}" for x in (state, held)),
             f"{room:,} ({room // sum(limits(model, cfg))})",
             *(f"{sum(parts.values()) / GIB:.1f}" for parts in by_phase.values()),
-            "over: " + ", ".join(found) if found else "yes"]
+            "over: " + ", ".join(found) if found else "yes", least]
 
 
 def _time_row(model: ModelConfig, cfg: Config, name: str, world: int) -> list[str]:
@@ -280,8 +283,10 @@ def tables(cfg: Config) -> str:
         f"{sum(limits(model, cfg)):,}, --gpu_memory_utilization {cfg.gpu_memory_utilization}, --gradient_checkpointing "
         f"{cfg.gradient_checkpointing}. State: masters, moments, gradients and reference, sharded inside "
         "a node of 8. KV cache: tokens that vLLM holds, in brackets rollouts of full length. The phases: their peaks, "
-        f"which must fit {USABLE:.0%} of what is free.", "",
-        *table(["GPUs", "state", "activations", "KV cache", *phases(model, cfg, 1, 1, 0), "fits"],
+        f"which must fit {USABLE:.0%} of what is free. The last column: the least share of layers recomputed with which "
+        "all fits, for more speed.", "",
+        *table(["GPUs", "state", "activations", "KV cache", *phases(model, cfg, 1, 1, 0), "fits",
+                "least --gradient_checkpointing"],
                [_memory_row(model, cfg, *shown) for shown in SHOWN]), "",
         f"**Time**, estimated where 1, 8 or 16 GPUs hold it: a step draws {cfg.prompts_per_step} prompts x "
         f"{cfg.rollouts_per_prompt} rollouts and trains on all; assumed are {prompt} + {response} tokens of each, so "
