@@ -33,7 +33,7 @@ from ranks import Ranks, RunError, deal, say
 from reward import Grader, check_golds, extract
 from rollout import Batch, Sampling, choose_engine, draw_together, make_engine, rollout_seed
 from rules import RULES
-from runfolder import Checkpoint, RunFolder, Tracker, jsonable, portable, write_json
+from runfolder import RunFolder, Tracker, jsonable, portable, write_json
 
 MEASURE_EVERY = 2  # entropy and mismatch are measured on the first rollout of every second prompt of a batch
 
@@ -570,20 +570,27 @@ class Trainer:
 
     # -- going on
 
-    def checkpoint(self, evaluations: list[Evaluation]) -> Checkpoint:
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Of a checkpoint; moments of 0 are those before the first update."""
+        master = self.optimizer.master.data
+        moments = {k: torch.zeros_like(master) for k in ("exp_avg", "exp_avg_sq")}
+        return {**moments, **self.optimizer.tensors()}
+
+    def checkpoint(self, evaluations: list[Evaluation]) -> tuple[dict, dict, dict]:
+        """All that is needed to go on exactly: tensors, arrays, and a state that is JSON."""
         parts = {"bins": self.bins, "prompt": self.prompt_gdro, "rollout": self.rollout_gdro}
         arrays = {f"{name}/{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
-        return Checkpoint(self.optimizer.tensors(), {**arrays, "expected_tokens": self.expected_tokens_B},
-                          {"next_step": self.next_step, "optimizer_steps": self.optimizer.count,
-                           "evaluations": [e.to_json() for e in evaluations]})
+        return self.tensors(), {**arrays, "expected_tokens": self.expected_tokens_B}, {
+            "next_step": self.next_step, "optimizer_steps": self.optimizer.count,
+            "evaluations": [e.to_json() for e in evaluations]}
 
-    def restore(self, saved: Checkpoint) -> list[Evaluation]:
+    def restore(self, tensors: dict, arrays: dict, state: dict) -> list[Evaluation]:
         """Takes over what `checkpoint` gave; the evaluations until then."""
-        self.optimizer.load(saved.tensors, saved.state["optimizer_steps"])
+        self.optimizer.load(tensors, state["optimizer_steps"])
         for name, part in (("bins", self.bins), ("prompt", self.prompt_gdro), ("rollout", self.rollout_gdro)):
-            part.load_state_dict({k.split("/")[1]: v for k, v in saved.arrays.items() if k.startswith(name + "/")})
-        self.expected_tokens_B, self.next_step = saved.arrays["expected_tokens"], saved.state["next_step"]
-        return [Evaluation.from_json(e) for e in saved.state["evaluations"]]
+            part.load_state_dict({k.split("/")[1]: v for k, v in arrays.items() if k.startswith(name + "/")})
+        self.expected_tokens_B, self.next_step = arrays["expected_tokens"], state["next_step"]
+        return [Evaluation.from_json(e) for e in state["evaluations"]]
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -610,16 +617,16 @@ def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     ranks, folder = Ranks(), RunFolder(cfg)
-    trainer = Trainer(cfg, ranks, folder.open(resume))
-    resumed, evaluations = bool(folder.checkpoints()), []
-    if resumed:
-        evaluations = trainer.restore(folder.newest_whole())
+    loaded = folder.open(resume)
+    folder.assert_shared(ranks)
+    trainer = Trainer(cfg, ranks, loaded)
+    tensors, evaluations = trainer.tensors(), []
+    if saved := folder.load(tensors, ranks):
+        evaluations = trainer.restore(tensors, *saved)
     elif resume:
         say(f"--resume: {folder.path} has no checkpoint yet, starting from the beginning")
-    # Also a barrier: nobody writes before everybody has looked.
-    ranks.assert_equal(trainer.next_step, "the step to begin with; is out_dir a folder that all nodes share?")
     if ranks.rank == 0:
-        if resumed:
+        if saved:
             folder.go_on(trainer.next_step, jsonable(trainer.record))
             folder.write_evaluations(evaluations)
         else:
@@ -677,8 +684,8 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
         bar.set_postfix(reward=f"{line['reward_mean']:+.3f}", solved=f"{line['solved_frac']:.2f}",
                         cut=f"{line['truncated_frac']:.0%}", tokens=f"{line['response_tokens_mean']:.0f}",
                         mismatch=f"{line['mismatch']['mean']:.0e}")
-        if first and (stopping or last or (cfg.save_every and done % cfg.save_every == 0)):
-            folder.save(trainer.checkpoint(evaluations), cfg.keep)
+        if stopping or last or (cfg.save_every and done % cfg.save_every == 0):
+            folder.save(*trainer.checkpoint(evaluations), cfg.keep, trainer.ranks)
     bar.close()
     return trainer.next_step >= cfg.steps
 
