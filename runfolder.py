@@ -171,6 +171,7 @@ class RunFolder:
         blind = [rank for rank, sees in enumerate(from_all(ranks, token.exists())) if not sees]
         if ranks.rank == 0:
             token.unlink()
+        from_all(ranks, None)  # it is gone before a rank that raises ends the others
         if blind:
             raise RunError(f"--out_dir {self.path} is not one folder for all: {len(blind)} of {ranks.world} ranks, the "
                            f"first is {blind[0]}, do not see what rank 0 writes there; choose one that all nodes share")
