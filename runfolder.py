@@ -284,7 +284,7 @@ def _means_full(error: BaseException) -> bool:
 # checkpoint/step_N/ holds these two and torch's shard-RANK-model-PART-of-PARTS.safetensors. Its reader takes what there
 # is and leaves the rest of a tensor as it was, without a word: so state.json records what must be there.
 ARRAYS, STATE, OLD = "adversaries.npz", "state.json", "optimizer.safetensors"
-PART = 2**31  # bytes of a rank's tensors in one file, which the writer holds in host memory twice
+PART = 2**31  # bytes of a rank's tensors in one file; the writer holds two or three copies of them in host memory
 
 
 def from_all(ranks: Ranks, mine) -> list:
