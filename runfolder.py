@@ -1,31 +1,35 @@
 """What a run leaves on disk: its folder, checkpoints and records.
 
 `out_dir/`: config.json, paths.json, metrics.jsonl, samples.jsonl, eval.json, checkpoint/step_N/, model/, best/. Written
-by the first rank. All but paths.json can be published: it alone names absolute paths, for --resume.
+by the first rank, but for the checkpoints' tensors: there every rank writes what it holds. All but paths.json can be
+published: it alone names absolute paths, for --resume.
 """
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
-import zlib
+import time
+import warnings
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from config import MAY_CHANGE, Config
 from metrics import Evaluation
-from ranks import RunError, say
+from ranks import Ranks, RunError, deal, say
 
 # ------------------------------------------------------------------------------------------------ records
 
@@ -72,18 +76,6 @@ def replace_text(path: Path, text: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the folder
-
-
-TENSORS, ARRAYS, STATE = "optimizer.safetensors", "adversaries.npz", "state.json"  # in checkpoint/step_N/
-
-
-class Checkpoint(NamedTuple):
-    """Everything needed to go on exactly. No pickle, and no random state, because there is none: every draw is a
-    function of (seed, step, prompt id)."""
-
-    tensors: dict[str, torch.Tensor]  # master weights and the optimiser's moments
-    arrays: dict[str, np.ndarray]  # bins and adversaries
-    state: dict  # JSON: next_step, optimizer_steps, evaluations
 
 
 FILES = ("model", "train_data", "eval_data", "reward")  # settings that may be files: compared by content, not by path
@@ -164,31 +156,93 @@ class RunFolder:
     def write_evaluations(self, evaluations: list[Evaluation]) -> None:
         write_json(self.path / "eval.json", [e.to_json() for e in evaluations])
 
-    def save(self, checkpoint: Checkpoint, keep: int) -> None:
-        """Written aside, renamed into place, then all but the `keep` newest removed (0: none)."""
-        final = self.path / "checkpoint" / f"step_{checkpoint.state['next_step']}"
-        aside = final.with_suffix(".partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        save_file(checkpoint.tensors, aside / TENSORS)
-        np.savez(aside / ARRAYS, **checkpoint.arrays)
-        (aside / STATE).write_text(json.dumps(checkpoint.state))
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        for old in self.checkpoints()[keep:] if keep else []:
-            shutil.rmtree(old)
+    def assert_shared(self, ranks: Ranks, patience: float = 60.0) -> None:
+        """Raises RunError on all ranks, which all call this, when one does not see what the first writes here. A file
+        system may show a new file late: a rank looks for it for `patience` seconds."""
+        if ranks.world == 1:
+            return
+        token = self.path / f".shared-{secrets.token_hex(8)}"
+        if ranks.rank == 0:
+            self.path.mkdir(parents=True, exist_ok=True)
+            token.touch()
+        token, end = self.path / from_all(ranks, token.name)[0], time.monotonic() + patience
+        while not token.exists() and time.monotonic() < end:
+            time.sleep(0.2)
+        blind = [rank for rank, sees in enumerate(from_all(ranks, token.exists())) if not sees]
+        if ranks.rank == 0:
+            token.unlink()
+        from_all(ranks, None)  # it is gone before a rank that raises ends the others
+        if blind:
+            raise RunError(f"--out_dir {self.path} is not one folder for all: {len(blind)} of {ranks.world} ranks, the "
+                           f"first is {blind[0]}, do not see what rank 0 writes there; choose one that all nodes share")
 
-    def newest_whole(self) -> Checkpoint:
-        """The newest checkpoint that is whole; says which were not. Raises ValueError when none is."""
-        for path in self.checkpoints():
-            try:
-                checkpoint = read_checkpoint(path)
-            except ValueError as error:
-                say(f"WARNING: {error}")
+    def save(self, tensors: dict[str, torch.Tensor], arrays: dict[str, np.ndarray], state: dict, keep: int,
+             ranks: Ranks) -> None:
+        """Writes all that is needed to go on exactly; all ranks call it, and each writes what it holds of `tensors`.
+
+        `tensors`: master weights and the optimiser's moments, DTensors or plain (alike on all ranks); `arrays`: bins
+        and adversaries; `state`: JSON with next_step. No pickle, and no random state, because there is none: every draw
+        is a function of (seed, step, prompt id).
+
+        Written aside, and on disk before it is renamed into place; only then all but the `keep` newest are removed (0:
+        none). So a whole checkpoint is there whenever a rank is killed. Raises OSError where there is already one of
+        this step, and CheckpointException, which holds the OSError, on all ranks for a rank that cannot write.
+        """
+        final = self.path / "checkpoint" / f"step_{state['next_step']}"
+        aside = final.with_suffix(".partial")
+        if ranks.rank == 0:
+            for unfinished in final.parent.glob("*.partial"):
+                shutil.rmtree(unfinished)
+            aside.mkdir(parents=True)
+        from_all(ranks, None)  # nobody writes before that
+        ends = np.cumsum([tensor.nbytes for tensor in tensors.values()]) // ranks.world  # of what a rank will write
+        part = {name: 1 + int(end) // PART for name, end in zip(tensors, ends, strict=True)}
+        writer = dcp.HuggingFaceStorageWriter(str(aside), part, save_distributed=True)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is but one process
+            dcp.save(tensors, storage_writer=writer)
+        mine = {path.name: fingerprint(path) for path in aside.glob(f"shard-{ranks.rank + 1:05d}-*")}
+        files = {name: written for of_rank in from_all(ranks, mine) for name, written in of_rank.items()}
+        if ranks.rank == 0:
+            with open(aside / ARRAYS, "wb") as file:
+                np.savez(file, **arrays)
+            files[ARRAYS] = fingerprint(aside / ARRAYS)
+            record = json.dumps({"state": state, "world": ranks.world, "files": files}, indent=1) + "\n"
+            (aside / STATE).write_bytes(sealed(record[1:].encode()))
+            for path in (aside / ARRAYS, aside / STATE, aside):
+                to_disk(path)
+            aside.rename(final)
+            to_disk(final.parent)
+            for old in self.checkpoints()[keep:] if keep else []:
+                shutil.rmtree(old)
+
+    def load(self, tensors: dict[str, torch.Tensor], ranks: Ranks) -> tuple[dict[str, np.ndarray], dict] | None:
+        """Fills `tensors` in place from the newest checkpoint that is whole; its arrays and state, None where there is
+        no checkpoint at all. All ranks call it, as many as there are now. Says what is damaged in newer ones.
+
+        Raises ValueError on all ranks when none is whole, or when it holds other tensors than those.
+        """
+        folder = self.path / "checkpoint"
+        found = from_all(ranks, [(path.name, (path / OLD).exists()) for path in self.checkpoints()])[0]
+        for name, is_old in found:
+            if is_old:
+                raise ValueError(f"the checkpoint {name} is of an older layout ({OLD}): go on with the commit that "
+                                 f"wrote it, which config.json names, or delete {folder} to begin anew")
+            record, faults = examine(folder / name, ranks)
+            if faults:
+                say(f"WARNING: the checkpoint {name} is damaged ({'; '.join(faults)})")
                 continue
-            say(f"resuming from {path.name}")
-            return checkpoint
-        raise ValueError(f"{self.path / 'checkpoint'} holds no checkpoint that is whole; delete it to begin anew")
+            say(f"resuming from {name}")
+            reader = dcp.HuggingFaceStorageReader(str(folder / name))
+            if differing := list(differences(tensors, reader.read_metadata().state_dict_metadata)):
+                more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+                raise ValueError(f"the checkpoint {name} is not of this model: {'; '.join(differing[:3])}{more}")
+            with warnings.catch_warnings(action="ignore", category=UserWarning):
+                dcp.load(tensors, storage_reader=reader)
+            with np.load(folder / name / ARRAYS, allow_pickle=False) as arrays:
+                return {k: arrays[k] for k in arrays.files}, record["state"]
+        if found:
+            raise ValueError(f"{folder} holds no checkpoint that is whole; delete it to begin anew")
+        return None
 
     def forget_after(self, step: int) -> None:
         """Drops what was logged and saved of steps from `step` on: they are done again."""
@@ -206,34 +260,113 @@ class RunFolder:
         """Turns "no space left" into a RunError that says what is kept, what is needed (bytes) and how to go on."""
         try:
             yield
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, CheckpointException) as error:
             if not _means_full(error):
                 raise
             for unfinished in (self.path / "checkpoint").glob("*.partial"):
-                shutil.rmtree(unfinished)
+                shutil.rmtree(unfinished, ignore_errors=True)  # the other ranks do the same
             kept = [p.name for p in self.checkpoints()]
             raise RunError(f"no space left in {self.path}; {kept[0] if kept else 'no checkpoint'} is kept. Free "
                            f"{needed / 2**20:.0f} MiB, then go on with --resume") from error
 
 
-def _means_full(error: Exception) -> bool:
-    """safetensors has an exception of its own, with the number in its text alone."""
+def _means_full(error: BaseException) -> bool:
+    """safetensors has an exception of its own, with the number in its text alone; torch's holds those of the ranks."""
+    if isinstance(error, CheckpointException):
+        return any(_means_full(of_rank) for of_rank, _ in error.failures.values())
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """What `RunFolder.save` wrote. Raises ValueError for a damaged one."""
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+# checkpoint/step_N/ holds these two and torch's shard-RANK-model-PART-of-PARTS.safetensors. Its reader takes what there
+# is and leaves the rest of a tensor as it was, without a word: so state.json records what must be there.
+ARRAYS, STATE, OLD = "adversaries.npz", "state.json", "optimizer.safetensors"
+PART = 2**31  # bytes of a rank's tensors in one file; the writer holds two or three copies of them in host memory
+
+
+def from_all(ranks: Ranks, mine) -> list:
+    """What each rank gives, by rank; a barrier, too."""
+    if ranks.world == 1:
+        return [mine]
+    given = [None] * ranks.world
+    dist.all_gather_object(given, mine)
+    return given
+
+
+def to_disk(path: Path) -> None:
+    """Returns when the file's content, or the folder's names, would outlive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def blake2b(content: bytes = b""):
+    return hashlib.blake2b(content, digest_size=16)
+
+
+def fingerprint(path: Path) -> dict:
+    with open(path, "rb") as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "blake2b": hashlib.file_digest(file, blake2b).hexdigest()}
+
+
+def sealed(rest: bytes) -> bytes:
+    """A JSON object, of which `rest` is all but the first brace, that begins with the hash of that."""
+    return b'{"blake2b": "' + blake2b(rest).hexdigest().encode() + b'",' + rest
+
+
+def examine(path: Path, ranks: Ranks) -> tuple[dict, list[str]]:
+    """A checkpoint's record, and what is wrong with its files. All ranks call it, and each reads its part of them."""
+    record, faults = from_all(ranks, read_record(path) if ranks.rank == 0 else None)[0]
+    if faults:
+        return record, faults
+    files = record["files"]
+    owner = deal(np.array([written["bytes"] for written in files.values()]), ranks.world)
+    faults = [fault(path / name, written) for (name, written), rank in zip(files.items(), owner, strict=True)
+              if rank == ranks.rank]
+    if ranks.rank == 0:
+        names = {p.name for p in path.iterdir() if not p.name.startswith(".") or p.suffix == ".safetensors"}  # .nfs01
+        faults += [f"{name} does not belong to it" for name in sorted(names - {*files, STATE})]
+    return record, [text for of_rank in from_all(ranks, faults) for text in of_rank if text]
+
+
+def read_record(path: Path) -> tuple[dict, list[str]]:
+    """What `RunFolder.save` recorded, and what is wrong with that."""
+    if not (path / STATE).is_file():
+        return {}, [f"{STATE} is missing"]
+    content = (path / STATE).read_bytes()
+    if sealed(content[len(sealed(b"")) :]) != content:
+        return {}, [f"{STATE} is truncated or has other content"]
+    return json.loads(content), []
+
+
+def fault(path: Path, written: dict) -> str | None:
+    """How a file differs from what was written."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    size, was = path.stat().st_size, written["bytes"]
+    if size != was:
+        return f"{path.name} is {'truncated' if size < was else 'too long'}: {size} bytes instead of {was}"
     try:
-        state = json.loads((path / STATE).read_text())
-        if missing := {"next_step", "optimizer_steps", "evaluations"} - set(state):
-            raise ValueError(f"{STATE} has no {', '.join(sorted(missing))}")
-        tensors = load_file(path / TENSORS)
-        with np.load(path / ARRAYS, allow_pickle=False) as arrays:
-            return Checkpoint(tensors, {k: arrays[k] for k in arrays.files}, state)
-    except (SafetensorError, BadZipFile, zlib.error, ValueError, FileNotFoundError, EOFError) as error:
-        raise ValueError(f"the checkpoint {path.name} is damaged ({error})") from error
+        return None if fingerprint(path) == written else f"{path.name} has other content"
+    except OSError as error:  # of the disk
+        return f"{path.name} cannot be read: {error.strerror}"
+
+
+def differences(wanted: dict[str, torch.Tensor], there: dict):
+    """How the tensors of a checkpoint differ from those wanted, in names, shapes and dtypes."""
+    for name in sorted(wanted.keys() | there.keys()):
+        if name not in there:
+            yield f"it has no {name}"
+        elif name not in wanted:
+            yield f"it has a {name}"
+        else:
+            is_, was = (f"{tuple(shape)} of {str(dtype).removeprefix('torch.')}" for shape, dtype in (
+                (wanted[name].shape, wanted[name].dtype), (there[name].size, there[name].properties.dtype)))
+            if is_ != was:
+                yield f"{name} is {was}, not {is_}"
 
 
 # ------------------------------------------------------------------------------------------------ trackers

@@ -36,8 +36,8 @@ from ranks import Ranks, RunError, deal_rows, say
 from reward import Grade, Grader, check_golds, extract
 from rollout import Batch, Part, Sampling, choose_engine, draw_part, make_engine, rollout_seed
 from rules import RULES
-from runfolder import Checkpoint, RunFolder, Tracker, jsonable, portable, write_json
-from sharding import fill, full, reshard, shard
+from runfolder import RunFolder, Tracker, jsonable, portable, write_json
+from sharding import full, reshard, shard
 
 MEASURE_EVERY = 2  # entropy and mismatch are measured on the first rollout of every second prompt of a batch
 
@@ -535,13 +535,6 @@ class Trainer:
 
     # -- going on
 
-    def checkpoint(self, evaluations: list[Evaluation]) -> Checkpoint:
-        parts = {"bins": self.bins, "prompt": self.prompt_gdro, "rollout": self.rollout_gdro}
-        arrays = {f"{name}/{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
-        return Checkpoint({k: full(t) for k, t in self.tensors().items()}, {**arrays, "expected_tokens": self.expected_tokens_B},
-                          {"next_step": self.next_step, "optimizer_steps": self.optimizer_steps,
-                           "evaluations": [e.to_json() for e in evaluations]})
-
     def tensors(self) -> dict[str, torch.Tensor]:
         """The live weights and AdamW's moments of them, shards where they are sharded: weight.NAME, exp_avg.NAME,
         exp_avg_sq.NAME. Moments are 0 before the first update."""
@@ -551,20 +544,27 @@ class Trainer:
             if not moments:
                 moments |= {"step": torch.zeros((), device=self.device), "exp_avg": torch.zeros_like(p),
                             "exp_avg_sq": torch.zeros_like(p)}
-            moments["step"].fill_(self.optimizer_steps)
             out |= {f"weight.{name}": p.detach(), **{f"{k}.{name}": moments[k] for k in ("exp_avg", "exp_avg_sq")}}
         return out
 
-    def restore(self, saved: Checkpoint) -> list[Evaluation]:
-        """Takes over what `checkpoint` gave; the evaluations until then."""
-        self.optimizer_steps = saved.state["optimizer_steps"]
-        with torch.no_grad():
-            for name, live in self.tensors().items():
-                fill(live, saved.tensors[name])
+    def checkpoint(self, evaluations: list[Evaluation]) -> tuple[dict, dict, dict]:
+        """All that is needed to go on exactly: tensors, arrays, and a state that is JSON."""
+        parts = {"bins": self.bins, "prompt": self.prompt_gdro, "rollout": self.rollout_gdro}
+        arrays = {f"{name}/{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
+        return self.tensors(), {**arrays, "expected_tokens": self.expected_tokens_B}, {
+            "next_step": self.next_step, "optimizer_steps": self.optimizer_steps,
+            "evaluations": [e.to_json() for e in evaluations]}
+
+    def restore(self, arrays: dict, state: dict) -> list[Evaluation]:
+        """Takes over what `checkpoint` gave, but for the tensors, which were filled in place; the evaluations until
+        then."""
+        self.optimizer_steps = state["optimizer_steps"]
+        for moments in self.optimizer.state.values():
+            moments["step"].fill_(self.optimizer_steps)
         for name, part in (("bins", self.bins), ("prompt", self.prompt_gdro), ("rollout", self.rollout_gdro)):
-            part.load_state_dict({k.split("/")[1]: v for k, v in saved.arrays.items() if k.startswith(name + "/")})
-        self.expected_tokens_B, self.next_step = saved.arrays["expected_tokens"], saved.state["next_step"]
-        return [Evaluation.from_json(e) for e in saved.state["evaluations"]]
+            part.load_state_dict({k.split("/")[1]: v for k, v in arrays.items() if k.startswith(name + "/")})
+        self.expected_tokens_B, self.next_step = arrays["expected_tokens"], state["next_step"]
+        return [Evaluation.from_json(e) for e in state["evaluations"]]
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -591,16 +591,16 @@ def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     ranks, folder = Ranks(), RunFolder(cfg)
-    trainer = Trainer(cfg, ranks, folder.open(resume))
-    resumed, evaluations = bool(folder.checkpoints()), []
-    if resumed:
-        evaluations = trainer.restore(folder.newest_whole())
+    loaded = folder.open(resume)
+    folder.assert_shared(ranks)
+    trainer = Trainer(cfg, ranks, loaded)
+    tensors, evaluations = trainer.tensors(), []
+    if saved := folder.load(tensors, ranks):
+        evaluations = trainer.restore(*saved)
     elif resume:
         say(f"--resume: {folder.path} has no checkpoint yet, starting from the beginning")
-    # Also a barrier: nobody writes before everybody has looked.
-    ranks.assert_equal(trainer.next_step, "the step to begin with; is out_dir a folder that all nodes share?")
     if ranks.rank == 0:
-        if resumed:
+        if saved:
             folder.go_on(trainer.next_step, jsonable(trainer.record))
             folder.write_evaluations(evaluations)
         else:
@@ -660,9 +660,7 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
                         cut=f"{line['truncated_frac']:.0%}", tokens=f"{line['response_tokens_mean']:.0f}",
                         mismatch=f"{line['mismatch']['mean']:.0e}")
         if stopping or last or (cfg.save_every and done % cfg.save_every == 0):
-            saved = trainer.checkpoint(evaluations)
-            if first:
-                folder.save(saved, cfg.keep)
+            folder.save(*trainer.checkpoint(evaluations), cfg.keep, trainer.ranks)
     bar.close()
     return trainer.next_step >= cfg.steps
 

@@ -1,0 +1,268 @@
+"""Checkpoints: whatever number of ranks wrote them and reads them, no bit is lost, what is damaged is named and passed
+over, and a kill costs one interval."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import gloo
+from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+
+import runfolder
+from config import Config
+from model import ModelConfig, Transformer
+from ranks import Ranks, RunError
+from runfolder import RunFolder
+
+TINY = ModelConfig("qwen3", vocab_size=13, hidden_size=6, intermediate_size=7, num_hidden_layers=2,
+                   num_attention_heads=3, num_key_value_heads=1, head_dim=2, rope_theta=1e4, rms_norm_eps=1e-6,
+                   tie_word_embeddings=False, max_position_embeddings=16)  # some tensors have fewer rows than ranks
+SHARDS = [f"shard-0000{rank}-model-0000{part}-of-00002.safetensors" for rank in (1, 2) for part in (1, 2)]
+ARRAYS = {"bins/counts": np.arange(5), "prompt/scores": np.array([[0.1, np.nan, -np.inf]]), "flat": np.float64(1 / 3),
+          "none": np.zeros((0, 2), bool)}
+
+
+def at(path: Path) -> RunFolder:
+    return RunFolder(Config(out_dir=str(path)))
+
+
+def live(updates: int) -> dict[str, torch.Tensor]:
+    """Weights and moments of a tiny model after some updates, sharded where there are several ranks."""
+    torch.manual_seed(0)
+    model = Transformer(TINY)
+    if dist.is_initialized():
+        for block in model.model.layers:
+            fully_shard(block)
+        fully_shard(model)
+    adam = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for i in range(updates):
+        for p in model.parameters():
+            p.grad = torch.sin(p.detach() + i)
+        adam.step()
+    named = dict(model.named_parameters())
+    moments = {f"{k}.{name}": adam.state[p][k] for name, p in named.items() for k in ("exp_avg", "exp_avg_sq")}
+    return {**{f"weight.{name}": p for name, p in named.items()}, **moments, "plain": torch.arange(3.0) + updates}
+
+
+def content(tensors: dict) -> dict[str, bytes]:
+    """Every bit of them, whoever holds which."""
+    whole = {k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in tensors.items()}
+    return {k: t.detach().numpy().tobytes() for k, t in whole.items()}
+
+
+def save(path: Path, steps: list[int], keep: int = 0) -> None:
+    runfolder.PART = 4000 // Ranks().world  # so that a rank writes two files
+    for step in steps:
+        at(path).save(live(step), ARRAYS, {"next_step": step, "evaluations": [{"é": 0.1}]}, keep, Ranks())
+
+
+def load(path: Path) -> tuple[dict[str, bytes], dict, dict]:
+    tensors = live(1)
+    arrays, state = at(path).load(tensors, Ranks())
+    return content(tensors), arrays, state
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory) -> Path:
+    """A run folder that two ranks left, with checkpoints of steps 4 and 5; not to be changed."""
+    path = tmp_path_factory.mktemp("run")
+    gloo(2, save, path, [4, 5])
+    return path
+
+
+@pytest.fixture
+def run(two_steps, tmp_path) -> Path:
+    return shutil.copytree(two_steps, tmp_path / "run")
+
+
+# ---- no bit is lost
+
+@pytest.mark.parametrize("writers, readers", [(2, 3), (2, 1), (1, 2), (3, 2), (2, 2), (1, 1)])
+def test_as_many_ranks_as_there_are_read_bit_for_bit_what_others_wrote(writers, readers, tmp_path):
+    gloo(writers, save, tmp_path, [5])
+    wanted = content(live(5))
+    assert len(set(wanted.values())) > 3 * len(TINY.__dict__) and wanted != content(live(1))
+    for tensors, arrays, state in gloo(readers, load, tmp_path):
+        assert tensors == wanted
+        assert arrays.keys() == ARRAYS.keys() and state == {"next_step": 5, "evaluations": [{"é": 0.1}]}
+        for k, array in ARRAYS.items():
+            np.testing.assert_array_equal(arrays[k], array, strict=True)
+
+
+def test_a_checkpoint_is_in_files_that_are_no_pickles(two_steps):
+    for step in ("step_4", "step_5"):
+        files = sorted((two_steps / "checkpoint" / step).iterdir())
+        assert [p.name for p in files] == sorted([*SHARDS, "adversaries.npz", "state.json"])
+    json.loads((two_steps / "checkpoint" / "step_5" / "state.json").read_text())
+
+
+def read_files(path: Path) -> list[str]:
+    """What this rank reads of a checkpoint's files to check them."""
+    names, fingerprint = [], runfolder.fingerprint
+    runfolder.fingerprint = lambda file: (names.append(file.name), fingerprint(file))[1]
+    load(path)
+    return names
+
+
+def test_every_file_is_checked_by_one_rank(two_steps):
+    parts = gloo(3, read_files, two_steps)
+    assert sorted(sum(parts, [])) == sorted([*SHARDS, "adversaries.npz"]) and all(parts)
+
+
+def named(path: Path, change) -> list[str]:
+    """What the ranks say of a checkpoint that is not theirs."""
+    tensors = live(1)
+    change(tensors)
+    with pytest.raises(ValueError) as error:
+        at(path).load(tensors, Ranks())
+    return str(error.value)
+
+
+def without_norm(tensors):
+    del tensors["weight.model.norm.weight"]
+
+
+def with_another(tensors):
+    tensors["weight.another"] = torch.zeros(1)
+
+
+def of_another_shape(tensors):
+    tensors["plain"] = torch.zeros(4)
+
+
+def of_another_dtype(tensors):
+    tensors["plain"] = torch.zeros(3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("change, message", [
+    (without_norm, "it has a weight.model.norm.weight"), (with_another, "it has no weight.another"),
+    (of_another_shape, "plain is (3,) of float32, not (4,) of float32"),
+    (of_another_dtype, "plain is (3,) of float32, not (3,) of float64")])
+def test_other_tensors_are_named_by_all_ranks(two_steps, change, message):
+    assert gloo(2, named, two_steps, change) == [f"the checkpoint step_5 is not of this model: {message}"] * 2
+
+
+# ---- what is damaged
+
+DAMAGE = {"is missing": None, "truncated": lambda whole: whole[:-1],
+          "other content": lambda whole: whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:],
+          "too long": lambda whole: whole + b"\0"}
+
+
+@pytest.mark.parametrize("name", [*SHARDS, "adversaries.npz", "state.json"])
+@pytest.mark.parametrize("what, damage", DAMAGE.items(), ids=DAMAGE)
+def test_what_is_damaged_is_named_and_the_older_checkpoint_taken(run, name, what, damage, capsys):
+    path = run / "checkpoint" / "step_5" / name
+    whole = path.read_bytes()
+    path.unlink()
+    if damage:
+        path.write_bytes(damage(whole))
+    tensors, _, state = load(run)
+    warning, resuming = capsys.readouterr().out.splitlines()
+    if name == "state.json" and damage:
+        what = "has other content"
+    assert warning.startswith(f"WARNING: the checkpoint step_5 is damaged ({name} ") and what in warning
+    assert resuming == "resuming from step_4" and state["next_step"] == 4 and tensors == content(live(4))
+
+
+@pytest.mark.parametrize("name", ["notes", ".more.safetensors"])
+def test_a_file_that_does_not_belong_is_named_but_for_a_hidden_one_that_nothing_reads(run, name, capsys):
+    shutil.copy(run / "checkpoint" / "step_4" / SHARDS[0], run / "checkpoint" / "step_5" / name)
+    (run / "checkpoint" / "step_4" / ".nfs01").touch()
+    assert load(run)[2]["next_step"] == 4
+    assert f"step_5 is damaged ({name} does not belong to it)" in capsys.readouterr().out
+
+
+def test_all_ranks_take_the_same_older_checkpoint(run):
+    (run / "checkpoint" / "step_5" / SHARDS[3]).unlink()
+    assert [state["next_step"] for _, _, state in gloo(2, load, run)] == [4, 4]
+
+
+def test_without_a_whole_checkpoint_it_is_said_what_to_do_and_without_any_nothing(run, capsys):
+    for step in (4, 5):
+        (run / "checkpoint" / f"step_{step}" / SHARDS[1]).unlink()
+    with pytest.raises(ValueError, match="checkpoint holds no checkpoint that is whole; delete it to begin anew"):
+        load(run)
+    shutil.rmtree(run / "checkpoint")
+    assert at(run).load(live(1), Ranks()) is None
+
+
+def test_a_checkpoint_of_the_older_layout_is_named_as_such(tmp_path):
+    (tmp_path / "checkpoint" / "step_3").mkdir(parents=True)
+    for name in ("optimizer.safetensors", "adversaries.npz", "state.json"):
+        (tmp_path / "checkpoint" / "step_3" / name).touch()
+    with pytest.raises(ValueError, match=r"step_3 is of an older layout \(optimizer.safetensors\): go on with the com"):
+        load(tmp_path)
+
+
+# ---- kills, disks and folders
+
+def killed(path: Path, where: str, rank: int) -> None:
+    """Saves step 5 and then 6, and dies as soon as `rank` comes to the place of step 6."""
+    save(path, [5], keep=1)
+    if Ranks().rank == rank:
+        owner, name = {"synced": (os, "fsync"), "recorded": (Path, "rename"), "renamed": (shutil, "rmtree")}[where]
+        setattr(owner, name, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+    save(path, [6], keep=1)
+
+
+@pytest.mark.parametrize("where, rank, left", [
+    ("synced", 1, 5), ("synced", 0, 5), ("recorded", 0, 5), ("renamed", 0, 6)])
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_older_until_the_newer_is_whole(where, rank, left, tmp_path):
+    with pytest.raises((ProcessExitedException, ProcessRaisedException), match="SIGKILL|onnection"):  # of the one left
+        gloo(2, killed, tmp_path, where, rank)
+    tensors, _, state = load(tmp_path)
+    assert state["next_step"] == left and tensors == content(live(left))
+    gloo(2, save, tmp_path, [7], 1)
+    assert [p.name for p in (tmp_path / "checkpoint").iterdir()] == ["step_7"]
+
+
+def full(path: Path, rank: int) -> str:
+    """Saves where the file of `rank` is on a full disk: /dev/full refuses every byte."""
+    write = runfolder.dcp.save
+
+    def refused(tensors, storage_writer):
+        (path / "checkpoint" / "step_6.partial" / SHARDS[2 * rank]).symlink_to("/dev/full")
+        write(tensors, storage_writer=storage_writer)
+
+    if Ranks().rank == rank:
+        runfolder.dcp.save = refused
+    with pytest.raises(RunError) as error, at(path).full_disk_explained(3 * 2**20):
+        save(path, [6])
+    assert not list((path / "checkpoint").glob("*.partial"))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("world, rank", [(1, 0), (2, 1)])
+def test_a_full_disk_of_any_rank_is_explained_by_all(run, world, rank):
+    assert gloo(world, full, run, rank) == [
+        f"no space left in {run}; step_5 is kept. Free 3 MiB, then go on with --resume"] * world
+
+
+def test_what_else_goes_wrong_with_the_disk_is_not_called_full(run):
+    with pytest.raises(OSError, match="not empty"):
+        with at(run).full_disk_explained(1):
+            save(run, [5])
+    with pytest.raises(OSError) as error, at(run).full_disk_explained(1):
+        raise OSError(errno.EIO, "input/output error")
+    assert error.value.errno == errno.EIO
+
+
+def shared(path: Path, own: bool) -> None:
+    at(path / str(Ranks().rank) if own else path).assert_shared(Ranks(), patience=0.3)
+
+
+def test_a_folder_that_not_all_ranks_share_is_found_out(tmp_path):
+    gloo(3, shared, tmp_path / "run", False)
+    assert not list((tmp_path / "run").iterdir())
+    with pytest.raises(ProcessRaisedException, match="is not one folder for all: 2 of 3 ranks, the first is 1"):
+        gloo(3, shared, tmp_path, True)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
