@@ -35,6 +35,7 @@ class Config:
                            "out/PRESET-MODE-SEED, or out/MODEL-DATA-MODE-SEED for own ones")
     save_every: int = arg(50, "steps between checkpoints; 0 = only at the end", low=0)
     keep: int = arg(2, "checkpoints kept, the newest ones; 0 = all", low=0)
+    stall_seconds: float = arg(1800.0, "end a run in which no rank moves for so long (docs/log.md); 0 = never", low=0)
     tracker: str = arg("none", "also send each line of metrics.jsonl to this (pip install it)",
                        ("none", "tensorboard", "wandb"))
 
@@ -178,7 +179,8 @@ PRESETS = {
 # What a resumed run may change; config.json records when it did. The rest makes it another experiment, so does the
 # learning rate, which a run that diverged must yet be able to lower.
 MAY_CHANGE = ("steps", "out_dir", "save_every", "keep", "eval_every", "grader_workers", "grader_timeout", "threads",
-              "microbatch_tokens", "max_rollouts", "gpu_memory_utilization", "gradient_checkpointing", "learning_rate")
+              "microbatch_tokens", "max_rollouts", "gpu_memory_utilization", "gradient_checkpointing", "learning_rate",
+              "stall_seconds")
 
 
 class Parser(argparse.ArgumentParser):

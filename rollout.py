@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from model import KVCache, PackedAttention, Transformer
 from ranks import Ranks, deal
+from watchdog import progress
 
 # vLLM warns here of what is meant: no tokenizer, eager and without Triton on CPU, reseeding (undone below), layers
 # without own weights.
@@ -248,7 +249,7 @@ class VLLMEngine:
             raise RuntimeError("the engine has no weights: call load_weights() after sleep() and before generate()")
         if sampling.max_tokens > self.max_response_tokens:
             raise ValueError(f"max_tokens {sampling.max_tokens} > max_response_tokens {self.max_response_tokens}")
-        requests, params = [], []
+        asked_of, requests, params = np.flatnonzero(n_P), [], []
         for prompt, n, seed in zip(prompts, n_P, seed_P, strict=True):
             if not 0 < len(prompt) <= self.max_prompt_tokens:
                 raise ValueError(f"a prompt has {len(prompt)} tokens; from 1 to {self.max_prompt_tokens} are allowed")
@@ -259,9 +260,16 @@ class VLLMEngine:
                 n=int(n), seed=int(seed), max_tokens=sampling.max_tokens, temperature=sampling.temperature,
                 top_p=sampling.top_p, top_k=sampling.top_k, stop_token_ids=list(sampling.stop_ids), ignore_eos=True,
                 logprobs=0, flat_logprobs=True, detokenize=False))  # logprobs=0: of the drawn token alone
-        with _process_state_kept():
-            outputs = self.llm.generate(requests, params, use_tqdm=_bar if bar else False) if requests else []
-        return [_to_rollout(response) for output in outputs for response in output.outputs]
+        done, first = {}, self.llm.request_counter.counter  # vLLM numbers its requests
+        with _process_state_kept(), _bar(total=len(requests), unit="prompt", disable=not bar) as shown:
+            if requests:
+                self.llm.enqueue(requests, params, use_tqdm=False)
+            while self.llm.llm_engine.has_unfinished_requests():
+                finished = {int(o.request_id) - first: o for o in self.llm.llm_engine.step() if o.finished}
+                done |= finished
+                shown.update(len(finished))
+                progress(oldest=asked_of[next((i for i in range(len(requests)) if i not in done), -1)])
+        return [_to_rollout(response) for i in range(len(requests)) for response in done[i].outputs]
 
     @torch.no_grad()
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -350,10 +358,11 @@ class TorchEngine:
         """n_P[i] rollouts of prompt i, R = sum(n_P) in all, prompt by prompt, with a progress bar if asked."""
         batch = _Decoding(self, prompts, n_P, seed_P, sampling)
         # In tokens, as if all ran to the limit: it moves from the first on, and a rollout that ends jumps ahead.
-        with _bar(total=batch.unfinished * sampling.max_tokens, unit="token", disable=not bar) as progress:
+        with _bar(total=batch.unfinished * sampling.max_tokens, unit="token", disable=not bar) as shown:
             while batch.unfinished:
                 batch.refill()
-                progress.update(batch.step())
+                shown.update(batch.step())
+                progress(oldest=batch.oldest)
         return batch.rollouts()
 
 
@@ -391,6 +400,11 @@ class _Decoding:
     @property
     def unfinished(self) -> int:
         return len(self.owner_R) - self.begun + len(self.busy)
+
+    @property
+    def oldest(self) -> int:
+        """The first prompt that a slot decodes for, the last one where none does."""
+        return int(self.owner_R[min(int(self.rollout_S.min()), len(self.owner_R) - 1)])
 
     def refill(self) -> None:
         """Starts queued rollouts once an eighth of the slots is free; with none queued, drops slots that are free."""
@@ -476,19 +490,21 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tup
 
 
 def draw_together(engine, ranks: Ranks, prompts: list[list[int]], n_P, seed_P: list[int], sampling: Sampling,
-                  expected_P: np.ndarray | None = None, *, bar: bool = False) -> Batch:
+                  expected_P: np.ndarray | None = None, ids: Sequence[str] = (), *, bar: bool = False) -> Batch:
     """Rollouts of all prompts, each rank drawing its part with its own engine, then known to all.
 
     n_P (P,) rollouts of each prompt; expected_P (P,) response tokens expected of one, to deal out the work evenly;
-    bar: the first rank shows how far it is, for a caller that has no progress bar of its own.
+    ids (P,): the prompts' names, for the watchdog; bar: the first rank shows how far it is, for a caller that has no
+    progress bar of its own.
     """
     expected_P = np.array([len(p) for p in prompts]) + (1 if expected_P is None else expected_P)
     rank_P = deal(np.asarray(n_P) * expected_P, ranks.world)
     owner_R = np.repeat(np.arange(len(prompts)), n_P)
     mine_P, mine_R = np.flatnonzero(rank_P == ranks.rank), np.flatnonzero(rank_P[owner_R] == ranks.rank)
+    progress(prompts=[ids[p] for p in mine_P if ids])
     drawn = engine.generate([prompts[p] for p in mine_P], [int(n_P[p]) for p in mine_P], [seed_P[p] for p in mine_P],
                             sampling, bar and ranks.rank == 0)
-
+    progress(prompts=())
     length_R, truncated_R = np.zeros(len(owner_R), np.int64), np.zeros(len(owner_R), np.int64)
     for r, rollout in zip(mine_R, drawn, strict=True):
         length_R[r], truncated_R[r] = len(rollout.tokens), rollout.truncated

@@ -16,6 +16,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from reward import Grader, check_golds, extract
 from rollout import Batch, Sampling, choose_engine, draw_together, make_engine, rollout_seed
 from rules import RULES
 from runfolder import Checkpoint, RunFolder, Tracker, jsonable, portable, write_json
+from watchdog import progress, watching
 
 MEASURE_EVERY = 2  # entropy and mismatch are measured on the first rollout of every second prompt of a batch
 
@@ -165,6 +167,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, phase: str):
+        progress(phase)
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":
@@ -250,6 +253,7 @@ class Trainer:
         self._load_data()
         say(self.summary())
         cfg = self.cfg  # with the limits that depend on the model
+        progress("engine")  # from here on, with all downloads done, the watchdog watches
         self.optimizer = MasterAdamW(self.model, cfg)
         self.engine = make_engine(
             self.record["engine"], self.policy.folder, dtype=self.policy.dtype, device=self.device,
@@ -327,6 +331,7 @@ class Trainer:
     def step(self, step: int) -> tuple[dict, list[dict]]:
         """One batch: (a line for metrics.jsonl, lines for samples.jsonl). `step` counts from 0."""
         cfg, clock = self.cfg, Clock(self.device)
+        progress(step=step)
         index_P = batch_order(len(self.problems), cfg.prompts_per_step, cfg.seed, step)
         problems, prompts = [self.problems[i] for i in index_P], [self.prompts[i] for i in index_P]
         ids_P = [p.id for p in problems]
@@ -337,7 +342,7 @@ class Trainer:
             sampling = Sampling(cfg.max_response_tokens, cfg.temperature, stop_ids=self.policy.stop_ids)
             seed_P = [rollout_seed(cfg.seed, step, i) for i in ids_P]
             batch = draw_together(self.engine, self.ranks, prompts, decided.n_P, seed_P, sampling,
-                                  self.expected_tokens_B[decided.bin_P])
+                                  self.expected_tokens_B[decided.bin_P], ids_P)
             self.engine.sleep()
         with clock("reward"):
             reward_R, unclear, texts = self.grade(batch, problems)
@@ -527,6 +532,7 @@ class Trainer:
         return mismatch_N
 
     def logprobs(self, model: Transformer, micro: Micro, *, entropy: bool = False):
+        progress()
         return model.logprobs(micro.tokens, micro.cu_seqlens, micro.max_seqlen, micro.targets,
                               temperature=self.cfg.temperature, entropy=entropy)
 
@@ -559,11 +565,12 @@ class Trainer:
     def evaluate(self, step: int) -> Evaluation:
         """mean@k and pass@k on the held-out problems with the current weights; seeds do not depend on the step."""
         cfg, (problems, prompts) = self.cfg, self.eval_set
+        progress("evaluate", step=step)
         sampling = Sampling(cfg.max_response_tokens, cfg.eval_temperature, cfg.eval_top_p, cfg.eval_top_k,
                             self.policy.stop_ids)
         seed_P = [rollout_seed(cfg.seed, -1, p.id) for p in problems]
         batch = draw_together(self.engine, self.ranks, prompts, [cfg.eval_rollouts] * len(problems), seed_P, sampling,
-                              bar=True)
+                              ids=[p.id for p in problems], bar=True)
         reward_R, _, _ = self.grade(batch, problems)
         return Evaluation.of(step, [p.kind for p in problems], reward_R.reshape(len(problems), -1) > 0,
                              float(batch.lengths.mean()), float(batch.truncated.mean()))
@@ -609,7 +616,8 @@ def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, 
     adversaries(cfg)  # raises what is wrong with a value before a folder is looked at
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    ranks, folder = Ranks(), RunFolder(cfg)
+    # Collectives outlast the watchdog, which says more than they do when a rank is missing.
+    ranks, folder = Ranks(max(900, 2 * cfg.stall_seconds)), RunFolder(cfg)
     ranks.check_work(cfg.prompts_per_step, cfg.minibatch_prompts * cfg.rollouts_per_prompt)
     trainer = Trainer(cfg, ranks, folder.open(resume))
     resumed, evaluations = bool(folder.checkpoints()), []
@@ -678,6 +686,7 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
         bar.set_postfix(reward=f"{line['reward_mean']:+.3f}", solved=f"{line['solved_frac']:.2f}",
                         cut=f"{line['truncated_frac']:.0%}", tokens=f"{line['response_tokens_mean']:.0f}",
                         mismatch=f"{line['mismatch']['mean']:.0e}")
+        progress("save")
         if first and (stopping or last or (cfg.save_every and done % cfg.save_every == 0)):
             folder.save(trainer.checkpoint(evaluations), cfg.keep)
     bar.close()
@@ -703,6 +712,15 @@ def nothing_to_learn(lines: list[dict], cfg: Config) -> str | None:
 def main() -> None:
     try:
         cfg, preset, resume = parse_args()
+    except (ValueError, OSError, RunError) as error:
+        sys.exit(f"train.py: {error}")
+    with watching(Path(cfg.out_dir), cfg.stall_seconds):
+        run(cfg, preset, resume)
+
+
+def run(cfg: Config, preset: str, resume: bool) -> None:
+    """The command: sets up, trains, saves the policy, says how it ended, and exits."""
+    try:
         trainer, folder, evaluations = set_up(cfg, preset, resume)
     except KeyboardInterrupt:
         sys.exit(130)  # while it loads: nothing is lost

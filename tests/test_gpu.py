@@ -104,7 +104,7 @@ def test_two_gpus_hold_the_same_state(base, tmp_path, engine):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
                "--preset", "arithmetic", "--model", str(base), "--engine", engine, "--mode", "both", "--steps", "3",
                "--prompts_per_step", "24", "--minibatch_prompts", "12", "--eval_problems", "12", "--eval_rollouts", "2",
-               "--gpu_memory_utilization", "0.2", "--out_dir", str(out)]
+               "--gpu_memory_utilization", "0.2", "--stall_seconds", "300", "--out_dir", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=os.environ)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
