@@ -85,7 +85,7 @@ class Ranks:
         if gpus:
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
-            # No device_id: with one, `new_group` splits NCCL's communicator, a collective that ranks outside a new group
+            # No device_id: with one, `new_group` splits NCCL's communicator, a collective that ranks outside the group
             # enter even where it is gloo's, and those inside don't (torch 2.13). vLLM opens such groups, one a rank.
             dist.init_process_group(self.backend, timeout=timedelta(seconds=patience))
             self.sum_(torch.zeros(1, device=self.device))  # what is wrong between the GPUs shows now
