@@ -9,12 +9,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 import tasks
 from data import SUFFIXES
 from gdro import BUDGETS, SIGNALS, UTILITIES
-from ranks import say
+from ranks import cuda_usable, say
 from reward import STYLES
 from rules import RULES
 
@@ -38,6 +36,7 @@ class Config:
                            "out/PRESET-MODE-SEED, or out/MODEL-DATA-MODE-SEED for own ones")
     save_every: int = arg(50, "steps between checkpoints; 0 = only at the end", low=0)
     keep: int = arg(2, "checkpoints kept, the newest ones; 0 = all", low=0)
+    stall_seconds: float = arg(1800.0, "end a run in which no rank moves for so long (docs/log.md); 0 = never", low=0)
     tracker: str = arg("none", "also send each line of metrics.jsonl to this (pip install it)",
                        ("none", "tensorboard", "wandb"))
 
@@ -68,7 +67,7 @@ class Config:
     max_response_tokens: int = arg(4096, "a response cut here counts as wrong; 0 = what prompts leave of the context, "
                                          "at most 1024", low=0)
 
-    engine: str = arg("auto", "auto = vLLM if it imports and finds its device, else torch", ("auto", "vllm", "torch"),
+    engine: str = arg("auto", "auto = vLLM; torch on a CPU where vLLM does not run", ("auto", "vllm", "torch"),
                       heading="sampling")
     prompts_per_step: int = arg(256, "P, prompts of a batch", low=1)
     rollouts_per_prompt: int = arg(4, "n_bar, the mean number of rollouts of a prompt", low=1)
@@ -188,7 +187,8 @@ PRESETS = {
 # What a resumed run may change; config.json records when it did. The rest makes it another experiment, so does the
 # learning rate, which a run that diverged must yet be able to lower.
 MAY_CHANGE = ("steps", "out_dir", "save_every", "keep", "eval_every", "grader_workers", "grader_timeout", "threads",
-              "microbatch_tokens", "max_rollouts", "gpu_memory_utilization", "gradient_checkpointing", "learning_rate")
+              "microbatch_tokens", "max_rollouts", "gpu_memory_utilization", "gradient_checkpointing", "learning_rate",
+              "stall_seconds")
 
 
 class Parser(argparse.ArgumentParser):
@@ -269,14 +269,14 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, str, bool]:
 
 
 def choose_preset(given: dict) -> str:
-    """The preset of a command that names none."""
+    """The preset of a command that names none. Raises RunError for a GPU that torch cannot use."""
     named = [given[k] for k in ("train_data", "model") if k in given]
     task = next((name.partition(":")[0] for name in named if tasks.is_base(name)), None)
     if task or named:
         preset, why = task or "own", "for what --model and --train_data name"
     else:
-        preset = "qwen3-1.7b" if torch.cuda.is_available() else "arithmetic"
-        why = f"CUDA is {'present' if torch.cuda.is_available() else 'not present'}"
+        cuda = cuda_usable()
+        preset, why = "qwen3-1.7b" if cuda else "arithmetic", f"CUDA is {'' if cuda else 'not '}present"
     say(f"preset {preset} (auto: {why})")
     return preset
 

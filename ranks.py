@@ -5,13 +5,19 @@ sum of arrays in which each rank filled its own places and left zeros elsewhere,
 """
 
 import os
+import re
+import shutil
+import subprocess
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tqdm import tqdm
+
+DRIVER = Path("/proc/driver/nvidia/version")  # there while the kernel has NVIDIA's driver
 
 
 class RunError(RuntimeError):
@@ -24,24 +30,82 @@ def say(*words: object) -> None:
         tqdm.write(" ".join(map(str, words)))
 
 
+def cuda_usable(driver: Path = DRIVER) -> bool:
+    """Whether torch has a GPU to work on; an empty CUDA_VISIBLE_DEVICES asks for the CPU.
+
+    Raises RunError where there is NVIDIA's driver and torch can't use it: a run would go to the CPU in silence.
+    """
+    if torch.cuda.is_available():
+        return True
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1") or not (version := driver_version(driver)):
+        return False
+    try:
+        torch.cuda.init()
+        reason = "no reason given"
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without CUDA
+        reason = str(error).splitlines()[0]
+    raise RunError(
+        f"there is an NVIDIA driver, {version}, but torch {torch.__version__} (built for CUDA {torch.version.cuda}) "
+        f"can't use a GPU: {reason}. Update the driver (CUDA 13 needs 580 or newer, CUDA 12 needs 525), install a "
+        "torch that was built for it, or give the container its GPUs. To use the CPU on purpose, set "
+        "CUDA_VISIBLE_DEVICES= (empty)")
+
+
+def driver_version(driver: Path = DRIVER) -> str | None:
+    """Of NVIDIA's driver, as its file or nvidia-smi has it; None where there is none, or it has no GPU."""
+    if driver.exists():
+        text = driver.read_text()
+    elif smi := shutil.which("nvidia-smi"):  # WSL has no such file
+        text = subprocess.run([smi, "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True,
+                              text=True).stdout
+    else:
+        return None
+    found = re.search(r"\d+(\.\d+)+", text)
+    return found and found[0]
+
+
+def choose_device(local: int, gpus: int) -> torch.device:
+    """What process `local` of a node with so many usable GPUs works on. Raises RunError where none is left for it."""
+    if not gpus:
+        return torch.device("cpu")
+    if local >= gpus:
+        raise RunError(f"process {local} (LOCAL_RANK) has no GPU: torch can use {gpus} on this node, one process each, "
+                       f"numbered from 0. torchrun --nproc_per_node={gpus} or fewer")
+    return torch.device("cuda", local)
+
+
 class Ranks:
     """The processes of a run, and the one collective they need."""
 
-    def __init__(self):
+    def __init__(self, patience: float = 900):
+        """`patience`: seconds that a collective waits for the other ranks before it gives up."""
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.in_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-        if self.device.type == "cuda":
+        gpus = torch.cuda.device_count() if cuda_usable() else 0
+        self.device = choose_device(int(os.environ.get("LOCAL_RANK", "0")), gpus)
+        self.backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"  # host arrays never travel through the GPU
+        if gpus:
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
-            # A rank that dies should fail the others within minutes, not after the default half hour of silence.
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=15))
+            # No device_id: with one, `new_group` splits NCCL's communicator, a collective that ranks outside the group
+            # enter even where it is gloo's, and those inside don't (torch 2.13). vLLM opens such groups, one a rank.
+            dist.init_process_group(self.backend, timeout=timedelta(seconds=patience))
+            dist.all_reduce(torch.zeros(1, device=self.device))  # what is wrong between the GPUs shows now
+
+    def check_work(self, prompts: int, minibatch_rollouts: int) -> None:
+        """Raises RunError for more ranks than prompts of a step, which deal out sampling; warns of more than rollouts
+        of a mini-batch, which deal out training."""
+        if self.world > prompts:
+            raise RunError(f"{self.world} ranks and --prompts_per_step {prompts}: some would never sample. Take more "
+                           "prompts or fewer ranks")
+        if self.world > minibatch_rollouts:
+            say(f"WARNING: {self.world} ranks share the {minibatch_rollouts} rollouts of a mini-batch: some have "
+                "nothing to train on. Take a larger --minibatch_prompts, or fewer ranks")
 
     def mesh(self) -> DeviceMesh:
         """Over all ranks, by node where there are several: shard inside a node, replicate between nodes."""
-        if not dist.is_initialized():  # one process
-            dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+        if not dist.is_initialized():  # one process, without torchrun
+            dist.init_process_group(self.backend, store=dist.HashStore(), rank=0, world_size=1)
         if self.in_node < self.world:
             return init_device_mesh(self.device.type, (self.world // self.in_node, self.in_node),
                                     mesh_dim_names=("replicate", "shard"))
@@ -51,9 +115,9 @@ class Ranks:
         """Sum over ranks of arrays in which each rank filled its own places and left zeros elsewhere. Exact."""
         if self.world == 1:
             return array
-        tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
-        dist.all_reduce(tensor)
-        return tensor.cpu().numpy()
+        total = torch.from_numpy(np.array(array, order="C"))  # a copy, on the host
+        dist.all_reduce(total)
+        return total.numpy()
 
     def gather(self, value: float) -> np.ndarray:
         """A number of each rank, (world,)."""

