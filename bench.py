@@ -12,9 +12,11 @@ kernels    CUDA, under 8 minutes: every kernel against plain torch, torch.compil
            projects. CPU, under 3 minutes: the torch references against whole logits, seconds and memory
 memory     Linux, CPU: peak memory of a training step with 151,936 words, with and without whole logits; needs 16 GB
 sm90       needs Triton but no GPU: what the compiler makes of every kernel for sm_90 (H100, H200)
+trl        CPU, --trl PYTHON, about three minutes: a step of the arithmetic preset beside TRL's GRPOTrainer
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -23,7 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -34,6 +37,7 @@ import model
 import tasks
 import train
 from config import parse_args
+from data import batch_order
 from gdro import BUDGETS, UTILITIES, DifficultyBins, PromptGDRO, RolloutGDRO
 from kernels.bench import VOCABULARY, bench_kernels, bench_sm90, forget_peak, in_fresh_process, resident_mib
 from ranks import Ranks
@@ -308,6 +312,83 @@ def longest_delay(count: int = 2000, timeout: float = 1.0) -> dict:
             "with a worker's start s": max(d for d, _ in delays), "timed out": gave_up}
 
 
+TRL_NEEDED = ("trl needs --trl PYTHON, the interpreter of another environment that has TRL (and, as one of the rows is "
+              "compiled, a C++ compiler): python -m venv trl && trl/bin/pip install trl==1.16.0 torch==2.13.0, "
+              "then --trl trl/bin/python")
+
+
+def our_steps(mode: str, steps: int, every: bool = False) -> Iterator[dict]:
+    """A step of the arithmetic preset for every `next`, its line with all that it took in `seconds`. `every`: trains on
+    rollouts of advantage 0 too, as others do."""
+    cfg, _, _ = parse_args(["--preset", "arithmetic", "--mode", mode, "--engine", "torch"])
+    torch.set_num_threads(cfg.threads)
+    trainer = Trainer(cfg, Ranks())
+    if every:
+        behaviour, update = trainer.behaviour, trainer.update
+        trainer.behaviour = lambda batch, acts_R, step: behaviour(batch, acts_R | True, step)
+        trainer.update = lambda batch, n_P, adv_R, acts_R, *rest: update(batch, n_P, adv_R, acts_R | True, *rest)
+    with trainer.grader:
+        for i in range(steps):
+            start, cpu = time.perf_counter(), time.process_time()
+            line, _ = trainer.step(i)
+            took = {"total": time.perf_counter() - start, "CPU": time.process_time() - cpu}
+            yield {**line, "seconds": {**line["seconds"], **took}}
+
+
+def trl_steps(python: str, steps: int, compiled: bool) -> Iterator[dict]:
+    """The same from TRL's GRPOTrainer, on the same problems in the same batches, after one dict of what is installed.
+
+    The process waits between steps, with one thread like ours. Exits with what it said when it fails.
+    """
+    cfg, _, _ = parse_args(["--preset", "arithmetic"])
+    problems = tasks.problems("arithmetic", "train", 640)
+    order = [problems[i] for s in range(steps) for i in batch_order(len(problems), cfg.prompts_per_step, cfg.seed, s)]
+    setting = {**dataclasses.asdict(cfg), "model": str(tasks.base_model("arithmetic")), "steps": steps,
+               "prompts": [p.prompt for p in order], "answers": [p.answer for p in order], "compiled": compiled}
+    pipe, script = subprocess.PIPE, Path(__file__).with_name("bench_trl.py")
+    with tempfile.TemporaryFile("w+") as said, subprocess.Popen(
+            [python, "-I", str(script)], stdin=pipe, stdout=pipe, stderr=said, text=True,  # without our `kernels`
+            env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        for go in ("", json.dumps(setting) + "\n\n", *["\n"] * (steps - 1)):
+            process.stdin.write(go)
+            process.stdin.flush()
+            if not (line := process.stdout.readline()):
+                said.seek(0)
+                sys.exit(f"bench.py trl: {python} {script.name} failed:\n{said.read()[-2000:]}")
+            yield json.loads(line)
+
+
+def bench_trl(python: str, steps: int = 10, warm: int = 10) -> list[dict]:
+    """Each side takes a step in turn, so that all see the same machine: medians over `steps` rounds after `warm`, by
+    default one pass over the problems, before which bins know nothing; and of the ratio to mode grpo within a round.
+
+    `CPU`: seconds of the process alone, which say more than `total` where others want the cores too. `other`: bins and
+    adversaries, prompts, rewards, advantages, weights to the engine. TRL's `compiled` is its torch_compile, which acts
+    in `update` alone.
+    """
+    total = steps + warm
+    theirs = {"TRL": trl_steps(python, total, False), "TRL, compiled": trl_steps(python, total, True)}
+    found, _ = map(next, theirs.values())
+    sides = {"ours, grpo": our_steps("grpo", total), "ours, both": our_steps("both", total),
+             "ours, grpo, every rollout": our_steps("grpo", total, every=True), **theirs}
+    load = f"{os.getloadavg()[0]:.1f}"
+    rounds = list(zip(*sides.values(), strict=True))[warm:]  # zip takes the turns
+    phases, rows = ("generate", "logprob", "update"), []
+    for i, name in enumerate(sides):
+        lines = [line[i] for line in rounds]
+        for seconds in (line["seconds"] for line in lines):
+            seconds["other"] = seconds["total"] - sum(seconds[phase] for phase in phases)
+        ratio = {what: statistics.median(line[i]["seconds"][what] / line[0]["seconds"][what] for line in rounds)
+                 for what in ("total", "CPU")}
+        rows.append({"what": name, **{f"{phase} s": statistics.median(line["seconds"][phase] for line in lines)
+                                      for phase in (*phases, "other", "total", "CPU")},
+                     **{f"ratio, {what}": x for what, x in ratio.items()},
+                     "tokens": statistics.mean(line["tokens_generated"] for line in lines),
+                     "mean reward": statistics.mean(line["reward_mean"] for line in lines)})
+    return [*rows, {"TRL's environment": ", ".join(f"{name} {number}" for name, number in found.items()),
+                    "cores": os.cpu_count(), "load before": load, "after": f"{os.getloadavg()[0]:.1f}"}]
+
+
 def versions(*names: str) -> dict[str, str]:
     """Of the packages that are installed."""
     found = {}
@@ -320,7 +401,8 @@ def versions(*names: str) -> dict[str, str]:
 
 
 BENCHES = {"adversary": bench_adversary, "engine": bench_engine, "step": bench_step, "threads": bench_threads,
-           "grader": bench_grader, "kernels": bench_kernels, "memory": bench_memory, "sm90": bench_sm90}
+           "grader": bench_grader, "kernels": bench_kernels, "memory": bench_memory, "sm90": bench_sm90,
+           "trl": bench_trl}
 WITHOUT_NAMES = ("adversary", "engine", "step")
 
 
@@ -329,10 +411,14 @@ def main() -> None:
                                      allow_abbrev=False)
     parser.add_argument("names", nargs="*", choices=[*BENCHES, []], metavar="NAME", help="which to run; see above")
     parser.add_argument("--out", type=Path, help="write the figures, with versions and hardware, to this .json file")
+    parser.add_argument("--trl", metavar="PYTHON", help="interpreter of an environment that has TRL, for `trl`")
     args = parser.parse_args()
+    if "trl" in args.names and not args.trl:
+        parser.error(TRL_NEEDED)
     if args.out and args.out.suffix != ".json":
         parser.error(f"--out must end in .json, got {args.out}")
-    results = {name: BENCHES[name]() for name in args.names or WITHOUT_NAMES}
+    benches = {**BENCHES, "trl": partial(bench_trl, args.trl)}
+    results = {name: benches[name]() for name in args.names or WITHOUT_NAMES}
     print("".join(markdown(name, rows) for name, rows in results.items()))
     if args.out:
         peers = versions("triton", "liger-kernel", "cut-cross-entropy")

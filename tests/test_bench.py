@@ -37,6 +37,23 @@ def test_linear_logprob_in_bf16_uses_wgmma_and_tma_and_spills_nothing_on_sm_90()
         assert row["shared KiB"] < 227, row  # what a block may have
 
 
+def test_a_rollout_of_advantage_0_that_is_trained_on_changes_nothing_but_the_work():
+    (usual, every), left_out = (list(bench.our_steps("grpo", 2, every=e)) for e in (False, True)), []
+    for a, b in zip(usual, every, strict=True):
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4) and a["reward_mean"] == b["reward_mean"]
+        left_out.append(1 - a["ranks"]["tokens_trained"][0] / b["ranks"]["tokens_trained"][0])
+    assert min(left_out) > 0.3, left_out  # most prompts of this base are solved by none of four
+
+
+def test_trl_without_an_environment_of_its_own_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "trl"])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert "pip install trl==" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="failed"):
+        next(bench.trl_steps("false", 1, False))
+
+
 def test_tables_split_where_columns_change():
     rows = [{"a": 1, "b": None}, {"a": 2, "b": True}, {"c": 12_345.6}]
     assert bench.markdown("x", rows) == ("\n### x\n\n| a | b |\n| --- | --- |\n| 1 |  |\n| 2 | yes |\n"
