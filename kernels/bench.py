@@ -548,7 +548,7 @@ def launches() -> Iterator[tuple[str, str, Callable[[], object]]]:
             yield "linear_logprob", what + ", entropy" * entropy, functools.partial(
                 linear._forward, *x, targets, 1.0, entropy, True)
         yield "linear_logprob", what, functools.partial(
-            linear._backward, row, *x, targets, row, None, 1.0, True, True)
+            linear._backward, row, *x, targets, row, 1.0, True, True)
     yield "group_advantage", "float64, weights, clip", functools.partial(
         advantage._group_advantage, row.double(), offsets, row[:2].double(), 1e-6, 5.0, True)
     for beta in (0.0, 0.001):
