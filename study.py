@@ -62,7 +62,7 @@ def at_best(name: str, flags: dict[str, object], against: str = "grpo", disguise
 ROLLOUT_MAXRL = {"mode": "rollout", "rule": "maxrl"}
 BOTH_MAXRL = {"mode": "both", "rule": "maxrl", "averaging": "prompt"}
 PAPER = {"adversary": "paper", "kl_beta": 0.001}
-MEMORIES = {"h1": {"bin_history": 1}, "h2": {"bin_history": 2}, "h4": {"bin_history": 4}, "decay": {"bin_decay": 0.5},
+MEMORIES = {"h1": {"bin_history": 1}, "h2": {"bin_history": 2}, "decay": {"bin_decay": 0.5},
             "fine": {"bin_edges": "0.02,0.05,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9"}}
 COMMON = {"engine": "torch", "eval_problems": 600, "eval_every": 0, "eval_first": False, "save_every": 0}
 # Parts of the study -> rows, in the order in which they run. The flags are what differs from the task's preset, whose
@@ -83,32 +83,32 @@ PARTS = {
         at_best(f"{row}-{name}", {**flags, **memory}, row)
         for row, flags in (("rollout-maxrl", ROLLOUT_MAXRL), ("both-maxrl", BOTH_MAXRL))
         for name, memory in MEMORIES.items()),
-    "The paper's settings": (
-        Row("paper-grpo", {"mode": "grpo", **PAPER}, "paper-grpo", further={}, bases=4),
-        Row("paper-prompt", {"mode": "prompt", **PAPER}, "paper-grpo", further={}, bases=4),
-        Row("paper-rollout", {"mode": "rollout", **PAPER}, "paper-grpo", further={}, bases=4),
-    ),
     "Utilities beside gain": (
         at_best("coverage-maxrl", {**ROLLOUT_MAXRL, "rollout_utility": "coverage"}, "rollout-maxrl"),
         at_best("likelihood-maxrl", {**ROLLOUT_MAXRL, "rollout_utility": "likelihood"}, "rollout-maxrl"),
         at_best("per-rollout-maxrl", {**ROLLOUT_MAXRL, "rollout_utility": "gain_per_rollout", "averaging": "prompt"},
                 "rollout-maxrl"),
     ),
-    "Rivals": (
-        at_best("pass-at-k", {"mode": "grpo", "rule": "pass_at_k"}),
-        at_best("dr-grpo", {"mode": "grpo", "rule": "dr_grpo"}),
-        *(at_best(utility + suffix, {"mode": "rollout", "rule": rule, "rollout_utility": utility}, against)
-          for rule, suffix, against in (("grpo", "", "rollout"), ("maxrl", "-maxrl", "rollout-maxrl"))
-          for utility in ("knapsack", "rank", "variance", "surrogate")),
-        at_best("rollout-maxrl-32", {**ROLLOUT_MAXRL, "n_max": 32}, "rollout-maxrl"),
+    "The paper's settings": (
+        Row("paper-grpo", {"mode": "grpo", **PAPER}, "paper-grpo", further={}, bases=4),
+        Row("paper-prompt", {"mode": "prompt", **PAPER}, "paper-grpo", further={}, bases=4),
+        Row("paper-rollout", {"mode": "rollout", **PAPER}, "paper-grpo", further={}, bases=4),
     ),
     "Longer: 300 steps": tuple(
         at_best(f"{row}-300", {**flags, "steps": 300, "eval_every": 25, "eval_first": True}, against)
         for row, flags, against in (
             ("grpo", {"mode": "grpo"}, "grpo-300"), ("maxrl", {"mode": "grpo", "rule": "maxrl"}, "grpo-300"),
             ("rollout", {"mode": "rollout"}, "grpo-300"), ("rollout-maxrl", ROLLOUT_MAXRL, "maxrl-300"))),
+    "Rivals": (
+        at_best("pass-at-k", {"mode": "grpo", "rule": "pass_at_k"}),
+        at_best("dr-grpo", {"mode": "grpo", "rule": "dr_grpo"}),
+        *(at_best(f"rollout-{utility}{suffix}", {"mode": "rollout", "rule": rule, "rollout_utility": utility}, against)
+          for rule, suffix, against in (("grpo", "", "rollout"), ("maxrl", "-maxrl", "rollout-maxrl"))
+          for utility in ("knapsack", "rank", "variance", "surrogate")),
+        at_best("rollout-maxrl-32", {**ROLLOUT_MAXRL, "n_max": 32}, "rollout-maxrl"),
+    ),
     "The dial: skills that spread between kinds": tuple(
-        at_best(f"{row}-disguised-{share}", flags, against and f"{against}-disguised-{share}", disguised=share)
+        at_best(f"{row}-disguised-{share}", flags, f"{against}-disguised-{share}", disguised=share)
         for share in ("0", "0.5")
         for row, flags, against in (
             ("grpo", {"mode": "grpo"}, "grpo"), ("maxrl", {"mode": "grpo", "rule": "maxrl"}, "grpo"),
