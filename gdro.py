@@ -254,7 +254,7 @@ def expected_gain(arms_K: np.ndarray, rate_B: np.ndarray, k: int = 8) -> np.ndar
 
 
 def coverage(arms_K: np.ndarray, rate_B: np.ndarray) -> np.ndarray:
-    """1 - (1 - p)^n, (B, K): the chance that a group holds a right rollout, which is all that `maxrl` can learn from."""
+    """1 - (1 - p)^n, (B, K): the chance that a group holds a right rollout, without which `maxrl` learns nothing."""
     return 1 - (1 - rate_B[:, None]) ** arms_K
 
 

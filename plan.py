@@ -283,8 +283,8 @@ def tables(cfg: Config) -> str:
         f"{sum(limits(model, cfg)):,}, --gpu_memory_utilization {cfg.gpu_memory_utilization}, --gradient_checkpointing "
         f"{cfg.gradient_checkpointing}. State: masters, moments, gradients and reference, sharded inside "
         "a node of 8. KV cache: tokens that vLLM holds, in brackets rollouts of full length. The phases: their peaks, "
-        f"which must fit {USABLE:.0%} of what is free. The last column: the least share of layers recomputed with which "
-        "all fits, for more speed.", "",
+        f"which must fit {USABLE:.0%} of what is free. The last column: the least share of layers recomputed with "
+        "which all fits, for more speed.", "",
         *table(["GPUs", "state", "activations", "KV cache", *phases(model, cfg, 1, 1, 0), "fits",
                 "least --gradient_checkpointing"],
                [_memory_row(model, cfg, *shown) for shown in SHOWN]), "",

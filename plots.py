@@ -373,7 +373,8 @@ def figure_9(models: Models):
 
 
 def figure_outcomes(tasks: dict[str, dict[str, list[Run]]]):
-    """The arena: paired difference in pass@8 to the row that each is held against; bases are ticks, bars 95% intervals."""
+    """The arena: paired difference in pass@8 to the row that each is held against; bases are ticks, bars are 95%
+    intervals."""
     against = {row.name: row.against for row in PARTS["The arena"] if row.name != row.against}
     names = [n for n in against if any(len(differences(rows, n, against[n])) > 1 for rows in tasks.values())]
     if not names:

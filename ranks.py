@@ -148,9 +148,9 @@ def deal(cost: np.ndarray, ranks: int) -> np.ndarray:
 
 
 def deal_rows(cost: np.ndarray, most: int, ranks: int) -> list[list[np.ndarray]]:
-    """[rank][row] -> the pieces of work in it, of (n,) with these costs: rows of at most `most`, but for a piece that is
-    larger alone. All ranks have as many rows, of about the same cost in the same place, for they meet in every one; some
-    are empty where there is too little work, and where there is none each rank has one that is."""
+    """[rank][row] -> the pieces of work in it, of (n,) with these costs: rows of at most `most`, but for a piece that
+    is larger alone. All ranks have as many rows, of about the same cost in the same place, for they meet in every one;
+    some are empty where there is too little work, and where there is none each rank has one that is."""
     rows = max(1, int(np.ceil(cost.sum() / (most * ranks))))
     while True:
         owner = deal(cost, ranks * rows)

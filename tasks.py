@@ -257,10 +257,10 @@ def is_base(name: str) -> bool:
 
 
 def base_model(name: str, settings: BaseSettings | None = None, *, cache: Path | None = None) -> Path:
-    """The Hugging Face folder of the base TASK (number 0), TASK:NUMBER or TASK:NUMBER:DISGUISED, from bases/ beside this
-    file, else trained on first use (about two minutes on one core) and kept in `cache` (default: cache/ beside this
-    file), in both under a key of the settings. Concurrent callers wait for the first one. Raises ValueError for what is
-    no number, or no share in [0, 1].
+    """The Hugging Face folder of the base TASK (number 0), TASK:NUMBER or TASK:NUMBER:DISGUISED, from bases/ beside
+    this file, else trained on first use (about two minutes on one core) and kept in `cache` (default: cache/ beside
+    this file), in both under a key of the settings. Concurrent callers wait for the first one. Raises ValueError for
+    what is no number, or none of DISGUISED.
     """
     from filelock import FileLock
 

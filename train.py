@@ -63,15 +63,16 @@ def pack(batch: Batch, rollouts: np.ndarray, device: torch.device) -> Micro:
     """These rollouts in one row, end to end. Of none: one token that nothing is asked of, for a rank that has no work
     but must be there when the others gather weights and sum gradients."""
     sequences = [np.concatenate((batch.prompts[batch.owner[r]], batch.response(r))).astype(np.int64) for r in rollouts]
-    length, total = batch.lengths[rollouts], np.array([len(s) for s in sequences] or [1])
+    length, sequences, none = batch.lengths[rollouts], sequences or [np.zeros(1, np.int64)], [np.zeros(0, np.int64)]
+    total = np.array([len(s) for s in sequences])
     end = total.cumsum()
-    targets = np.concatenate([np.zeros(0, np.int64), *(np.arange(e - n, e) for e, n in zip(end, length, strict=False))])
-    places = np.concatenate([np.zeros(0, np.int64), *(np.arange(*batch.offsets[r : r + 2]) for r in rollouts)])
+    targets = np.concatenate(none + [np.arange(e - n, e) for e, n in zip(end, length, strict=False)])
+    places = np.concatenate(none + [np.arange(*batch.offsets[r : r + 2]) for r in rollouts])
 
     def put(x: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(x).to(device, non_blocking=True)
 
-    return Micro(rollouts, places, put(np.concatenate(sequences or [np.zeros(1, np.int64)])), put(np.concatenate(([0], end))), int(total.max()),
+    return Micro(rollouts, places, put(np.concatenate(sequences)), put(np.concatenate(([0], end))), int(total.max()),
                  put(targets), put(np.concatenate(([0], length.cumsum()))))
 
 
@@ -151,7 +152,6 @@ class Update:
     """What the optimiser steps of a batch did."""
 
     tokens: np.ndarray  # (ranks,) that each rank trained on
-
     surrogate_R: np.ndarray  # J of (5), from weighted advantages
     kl_R: np.ndarray
     loss: float  # this and the norm: means over the optimiser steps

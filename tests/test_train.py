@@ -181,7 +181,8 @@ def test_a_rule_multiplies_advantages_beside_the_adversary_which_sees_the_rule_a
         assert (applied_P == factor_P).all()
         assert advantage_R == pytest.approx(plain * (factor_P * weights)[owner], rel=1e-12, abs=0)
         assert (constant_P == constant).all() and constant_P[:2].all()
-        update = Update(np.zeros(1), share_R * advantage_R, np.zeros(len(owner)), 0.0, 1.0, 0.0, 0.0)  # a surrogate that is not 0
+        # A surrogate that is not 0.
+        update = Update(np.zeros(1), share_R * advantage_R, np.zeros(len(owner)), 0.0, 1.0, 0.0, 0.0)
         loss_P = trainer.outcome(decided, batch, reward_R, constant_P, update).loss_P
         expected = [-(share_R * plain)[owner == p].mean() * factor_P[p] for p in range(P)]
         assert loss_P == pytest.approx(expected, rel=1e-9, abs=1e-12)
