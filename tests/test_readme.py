@@ -47,7 +47,11 @@ def found() -> dict[str, str]:
                 (("maxrl", "maxrl"), ("tilt", "tilt"), ("rollout", "rollout"), ("prompt", "prompt"),
                  ("both", "both-maxrl"), ("rm", "rollout-maxrl"))}
         out |= {f"{key}_mean_{x}": minus(task, row, "grpo", tabulated.mean_success) for key, row in
-                (("prompt", "prompt"), ("both", "both-maxrl"), ("maxrl", "maxrl"), ("rollout", "rollout"))}
+                (("prompt", "prompt"), ("both", "both-maxrl"), ("maxrl", "maxrl"), ("rollout", "rollout"),
+                 ("rm", "rollout-maxrl"))}
+        mean = {row: np.mean([logs.headline(r.last()) for r in runs]) for row, runs in study()[task].items()}
+        out[f"rel_{x}"] = f"{100 * (mean['rollout-maxrl'] / mean['grpo'] - 1):+.1f}%"
+        out[f"over_{x}"] = f"{100 * (mean['rollout-maxrl'] / max(mean['maxrl'], mean['tilt']) - 1):+.1f}%"
     for x, task in (("a", "arithmetic"), ("p", "permutations")):
         out[f"wse_{x}"] = cell(f"What the allocations did: {task}", "rollout", "WSE (33)")
         out[f"one_{x}"] = cell(f"Exact budgets: {task}", "rollout", "steps with one choice")
@@ -81,9 +85,11 @@ SAID = (
     "a prompt's loss is {S0}, rounding; on the second {S1}.",
     "Between bins it spreads {SNR_S} times what noise alone would",
     "minus the reward {SNR_R} times.",
-    "With {bases} of eight planned base models a task",
-    "gains {rule_pass} points of pass@8 over GRPO; Rollout-GDRO on top of it adds {beats_pass}.",
-    "after {bases} of the eight base models that were planned",
+    "Over {bases} base models a task `maxrl`",
+    "gains {rule_pass} points of pass@8 over GRPO. Rollout-GDRO with maxrl is {rel_a} and {rel_p} above GRPO",
+    "and {beats_pass} points above maxrl alone: undecided",
+    "`rollout-maxrl` is there: {rel_a} and {rel_p}, at {rm_mean_a} and {rm_mean_p} points of mean@16",
+    "Over the best fixed rule of each task it is {over_a} and {over_p}",
     "on arithmetic twice the best rate costs {cost_least} to {cost_most} points",
     "95% intervals over {bases} base models a task",
     "beat maxrl?** {beats_answer}: {beats_pass} points of pass@8, {beats_mean} of mean@16, {beats_worst} of the worst",
@@ -137,7 +143,7 @@ def test_every_logged_key_is_explained_and_no_other():
     line = study()["arithmetic"]["grpo"][0].log[0]
     explained = set(re.findall(r"`(\w+)`", "".join(x.split("|")[1] for x in TEXTS["log.md"].splitlines()
                                                    if x.startswith("| `"))))
-    assert set(line) == explained
+    assert set(line) | {"ranks"} == explained  # which is in later logs than the study's
 
 
 def test_the_seconds_by_threads_are_those_of_the_file():
