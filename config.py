@@ -153,8 +153,8 @@ class Config:
     grader_timeout: float = arg(5.0, "seconds per answer; past it the response counts as wrong", above=0)
 
 
-# What the adversaries see and may do. "paper": Config's defaults, as the paper's text and scripts have it. "tuned":
-# what was best on development problems of the built-in tasks, at their presets' step; see docs/study.md.
+# What the adversaries see and may do. "paper": Config's defaults, as the paper's text and scripts have it. "tuned": what
+# was best on development problems of the built-in tasks' first form, and stood fixed in the arena; see docs/study.md.
 ADVERSARIES = {
     "paper": {},
     "tuned": dict(
@@ -164,7 +164,7 @@ ADVERSARIES = {
 BUILT_IN = dict(
     prompt_suffix="", chat_template="never", threads=1,  # threads that wait spin: see docs/speed.md
     max_prompt_tokens=16, max_response_tokens=32, steps=50, prompts_per_step=64,
-    minibatch_prompts=16, learning_rate=1e-4, kl_beta=0.0, gradient_checkpointing=0.0, save_every=25, eval_every=25,
+    minibatch_prompts=16, kl_beta=0.0, gradient_checkpointing=0.0, save_every=25, eval_every=25,
     eval_rollouts=16, eval_temperature=1.0, eval_top_p=1.0, eval_top_k=0, max_rollouts=512)
 # For --model and --train_data of one's own: what one small machine can do, the rest from the model and its tokenizer.
 OWN = dict(model="", train_data="", eval_data="", max_prompt_tokens=0, max_response_tokens=0, prompts_per_step=16,
@@ -175,10 +175,12 @@ ONE_GPU = dict(
     model="Qwen/Qwen3-0.6B-Base", train_data="hub:openai/gsm8k:main", eval_data="hub:openai/gsm8k:main:test",
     eval_problems=200, eval_rollouts=4, max_prompt_tokens=512, max_response_tokens=512, prompts_per_step=64,
     minibatch_prompts=16, microbatch_tokens=8192, max_rollouts=128, kl_beta=0.0, steps=200)
+RATES = {"arithmetic": 2e-4, "permutations": 4e-4}  # the best of three and four in every row of the study's arena
 # name -> (adversary, settings)
 PRESETS = {
     "own": ("tuned", OWN),
-    **{task: ("tuned", dict(BUILT_IN, model=task, train_data=task, eval_data=task)) for task in tasks.TASKS},
+    **{task: ("tuned", dict(BUILT_IN, model=task, train_data=task, eval_data=task, learning_rate=rate))
+       for task, rate in RATES.items()},
     "qwen3-0.6b": ("tuned", ONE_GPU),
     "qwen3-1.7b": ("paper", dict(model="Qwen/Qwen3-1.7B-Base")),
     "qwen3-4b": ("paper", dict(model="Qwen/Qwen3-4B-Base")),
