@@ -39,8 +39,8 @@ from logs import (
     sweeps,
     tail,
 )
-from study import BOTH_TASKS, PARTS, written
-from tables import run_table, sample_page, tables
+from study import BOTH_TASKS, LONGER, PARTS, written
+from tables import mean_success, run_table, sample_page, tables
 
 matplotlib.use("Agg")
 FIGURES = Path(__file__).parent / "figures"
@@ -430,6 +430,32 @@ def figure_rates(tasks: dict[str, dict[str, Sweep]]):
     return figure
 
 
+def figure_curves(tasks: dict[str, dict[str, list[Run]]]):
+    """Longer training: pass@8 and mean@16 against the step, one line a row. Bands are standard errors over bases of what
+    a base has above its own mean over rows and steps."""
+    names = [row.name for row in PARTS[LONGER] if any(row.name in rows for rows in tasks.values())]
+    if not names:
+        raise Missing(f"results/study has no run of the part {LONGER!r}")
+    tasks = {task: rows for task, rows in tasks.items() if rows.keys() & set(names)}
+    figure, axes = rows_of(tasks, 2, height=2.2)
+    for row, (task, rows) in zip(axes, tasks.items(), strict=True):
+        runs = {name: rows[name] for name in names if name in rows}
+        bases = set.intersection(*({r.seed for r in group} for group in runs.values()))
+        for ax, figure_of, label in zip(row, (headline, mean_success), ("pass@8", "mean@16"), strict=True):
+            found = {name: 100 * np.array([[figure_of(e) for e in r.evaluations] for r in group if r.seed in bases])
+                     for name, group in runs.items()}  # (bases, evaluations)
+            of_base = np.concatenate(list(found.values()), axis=1).mean(axis=1, keepdims=True)
+            for name, values in found.items():
+                steps, mean = [e["step"] for e in runs[name][0].evaluations], values.mean(axis=0)
+                error = (values - of_base).std(axis=0, ddof=1) / np.sqrt(len(values))
+                shade = colour(name.rpartition("-")[0])
+                ax.plot(steps, mean, ".-", color=shade, label=name)
+                ax.fill_between(steps, mean - error, mean + error, color=shade, alpha=0.12, linewidth=0)
+            panel(ax, f"{task}: {label}", x="step", y="%")
+    legend(figure, axes[0, 0])
+    return figure
+
+
 def of_kind(kind: str, place: int) -> Callable[[dict], float]:
     """The figure that an evaluation has of a kind of problem: 1 pass@1, 2 pass@8."""
     return lambda evaluation: evaluation["by_kind"][kind][place]
@@ -542,7 +568,8 @@ def figure_overview(run: Run):
 
 PAPER_FIGURES = {"1": figure_1, "3": figure_3, "4": figure_4, "5": figure_5, "6": figure_6, "7": figure_7,
                  "8": figure_8, "9": figure_9, "learning": figure_learning}
-STUDY_FIGURES = {"outcomes": figure_outcomes, "kinds": figure_kinds, "signals": figure_signals}
+STUDY_FIGURES = {"outcomes": figure_outcomes, "kinds": figure_kinds, "curves": figure_curves,
+                 "signals": figure_signals}
 
 
 def save(figure, name: str, folder: Path) -> None:

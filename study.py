@@ -65,6 +65,7 @@ PAPER = {"adversary": "paper", "kl_beta": 0.001}
 MEMORIES = {"h1": {"bin_history": 1}, "h2": {"bin_history": 2}, "decay": {"bin_decay": 0.5},
             "fine": {"bin_edges": "0.02,0.05,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9"}}
 COMMON = {"engine": "torch", "eval_problems": 600, "eval_every": 0, "eval_first": False, "save_every": 0}
+LONGER = "Longer: 300 steps"
 # Parts of the study -> rows, in the order in which they run. The flags are what differs from the task's preset, whose
 # adversary is "tuned"; every row but the bases trains on the same number of rollouts.
 PARTS = {
@@ -94,7 +95,7 @@ PARTS = {
         Row("paper-prompt", {"mode": "prompt", **PAPER}, "paper-grpo", further={}, bases=4),
         Row("paper-rollout", {"mode": "rollout", **PAPER}, "paper-grpo", further={}, bases=4),
     ),
-    "Longer: 300 steps": tuple(
+    LONGER: tuple(
         at_best(f"{row}-300", {**flags, "steps": 300, "eval_every": 25, "eval_first": True}, against)
         for row, flags, against in (
             ("grpo", {"mode": "grpo"}, "grpo-300"), ("maxrl", {"mode": "grpo", "rule": "maxrl"}, "grpo-300"),

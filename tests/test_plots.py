@@ -75,6 +75,20 @@ def test_the_figure_of_rates_draws_the_mean_over_bases_at_every_rate():
     plots.plt.close("all")
 
 
+def test_the_figure_of_curves_draws_every_evaluation_of_the_longer_runs():
+    rows = {row: [a_run("grpo", s) for s in range(2)] for row in ("grpo", "grpo-300", "maxrl-300")}
+    for run in rows["maxrl-300"]:
+        run.evaluations[-1]["mean"] += 0.125
+    eight, one = plots.figure_curves({"made-up": rows}).axes
+    grpo, maxrl = ([e["step"] for e in rows[row][0].evaluations] for row in ("grpo-300", "maxrl-300"))
+    assert [line.get_xdata().tolist() for line in eight.get_lines()] == [grpo, maxrl]
+    low, high = values_of(one)
+    assert (high - low)[-1] == pytest.approx(12.5) and not (high - low)[:-1].any()
+    with pytest.raises(Missing, match="no run of the part 'Longer: 300 steps'"):
+        plots.figure_curves({"made-up": {"grpo": rows["grpo"]}})
+    plots.plt.close("all")
+
+
 def test_the_figure_of_kinds_draws_what_a_row_has_more_than_grpo():
     rows = {row: [a_run("grpo", s) for s in range(2)] for row in ("grpo", "maxrl")}
     for run in rows["maxrl"]:
