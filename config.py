@@ -88,6 +88,7 @@ class Config:
                                  low=1)
     gradient_checkpointing: float = arg(1.0, "share of the layers, the first ones, that are recomputed in backward "
                                              "instead of kept: less memory, up to a third more work", low=0, high=1)
+    compile: bool = arg(True, "on CUDA: have torch.compile fuse what stands around the attention")
     learning_rate: float = arg(1e-6, "AdamW, constant", above=0)
     weight_decay: float = arg(0.01, "AdamW, decoupled, on all weights", low=0)
     grad_clip: float = arg(1.0, "global gradient norm", above=0)
@@ -189,8 +190,8 @@ PRESETS = {
 # What a resumed run may change; config.json records when it did. The rest makes it another experiment, so does the
 # learning rate, which a run that diverged must yet be able to lower.
 MAY_CHANGE = ("steps", "out_dir", "save_every", "keep", "eval_every", "grader_workers", "grader_timeout", "threads",
-              "microbatch_tokens", "max_rollouts", "gpu_memory_utilization", "gradient_checkpointing", "learning_rate",
-              "stall_seconds")
+              "microbatch_tokens", "max_rollouts", "gpu_memory_utilization", "gradient_checkpointing", "compile",
+              "learning_rate", "stall_seconds")
 
 
 class Parser(argparse.ArgumentParser):

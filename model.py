@@ -130,7 +130,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, layer: int) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, layer: int, recompute: bool) -> Tensor:
+        """`recompute`: in backward, instead of keeping what it needs. Inside the module, so that what gathers a sharded
+        block's weights, outside, treats both passes alike."""
+        if recompute:
+            return checkpoint(self.run, x, cos, sin, attend, layer, use_reentrant=False)
+        return self.run(x, cos, sin, attend, layer)
+
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, layer: int) -> Tensor:
         return self.after(x, attend(layer, *self.before(x, cos, sin)))
 
     # What stands before and after the attention, in which `Transformer.compile_blocks` has elementwise work fused.
@@ -268,7 +275,7 @@ class Transformer(nn.Module):
 
     def compile_blocks(self, **options) -> None:
         """Has torch.compile fuse norms, RoPE, SwiGLU and residuals, about two thirds of the tensors that a layer moves.
-        One graph for all layers and lengths; what attends stays outside, and so does what gathers a sharded block."""
+        All layers and lengths share a graph; what attends stays outside, and so does what gathers a sharded block."""
         for block in self.model.layers:
             block.before = torch.compile(block.before, dynamic=True, fullgraph=True, **options)
             block.after = torch.compile(block.after, dynamic=True, fullgraph=True, **options)
@@ -287,10 +294,7 @@ class Transformer(nn.Module):
         cos, sin = angle.cos().to(x.dtype)[:, None], angle.sin().to(x.dtype)[:, None]  # (T, 1, d/2)
         recomputed = round(self.gradient_checkpointing * len(self.model.layers)) if torch.is_grad_enabled() else 0
         for i, layer in enumerate(self.model.layers):
-            if i < recomputed:
-                x = checkpoint(layer, x, cos, sin, attend, i, use_reentrant=False)
-            else:
-                x = layer(x, cos, sin, attend, i)
+            x = layer(x, cos, sin, attend, i, recompute=i < recomputed)
         return self.model.norm(x)
 
     def logprobs(self, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int, targets: Tensor, *,

@@ -431,8 +431,8 @@ def figure_rates(tasks: dict[str, dict[str, Sweep]]):
 
 
 def figure_curves(tasks: dict[str, dict[str, list[Run]]]):
-    """Longer training: pass@8 and mean@16 against the step, one line a row. Bands are standard errors over bases of what
-    a base has above its own mean over rows and steps."""
+    """Longer training: pass@8 and mean@16 against the step, one line a row. Bands are standard errors over bases of
+    what a base has above its own mean over rows and steps."""
     names = [row.name for row in PARTS[LONGER] if any(row.name in rows for rows in tasks.values())]
     if not names:
         raise Missing(f"results/study has no run of the part {LONGER!r}")

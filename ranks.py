@@ -4,6 +4,7 @@ With torchrun every rank holds the results of all; work is dealt out by its cost
 sum of arrays in which each rank filled its own places and left zeros elsewhere, which is exact.
 """
 
+import functools
 import os
 import re
 import shutil
@@ -75,7 +76,7 @@ def choose_device(local: int, gpus: int) -> torch.device:
 
 
 class Ranks:
-    """The processes of a run, and the one collective they need."""
+    """The processes of a run, and how what they know meets."""
 
     def __init__(self, patience: float = 900):
         """`patience`: seconds that a collective waits for the other ranks before it gives up."""
@@ -102,10 +103,16 @@ class Ranks:
             say(f"WARNING: {self.world} ranks share the {minibatch_rollouts} rollouts of a mini-batch: some have "
                 "nothing to train on. Take a larger --minibatch_prompts, or fewer ranks")
 
+    @functools.cached_property  # each new one opens process groups, and each group communicators
     def mesh(self) -> DeviceMesh:
-        """Over all ranks, by node where there are several: shard inside a node, replicate between nodes."""
-        if not dist.is_initialized():  # one process, without torchrun
+        """Over all ranks, by node where there are several: shard inside a node, replicate between nodes. Collective.
+
+        A process without a group gets one of its own. Raises RunError for nodes that run unequally many processes.
+        """
+        if not dist.is_initialized():
             dist.init_process_group(self.backend, store=dist.HashStore(), rank=0, world_size=1)
+        if len(set(per_node := self.from_all(self.in_node))) > 1:
+            raise RunError(f"all nodes must run as many processes, --nproc_per_node, but they run {per_node}")
         if self.in_node < self.world:
             return init_device_mesh(self.device.type, (self.world // self.in_node, self.in_node),
                                     mesh_dim_names=("replicate", "shard"))
@@ -119,11 +126,13 @@ class Ranks:
         dist.all_reduce(total)
         return total.numpy()
 
-    def gather(self, value: float) -> np.ndarray:
-        """A number of each rank, (world,)."""
-        mine = np.zeros(self.world)
-        mine[self.rank] = value
-        return self.merge(mine)
+    def from_all(self, mine) -> list:
+        """What each rank gives, by rank; a barrier, too."""
+        if self.world == 1:
+            return [mine]
+        given = [None] * self.world
+        dist.all_gather_object(given, mine)
+        return given
 
     def leave(self) -> None:
         if dist.is_initialized():
@@ -131,11 +140,8 @@ class Ranks:
 
     def assert_equal(self, digest: int, what: str) -> None:
         """Raises when the ranks do not hold the same 63-bit digest."""
-        mine = np.zeros(self.world, np.int64)
-        mine[self.rank] = digest
-        all_digests = self.merge(mine)
-        if len(set(all_digests.tolist())) > 1:
-            raise RunError(f"ranks disagree on {what}: digests {all_digests.tolist()}")
+        if len(set(digests := self.from_all(digest))) > 1:
+            raise RunError(f"ranks disagree on {what}: digests {digests}")
 
 
 def deal(cost: np.ndarray, ranks: int) -> np.ndarray:

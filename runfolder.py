@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
@@ -165,13 +164,13 @@ class RunFolder:
         if ranks.rank == 0:
             self.path.mkdir(parents=True, exist_ok=True)
             token.touch()
-        token, end = self.path / from_all(ranks, token.name)[0], time.monotonic() + patience
+        token, end = self.path / ranks.from_all(token.name)[0], time.monotonic() + patience
         while not token.exists() and time.monotonic() < end:
             time.sleep(0.2)
-        blind = [rank for rank, sees in enumerate(from_all(ranks, token.exists())) if not sees]
+        blind = [rank for rank, sees in enumerate(ranks.from_all(token.exists())) if not sees]
         if ranks.rank == 0:
             token.unlink()
-        from_all(ranks, None)  # it is gone before a rank that raises ends the others
+        ranks.from_all(None)  # it is gone before a rank that raises ends the others
         if blind:
             raise RunError(f"--out_dir {self.path} is not one folder for all: {len(blind)} of {ranks.world} ranks, the "
                            f"first is {blind[0]}, do not see what rank 0 writes there; choose one that all nodes share")
@@ -194,14 +193,14 @@ class RunFolder:
             for unfinished in final.parent.glob("*.partial"):
                 shutil.rmtree(unfinished)
             aside.mkdir(parents=True)
-        from_all(ranks, None)  # nobody writes before that
+        ranks.from_all(None)  # nobody writes before that
         ends = np.cumsum([tensor.nbytes for tensor in tensors.values()]) // ranks.world  # of what a rank will write
         part = {name: 1 + int(end) // PART for name, end in zip(tensors, ends, strict=True)}
         writer = dcp.HuggingFaceStorageWriter(str(aside), part, save_distributed=True)
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is but one process
             dcp.save(tensors, storage_writer=writer)
         mine = {path.name: fingerprint(path) for path in aside.glob(f"shard-{ranks.rank + 1:05d}-*")}
-        files = {name: written for of_rank in from_all(ranks, mine) for name, written in of_rank.items()}
+        files = {name: written for of_rank in ranks.from_all(mine) for name, written in of_rank.items()}
         if ranks.rank == 0:
             with open(aside / ARRAYS, "wb") as file:
                 np.savez(file, **arrays)
@@ -222,7 +221,7 @@ class RunFolder:
         Raises ValueError on all ranks when none is whole, or when it holds other tensors than those.
         """
         folder = self.path / "checkpoint"
-        found = from_all(ranks, [(path.name, (path / OLD).exists()) for path in self.checkpoints()])[0]
+        found = ranks.from_all([(path.name, (path / OLD).exists()) for path in self.checkpoints()])[0]
         for name, is_old in found:
             if is_old:
                 raise ValueError(f"the checkpoint {name} is of an older layout ({OLD}): go on with the commit that "
@@ -287,15 +286,6 @@ ARRAYS, STATE, OLD = "adversaries.npz", "state.json", "optimizer.safetensors"
 PART = 2**31  # bytes of a rank's tensors in one file; the writer holds two or three copies of them in host memory
 
 
-def from_all(ranks: Ranks, mine) -> list:
-    """What each rank gives, by rank; a barrier, too."""
-    if ranks.world == 1:
-        return [mine]
-    given = [None] * ranks.world
-    dist.all_gather_object(given, mine)
-    return given
-
-
 def to_disk(path: Path) -> None:
     """Returns when the file's content, or the folder's names, would outlive a power cut."""
     handle = os.open(path, os.O_RDONLY)
@@ -319,7 +309,7 @@ def sealed(rest: bytes) -> bytes:
 
 def examine(path: Path, ranks: Ranks) -> tuple[dict, list[str]]:
     """A checkpoint's record, and what is wrong with its files. All ranks call it, and each reads its part of them."""
-    record, faults = from_all(ranks, read_record(path) if ranks.rank == 0 else None)[0]
+    record, faults = ranks.from_all(read_record(path) if ranks.rank == 0 else None)[0]
     if faults:
         return record, faults
     files = record["files"]
@@ -329,7 +319,7 @@ def examine(path: Path, ranks: Ranks) -> tuple[dict, list[str]]:
     if ranks.rank == 0:
         names = {p.name for p in path.iterdir() if not p.name.startswith(".") or p.suffix == ".safetensors"}  # .nfs01
         faults += [f"{name} does not belong to it" for name in sorted(names - {*files, STATE})]
-    return record, [text for of_rank in from_all(ranks, faults) for text in of_rank if text]
+    return record, [text for of_rank in ranks.from_all(faults) for text in of_rank if text]
 
 
 def read_record(path: Path) -> tuple[dict, list[str]]:

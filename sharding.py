@@ -2,7 +2,7 @@
 
 Every parameter is a float32 shard on each rank, the master that the optimiser moves; a block's weights are gathered in
 the dtype of the forward pass when it runs, and its gradients are summed over the ranks in float32. One process in
-float32 stays as it is. `shard` decides, and nothing else asks.
+float32 on a CPU stays as it is. `shard` decides, and nothing else asks.
 """
 
 import torch
@@ -28,7 +28,7 @@ def shard(model: nn.Module, ranks: Ranks, *, compute: torch.dtype) -> nn.Module:
         return model
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     for part in (*model.model.layers, model):
-        fully_shard(part, mesh=ranks.mesh(), mp_policy=policy)
+        fully_shard(part, mesh=ranks.mesh, mp_policy=policy)
     for part in model.modules():
         if isinstance(part, FSDPModule) and ranks.world > 1:  # on every one: the root's does not reach the blocks
             part.set_gradient_divide_factor(1.0)
@@ -54,5 +54,5 @@ def full(p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def fill(p: Tensor, tensor: Tensor) -> None:
     """Copies the whole `tensor` into a parameter, every rank its own shard of it; nothing is sent."""
     if isinstance(p, DTensor):
-        tensor = distribute_tensor(tensor.to(p.device, p.dtype), p.device_mesh, p.placements, src_data_rank=None)
+        tensor = distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
     p.copy_(tensor)

@@ -60,10 +60,11 @@ class Micro:
 
 
 def pack(batch: Batch, rollouts: np.ndarray, device: torch.device) -> Micro:
-    """These rollouts in one row, end to end. Of none: one token that nothing is asked of, for a rank that has no work
-    but must be there when the others gather weights and sum gradients."""
+    """These rollouts in one row, end to end. Of none: tokens that nothing is asked of, for a rank that has no work
+    but must be there when the others gather weights and sum gradients. (Two tokens: one alone would have torch.compile
+    make graphs for it.)"""
     sequences = [np.concatenate((batch.prompts[batch.owner[r]], batch.response(r))).astype(np.int64) for r in rollouts]
-    length, sequences, none = batch.lengths[rollouts], sequences or [np.zeros(1, np.int64)], [np.zeros(0, np.int64)]
+    length, sequences, none = batch.lengths[rollouts], sequences or [np.zeros(2, np.int64)], [np.zeros(0, np.int64)]
     total = np.array([len(s) for s in sequences])
     end = total.cumsum()
     targets = np.concatenate(none + [np.arange(e - n, e) for e, n in zip(end, length, strict=False)])
@@ -205,7 +206,7 @@ class Trainer:
         self.model = load(dtype=torch.float32)  # at lr 1e-6 an update is far below what bf16 resolves
         self.model.gradient_checkpointing = cfg.gradient_checkpointing
         self.reference = load(dtype=self.policy.dtype).requires_grad_(False) if cfg.kl_beta else None
-        if self.device.type == "cuda":  # TORCH_COMPILE_DISABLE=1 in the environment leaves it out
+        if self.device.type == "cuda" and cfg.compile:
             for model in filter(None, (self.model, self.reference)):
                 model.compile_blocks()
         # The folder's name is a commit or a recipe's hash; the head's hash tells apart folders that share a name.
@@ -361,12 +362,16 @@ class Trainer:
 
         Raises RunError, with the weights untouched, when the norm is not finite.
         """
-        norm = float(full(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip)))
+        gradients = [p.grad for p in self.model.parameters()]
+        # One rank's norm for all: nodes that hold copies must clip alike to the last bit.
+        norm = self.ranks.from_all(float(full(torch.nn.utils.get_total_norm(gradients))))[0]
         if not np.isfinite(norm):
             raise RunError(f"{where}: the gradient norm is {norm}; the weights are those before this update. "
                            "--resume goes on from the last checkpoint, with a lower --learning_rate for instance")
+        for gradient in gradients:
+            gradient.mul_(min(1.0, self.cfg.grad_clip / (norm + 1e-6)))
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad()  # freed: vLLM wants the memory
         self.optimizer_steps += 1
         return norm
 
@@ -430,7 +435,7 @@ class Trainer:
         """What all ranks drew, with rewards in [-1, 1] (R,) float64; how many are -1 for want of a verdict; by rank its
         tokens, and the share of the time until here that it waits for the slowest."""
         ranks = self.ranks
-        spent = ranks.gather(time.perf_counter() - clock.start)
+        spent = np.array(ranks.from_all(time.perf_counter() - clock.start))
         batch, reward_R = part.exchange(ranks), np.zeros(len(part.owner_R))
         reward_R[part.mine_R] = [g.reward for g in grades]
         timeouts, failures = ranks.merge(np.array([sum(g.timed_out for g in grades), sum(g.failed for g in grades)]))
@@ -713,7 +718,8 @@ def run(cfg: Config, preset: str, resume: bool) -> None:
         with trainer.grader, folder.full_disk_explained(12 * trainer.policy.config.num_parameters()):
             begun = trainer.next_step
             complete = train(trainer, folder, evaluations)
-            if trainer.next_step > begun or not (folder.path / "model").exists():
+            saved = trainer.ranks.from_all((folder.path / "model").exists())[0]
+            if trainer.next_step > begun or not saved:
                 trainer.policy.save(trainer.model, folder.path / "model", write=trainer.ranks.rank == 0)
     except RunError as error:
         sys.exit(f"train.py: {error}")
@@ -723,7 +729,7 @@ def run(cfg: Config, preset: str, resume: bool) -> None:
         say(table(evaluations[:1] + evaluations[1:][-1:]))
         say(f"\nmodel: {folder.path / 'model'}   log: {folder.path / 'metrics.jsonl'}")
     else:
-        say(f"stopped after {trainer.next_step} steps; go on with: train.py --out_dir {folder.path} --resume")
+        say(f"stopped after {trainer.next_step} steps; go on with: python train.py --out_dir {folder.path} --resume")
     trainer.engine.close()
     trainer.ranks.leave()
     sys.exit(0 if complete else 130)

@@ -118,7 +118,7 @@ def test_tensors_meet_over_nccl_and_host_arrays_over_gloo(world):
 import numpy as np, torch, torch.distributed as dist
 from ranks import Ranks
 ranks = Ranks()
-ranks.mesh()
+ranks.mesh
 on_gpu = torch.ones(3, device=ranks.device)
 dist.all_reduce(on_gpu)
 assert on_gpu.tolist() == [ranks.world] * 3

@@ -57,7 +57,7 @@ def allocated(monkeypatch):
     def measure(config: ModelConfig, tokens: int, world: int, *, checkpointing: float = 1.0, grad: bool = True) -> int:
         dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
         mesh = dist.init_device_mesh("cpu", (world,))
-        ranks = SimpleNamespace(world=world, device=torch.device("cpu"), mesh=lambda: mesh)
+        ranks = SimpleNamespace(world=world, device=torch.device("cpu"), mesh=mesh)
         cu_seqlens = torch.arange(0, tokens + 1, 1024)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = Transformer(config)

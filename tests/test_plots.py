@@ -145,8 +145,10 @@ def test_the_overview_shows_the_mean_reward_of_a_bin_as_logged_whatever_values_r
 
 
 def draw_all(data: plots.Models, layout: str) -> None:
-    """Every figure, rendered; a panel may be empty (no signal to noise with one bin), its figure may not."""
-    for function in (*plots.PAPER_FIGURES.values(), *plots.STUDY_FIGURES.values(), overview_of_both):
+    """Every figure, rendered; a panel may be empty (no signal to noise with one bin), its figure may not. The curves
+    are of rows that these data have not."""
+    for function in {*plots.PAPER_FIGURES.values(), *plots.STUDY_FIGURES.values(), overview_of_both} - {
+            plots.figure_curves}:
         figure = function(data)
         figure.set_layout_engine(layout)
         figure.canvas.draw()

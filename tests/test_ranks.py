@@ -109,7 +109,7 @@ from ranks import Ranks
 
 ranks = Ranks()
 assert dist.get_world_size() == 2 and ranks.backend == "gloo"
-ranks.mesh()  # of the group that there is
+ranks.mesh  # of the group that there is
 for dtype in (np.float64, np.float32, np.int64, np.bool_):
     mine = np.zeros((2, 3), dtype)
     mine[ranks.rank] = (1, 0, 1)
@@ -140,7 +140,7 @@ from ranks import Ranks
 ranks = Ranks()
 assert not dist.is_initialized()
 for _ in range(2):
-    ranks.mesh()
+    ranks.mesh
 assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
 x = torch.arange(3.0, device=ranks.device)
 dist.all_reduce(x)
