@@ -206,9 +206,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def nearest(flag: str) -> str | None:
-    """The setting of this name, or of these initials (lr), or the one that is spelt most alike."""
+    """The setting of this name, symbol (n_bar) or initials (lr), or the one that is spelt most alike."""
     names = [f.name for f in dataclasses.fields(Config)]
-    by_initials = {"".join(word[0] for word in name.split("_")): name for name in names if "_" in name}
+    by_symbol = {"n_bar": "rollouts_per_prompt", "P": "prompts_per_step", "k": "eval_rollouts"}
+    by_initials = by_symbol | {"".join(word[0] for word in name.split("_")): name for name in names if "_" in name}
     alike = difflib.get_close_matches(flag, names, 1)
     return flag if flag in names else by_initials.get(flag) or (alike[0] if alike else None)
 

@@ -18,6 +18,7 @@ from reward import STYLES, Problem, boxed
 
 log = logging.getLogger(__name__)
 
+BUILT_IN = ("arithmetic", "permutations")  # which tasks.py answers to
 # short name -> (repository, config, split); the ids of the paper's training set and benchmarks
 HUB_SETS = {
     "dapo": ("open-r1/DAPO-Math-17k-Processed", "en", "train"),
@@ -62,8 +63,9 @@ def load_problems(source: str, *, revision: str | None = None) -> tuple[list[Pro
         rows, record = _read_file(_local(source))
         name = Path(source).name
     else:
-        raise ValueError(f"unknown problem set {source!r}{_meant(source, HUB_SETS)} Give a local {', '.join(SUFFIXES)} "
-                         f"file, one of {', '.join(HUB_SETS)}, or hub:owner/name[:config[:split]]")
+        known = (*BUILT_IN, *HUB_SETS)
+        raise ValueError(f"unknown problem set {source!r}{_meant(source, known)} Give a local {', '.join(SUFFIXES)} "
+                         f"file, one of {', '.join(known)}, or hub:owner/name[:config[:split]]")
     if not rows:
         raise ValueError(f"{name} has no rows")
     problems, counts = _merge([(where, _problem(row, f"{name}, {where}")) for where, row in rows], name)

@@ -377,6 +377,9 @@ def settings_beside(samples: Path) -> dict:
 
 def regrade(args: argparse.Namespace) -> None:
     path = args.regrade / "eval_samples.jsonl" if args.regrade.is_dir() else args.regrade
+    if not path.exists():
+        raise ValueError(f"--regrade {args.regrade}: there is no {path}; an evaluation has one, a run has none: first "
+                         "eval.py --model RUN")
     old = read_samples(path)
     if not old:
         raise ValueError(f"{path.name} holds no samples")
@@ -388,7 +391,8 @@ def regrade(args: argparse.Namespace) -> None:
         new = grade(asked, grader)
     rows, model = summary(new), settings_beside(path).get("model", "")
     print(markdown(rows, model))
-    print(f"\n{sum(a.right != b.right for a, b in zip(old, new, strict=True))} of {len(new)} verdicts changed")
+    print(f"\n{sum(a.right != b.right for a, b in zip(old, new, strict=True))} of {len(new)} verdicts changed"
+          + ("" if args.out else "; nothing is written without --out"))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         replace_text(args.out / "eval_samples.jsonl", "".join(json.dumps(dataclasses.asdict(s)) + "\n" for s in new))

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from data import Problem, load_problems
 from model import ModelConfig, Transformer
+from ranks import say
 
 PAD, END = "<pad>", "<end>"
 HELD_BACK = 1200  # problems of each split that the corpus leaves out
@@ -279,6 +280,7 @@ def base_model(name: str, settings: BaseSettings | None = None, *, cache: Path |
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
+            say(f"base {settings.number} of {task} is not in bases/: it is trained once, about two minutes on one core")
             aside, threads = folder.with_suffix(".partial"), torch.get_num_threads()
             torch.set_num_threads(1)  # whatever the caller uses: on one machine every command makes the same base
             _train_base(task, settings).save_pretrained(aside)

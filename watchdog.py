@@ -2,9 +2,10 @@
 
 A kernel that hangs, a collective that one rank never enters, a disk that does not answer: a run would hold its GPUs
 until somebody looks. `progress` is called wherever something has moved: at the borders of phases, for each token of a
-rollout (TorchEngine), each step of vLLM's engine, each micro-batch. A thread of each rank watches its own clock and,
-through the launcher's store, whether any other rank moved; when none did for --stall_seconds it writes the file and
-ends the process, whatever the main thread is stuck in. Nothing has to be agreed on: ranks that hang can't agree.
+rollout (TorchEngine), each step of vLLM's engine, each verdict, micro-batch and weight. A thread of each rank watches
+its own clock and, through the launcher's store, whether any other rank moved; when none did for --stall_seconds it
+writes the file and ends the process, whatever the main thread is stuck in. Nothing has to be agreed on: ranks that hang
+can't agree.
 """
 
 import faulthandler

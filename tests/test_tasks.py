@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import tasks
-from config import PRESETS
-from data import encode_prompts
+from config import PRESETS, RATES
+from data import BUILT_IN, encode_prompts
 from reward import score
+from study import BOTH_TASKS
 from tasks import TASKS, BaseSettings
 
 ROOT = Path(__file__).parents[1]
@@ -196,6 +197,10 @@ def test_every_character_is_a_token_and_an_unknown_one_is_named(task):
     problem = tasks.Problem("strange", "1?2=", "1")
     with pytest.raises(ValueError, match=r"problem strange: the tokenizer does not know \['\?'\]"):
         encode_prompts([problem], tokenizer, suffix="", chat_template="never", max_tokens=32)
+
+
+def test_every_place_that_lists_the_built_in_tasks_lists_them_all():
+    assert tuple(tasks.TASKS) == BUILT_IN == BOTH_TASKS == tuple(RATES)
 
 
 # ---- the bases
