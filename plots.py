@@ -447,10 +447,11 @@ def figure_curves(tasks: dict[str, dict[str, list[Run]]]):
             of_base = np.concatenate(list(found.values()), axis=1).mean(axis=1, keepdims=True)
             for name, values in found.items():
                 steps, mean = [e["step"] for e in runs[name][0].evaluations], values.mean(axis=0)
-                error = (values - of_base).std(axis=0, ddof=1) / np.sqrt(len(values))
                 shade = colour(name.rpartition("-")[0])
                 ax.plot(steps, mean, ".-", color=shade, label=name)
-                ax.fill_between(steps, mean - error, mean + error, color=shade, alpha=0.12, linewidth=0)
+                if len(values) > 1:
+                    error = (values - of_base).std(axis=0, ddof=1) / np.sqrt(len(values))
+                    ax.fill_between(steps, mean - error, mean + error, color=shade, alpha=0.12, linewidth=0)
             panel(ax, f"{task}: {label}", x="step", y="%")
     legend(figure, axes[0, 0])
     return figure
