@@ -32,7 +32,6 @@ from tqdm import tqdm
 
 from data import Problem, load_problems
 from model import ModelConfig, Transformer
-from ranks import say
 
 PAD, END = "<pad>", "<end>"
 HELD_BACK = 1200  # problems of each split that the corpus leaves out
@@ -280,7 +279,6 @@ def base_model(name: str, settings: BaseSettings | None = None, *, cache: Path |
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            say(f"base {settings.number} of {task} is not in bases/: it is trained once, about two minutes on one core")
             aside, threads = folder.with_suffix(".partial"), torch.get_num_threads()
             torch.set_num_threads(1)  # whatever the caller uses: on one machine every command makes the same base
             _train_base(task, settings).save_pretrained(aside)
@@ -311,7 +309,7 @@ def _train_base(task: str, settings: BaseSettings) -> Transformer:
         for o in optimizers]
     rng = np.random.default_rng(settings.number)
     held_back = {p.prompt for split in SPLITS for p in problems(task, split, HELD_BACK)}
-    bar = tqdm(range(settings.steps), desc=f"training the {task} base model", unit="step")
+    bar = tqdm(range(settings.steps), desc=f"training {task} base {settings.number}, not in bases/, once", unit="step")
     for _ in bar:
         lines = [_line(TASKS[task], settings, rng, held_back) for _ in range(settings.lines_per_step)]
         lines.sort(key=lambda x: len(x[0] + x[1]))

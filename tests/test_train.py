@@ -778,7 +778,7 @@ def test_a_single_rollout_packs():
     micro = pack(batch, np.array([0]), torch.device("cpu"))
     assert micro.tokens.tolist() == [5, 6, 1] and micro.targets.tolist() == [2]
     nothing = pack(batch, np.zeros(0, int), torch.device("cpu"))
-    assert len(nothing.tokens) == 1 and len(nothing.targets) == len(nothing.places) == 0
+    assert len(nothing.tokens) == 2 and len(nothing.targets) == len(nothing.places) == 0
 
 
 @two_ranks

@@ -131,7 +131,7 @@ def test_a_run_that_hangs_in_a_phase_ends_and_says_which(base, tmp_path):
     output, _ = process.communicate(timeout=100)
     assert process.returncode != 0, output
     waiting, hung = ((tmp_path / "run" / f"stall-rank{rank}.txt").read_text() for rank in (0, 1))
-    assert "phase exchange, step 0\n" in waiting and " in merge\n" in waiting
+    assert "phase exchange, step 0\n" in waiting and " in from_all\n" in waiting
     assert "phase reward, step 0\n" in hung and " in _grade\n" in hung and "merge" not in hung
 
 
