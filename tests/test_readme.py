@@ -53,6 +53,9 @@ def found() -> dict[str, str]:
         out[f"rel_{x}"] = f"{100 * (mean['rollout-maxrl'] / mean['grpo'] - 1):+.1f}%"
         out[f"over_{x}"] = f"{100 * (mean['rollout-maxrl'] / max(mean['maxrl'], mean['tilt']) - 1):+.1f}%"
     for x, task in (("a", "arithmetic"), ("p", "permutations")):
+        out |= {f"{key}_{x}": cell(f"Longer: 300 steps: {task}", "rollout-maxrl-300", column).removeprefix("+")
+                for key, column in (("long", "paired difference"), ("long_mean", "mean@16, paired difference"),
+                                    ("long_worst", "worst kind, pass@8"))}
         out[f"wse_{x}"] = cell(f"What the allocations did: {task}", "rollout", "WSE (33)")
         out[f"one_{x}"] = cell(f"Exact budgets: {task}", "rollout", "steps with one choice")
         out[f"outer_{x}"] = cell(f"What weights and bins became: {task}", "prompt", "prompts in outer two bins")
@@ -104,6 +107,8 @@ SAID = (
     "raises the weighted standard error (33), by {wse_a} and {wse_p}",
     "would leave one choice in {one_a} of the steps",
     "{outer_a} of prompts in the outer two bins",
+    "`rollout-maxrl` ends {long_a} and {long_p} points of pass@8 above maxrl and {long_mean_a} and {long_mean_p} of",
+    "with the worst kind found ({long_worst_a} and {long_worst_p})",
     "*changes* WSE by {wse_a} and {wse_p}",
 )
 
