@@ -1,7 +1,7 @@
 """The processes of a run: how work is dealt out among them, and how their results meet.
 
-With torchrun every rank holds the results of all; work is dealt out by its cost, and results meet in one collective: a
-sum of arrays in which each rank filled its own places and left zeros elsewhere, which is exact.
+With torchrun every rank holds the results of all; work is dealt out by its cost, and results meet as sums of arrays in
+which each rank filled its own places and left zeros elsewhere, which is exact. The model's shards: sharding.py.
 """
 
 import functools

@@ -5,8 +5,8 @@
 optimiser, state changes only at the end of a step, in `Trainer._end_step`.
 
 With torchrun every rank knows the whole batch and holds a shard of the model (sharding.py); work (prompts to sample,
-rollouts to train on) is dealt out by tokens, and results meet in one collective: a sum of arrays in which each rank
-filled its own places.
+rollouts to train on) is dealt out by tokens, and results meet as sums of arrays in which each rank filled its own
+places.
 """
 
 import dataclasses

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import logs
+import plan
 import tables as tabulated
+from config import parse_args
 from metrics import Evaluation
 from study import PARTS
 
@@ -160,6 +162,28 @@ def test_the_seconds_by_threads_are_those_of_the_file():
             "two {} and {} s").format(*said) in PROSE
     assert "up to {:.1f} s".format(two[-1]["worst s"]) in PROSE
     assert "gives {}, {} and {} s".format(*(f"{row['median s a step']:.2f}" for row in passive)) in PROSE
+
+
+def test_what_fits_which_cards_is_what_plan_says():
+    rows = [line.split("|")[1:-1] for line in TEXTS["README.md"].splitlines() if line.startswith("| `qwen3-")]
+    assert len(rows) == 4
+    for name, *cells in ([c.strip() for c in row] for row in rows):
+        cfg, _, _ = parse_args(["--preset", name.split("`")[1]])
+        model = plan.known_model(cfg.model)
+        fewest = [next(n for n in (1, 2, 4, 8) if not plan.over(model, cfg, n, 8, plan.CARDS[card].memory))
+                  for card in ("80 GB", "141 GB")]
+        peak = max(sum(x.values()) for x in plan.phases(model, cfg, 8, 8, plan.CARDS["80 GB"].memory[1]).values())
+        *_, step, _, hours = map(float, plan._time_row(model, cfg, "80 GB", 8)[1:])
+        run = f"{hours:.1f}" if hours < 1 else f"{hours:.0f}"
+        assert cells == [*map(str, fewest), f"{peak / plan.GIB:.0f} GiB", f"{step:.0f} s", f"{run} h"], name
+
+
+def test_the_seconds_beside_trl_are_those_of_the_file():
+    found = json.loads((ROOT / "results" / "bench" / "trl.json").read_text())["trl"]
+    rows = {r["what"]: r for r in found if "what" in r}
+    ours, both, theirs = (rows[what] for what in ("ours, grpo", "ours, both", "TRL"))
+    assert (f"takes {ours['total s']:.2f} s, in mode `both` {both['total s']:.2f} s on a few tokens less, in the "
+            f"GRPOTrainer of TRL 1.16 {theirs['total s']:.2f} s: {theirs['ratio, total']:.1f} times") in PROSE
 
 
 def test_the_speeds_are_those_of_the_files():
