@@ -50,6 +50,7 @@ class Row:
     rates: tuple[float, ...] = RATES  # learning rates; a row whose best is at an end gets the next one beyond it
     further: dict[str, tuple[float, ...]] = field(default_factory=lambda: HIGHER)  # such rates, by task
     bases: int = 8  # 0, 1, ...
+    first: int = 0  # base; one whose outcome raised a question doesn't answer it
     tasks: tuple[str, ...] = BOTH_TASKS
     disguised: str = "1"  # share of the base's textbook that stands under any sign (tasks.BaseSettings)
 
@@ -66,6 +67,8 @@ MEMORIES = {"h1": {"bin_history": 1}, "h2": {"bin_history": 2}, "decay": {"bin_d
             "fine": {"bin_edges": "0.02,0.05,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9"}}
 COMMON = {"engine": "torch", "eval_problems": 600, "eval_every": 0, "eval_first": False, "save_every": 0}
 LONGER = "Longer: 300 steps"
+ASKED_AGAIN = "The first question again, at 300 steps"
+HALF = {task: (rate / 2, rate) for task, (rate,) in BEST.items()}
 # Parts of the study -> rows, in the order in which they run. The flags are what differs from the task's preset, whose
 # adversary is "tuned"; every row but the bases trains on the same number of rollouts.
 PARTS = {
@@ -100,6 +103,12 @@ PARTS = {
         for row, flags, against in (
             ("grpo", {"mode": "grpo"}, "grpo-300"), ("maxrl", {"mode": "grpo", "rule": "maxrl"}, "grpo-300"),
             ("rollout", {"mode": "rollout"}, "grpo-300"), ("rollout-maxrl", ROLLOUT_MAXRL, "maxrl-300"))),
+    ASKED_AGAIN: tuple(
+        Row(f"{row}-long", {**flags, "steps": 300}, f"{against}-long", (), rates, first=1)
+        for row, flags, against, rates in (
+            ("maxrl", {"mode": "grpo", "rule": "maxrl"}, "grpo", HALF), ("rollout-maxrl", ROLLOUT_MAXRL, "maxrl", HALF),
+            ("weights-maxrl", {**ROLLOUT_MAXRL, "allocation": "weights"}, "maxrl", HALF),
+            ("grpo", {"mode": "grpo"}, "grpo", BEST))),
     "Rivals": (
         at_best("pass-at-k", {"mode": "grpo", "rule": "pass_at_k"}),
         at_best("dr-grpo", {"mode": "grpo", "rule": "dr_grpo"}),
@@ -219,7 +228,7 @@ def runs(only: str) -> list[Run]:
     """All runs whose name contains `only`: part by part, and in it base by base, so that what is done early compares
     all rows of a part."""
     parts = [[Run(task, row, rate, base) for row in rows for task in row.tasks
-              for rate in (*row.rates, *row.further.get(task, ())) for base in range(row.bases)]
+              for rate in (*row.rates, *row.further.get(task, ())) for base in range(row.first, row.bases)]
              for rows in PARTS.values()]
     return [r for part in parts for r in sorted(part, key=lambda r: r.base) if only in r.name]
 
