@@ -11,6 +11,8 @@ grader     verdicts a second with two workers beside math-verify alone, and the 
 kernels    CUDA, under 8 minutes: every kernel against plain torch, torch.compile and the installed ones of other
            projects. CPU, under 3 minutes: the torch references against whole logits, seconds and memory
 memory     Linux, CPU: peak memory of a training step with 151,936 words, with and without whole logits; needs 16 GB
+update     CUDA, about four minutes: log-probs and update of Qwen3-1.7B and 4B with random weights, 16 rollouts of 4,096
+           tokens: seconds, MFU and memory beside what `train.py --plan` says
 sm90       needs Triton but no GPU: what the compiler makes of every kernel for sm_90 (H100, H200)
 trl        CPU, --trl PYTHON, about three minutes: a step of the arithmetic preset beside TRL's GRPOTrainer
 """
@@ -34,17 +36,21 @@ import numpy as np
 import torch
 
 import model
+import plan
 import tasks
 import train
-from config import parse_args
+from config import Config, parse_args
 from data import batch_order
 from gdro import BUDGETS, UTILITIES, DifficultyBins, PromptGDRO, RolloutGDRO
 from kernels.bench import VOCABULARY, bench_kernels, bench_sm90, forget_peak, in_fresh_process, resident_mib
 from ranks import Ranks
 from reward import Grader, Problem
-from rollout import Sampling, TorchEngine, rollout_seed
+from rollout import Batch, Sampling, TorchEngine, rollout_seed
 from runfolder import environment
-from train import Trainer
+from sharding import fill, shard
+from train import Clock, Trainer
+
+PEAK_FLOPS = plan.CARDS["80 GB"].flops  # bf16 operations a second, of MFU
 
 
 def median_ms(call: Callable[[], object], repeats: int) -> float:
@@ -243,6 +249,94 @@ def bench_memory() -> list[dict]:
     return rows + [{"the same step": name, "chunked": chunked[name], "whole logits": whole[name]} for name in same]
 
 
+class RandomTrainer(Trainer):
+    """What `behaviour` and `update` need of a Trainer: random weights, sharded as in a run; it draws nothing."""
+
+    def __init__(self, cfg: Config, config: model.ModelConfig):
+        self.cfg, self.ranks, self.reference, self.optimizer_steps = cfg, Ranks(), None, 0
+        self.device = self.ranks.device
+        with torch.device("meta"):
+            self.model = model.Transformer(config)
+        shard(self.model, self.ranks, compute=torch.bfloat16)
+        self.model.to_empty(device=self.device)
+        for p in self.model.parameters():
+            fill(p, torch.ones(p.shape) if p.ndim == 1 else torch.randn(p.shape, device=self.device) * 0.02)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.learning_rate, fused=True)
+
+
+def random_batch(words: int, rollouts: int, prompt: int, response: int) -> Batch:
+    """Four rollouts a prompt, all of the same length."""
+    rng, n = np.random.default_rng(0), rollouts * response
+    return Batch([rng.integers(0, words, prompt).tolist() for _ in range(rollouts // 4)],
+                 np.arange(rollouts) // 4, np.arange(rollouts + 1) * response, rng.integers(0, words, n),
+                 np.zeros(n, np.float32), np.zeros(rollouts, bool))
+
+
+def update_rows(name: str, cfg: Config, config: model.ModelConfig, shares: tuple[float, ...], rollouts: int = 16,
+                prompt: int = 150, response: int = 3946, repeats: int = 2) -> Iterator[dict]:
+    """Both phases, at every share of layers recomputed, first without torch.compile: the mean of `repeats` after a
+    first one. MFU: of the operations that the model needs, recomputed ones left out. GiB: torch's peak."""
+    trainer, batch = RandomTrainer(cfg, config), random_batch(config.vocab_size, rollouts, prompt, response)
+    advantage_R = np.tile([1.0, -1.0, 0.5, -0.5], rollouts // 4)
+    n_P, acts_R, old_N = np.full(len(batch.prompts), 4), advantage_R != 0, np.zeros(len(batch.tokens), np.float32)
+    tokens, length, on_gpu = int(batch.cost().sum()), prompt + response, trainer.device.type == "cuda"
+    phases = {"update": (3, plan.TRAIN_SHARE,
+                         lambda: trainer.update(batch, n_P, advantage_R, acts_R, old_N, None, 0)),
+              "log-probs": (1, plan.LOGPROB_SHARE, lambda: trainer.behaviour(batch, acts_R, 0))}
+    for compiled in (False, True):
+        if compiled:
+            trainer.model.compile_blocks()
+        for share, (phase, (passes, planned_share, call)) in itertools.product(shares, phases.items()):
+            if phase == "log-probs" and share != shares[0]:
+                continue  # nothing is recomputed in them
+            trainer.model.gradient_checkpointing, seconds = share, []
+            for _ in range(1 + repeats):
+                if on_gpu:
+                    torch.cuda.reset_peak_memory_stats()
+                clock = Clock(trainer.device)
+                with clock(phase):
+                    call()
+                seconds.append(clock.seconds[phase])
+            rate, flops = tokens / statistics.mean(seconds[1:]), plan.token_flops(config, length)
+            bytes_ = plan.phases(config, dataclasses.replace(cfg, gradient_checkpointing=share), 1, 1, 0)
+            recomputed = share if phase == "update" else 0
+            yield {"model": name, "phase": phase, "compiled": compiled, "recomputed": recomputed,
+                   "tokens": tokens, "s": tokens / rate, "planned s": tokens * flops * (passes + recomputed) / (
+                       planned_share * PEAK_FLOPS), "tokens/s": rate, "MFU %": 100 * rate * passes * flops / PEAK_FLOPS,
+                   "GiB": torch.cuda.max_memory_allocated() / plan.GIB if on_gpu else None,
+                   "planned GiB": sum(bytes_["training" if passes == 3 else phase].values()) / plan.GIB,
+                   "first s": seconds[0]}
+    trainer.ranks.leave()
+
+
+def bench_update() -> list[dict]:
+    """On one GPU; a size without a share of layers with which it fits is left out and said to be."""
+    if not torch.cuda.is_available():
+        sys.exit("bench.py update: needs a GPU")
+    rows, memory = [], torch.cuda.mem_get_info()
+    for size in ("1.7b", "4b"):
+        cfg, _, _ = parse_args(["--preset", f"qwen3-{size}", "--kl_beta", "0", "--max_mismatch", "1e9",
+                                "--prompts_per_step", "4", "--minibatch_prompts", "4"])
+        config = plan.known_model(cfg.model)
+        fits = [share for share in (0.0, 0.25, 0.5, 0.75, 1.0) if "training" not in plan.over(
+            config, dataclasses.replace(cfg, gradient_checkpointing=share), 1, 1, memory)]
+        if not fits:
+            print(f"{cfg.model}: its state and activations are too much for one GPU of {memory[1] / plan.GIB:.0f} GiB")
+            continue
+        shares = tuple(sorted({fits[0], fits[-1]}))
+        rows += in_fresh_process(collected, update_rows, cfg.model, cfg, config, shares)
+    return rows
+
+
+def collected(rows: Callable, *arguments) -> list[dict]:
+    """A generator's rows, each shown as it comes: a run cut short leaves something."""
+    out = []
+    for row in rows(*arguments):
+        print(row, flush=True)
+        out.append(row)
+    return out
+
+
 def markdown(title: str, rows: list[dict]) -> str:
     """A table of each run of rows that have the same columns."""
 
@@ -402,7 +496,7 @@ def versions(*names: str) -> dict[str, str]:
 
 BENCHES = {"adversary": bench_adversary, "engine": bench_engine, "step": bench_step, "threads": bench_threads,
            "grader": bench_grader, "kernels": bench_kernels, "memory": bench_memory, "sm90": bench_sm90,
-           "trl": bench_trl}
+           "trl": bench_trl, "update": bench_update}
 WITHOUT_NAMES = ("adversary", "engine", "step")
 
 

@@ -213,14 +213,19 @@ def decoding(model: ModelConfig, cfg: Config, rollouts: float, card: Card) -> fl
     return steps * DECODE_STEP + read / (DECODE_SHARE * card.bandwidth)
 
 
+def token_flops(model: ModelConfig, tokens: int) -> float:
+    """Operations of one token in one forward pass over sequences of so many: two a weight, but none in a table of
+    embeddings, and causal attention."""
+    multiplied = model.num_parameters() - (not model.tie_word_embeddings) * model.vocab_size * model.hidden_size
+    return 2 * multiplied + 2 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * tokens
+
+
 def step_work(model: ModelConfig, cfg: Config, world: int, per_node: int, card: Card) -> dict[str, Work]:
     """A step by phase. Sending runs beside computing: what takes longer counts."""
     (P, root, _), N, w, (prompt, response) = sizes(model), min(world, per_node), width(cfg), mean_tokens(model, cfg)
     rollouts, models = cfg.prompts_per_step * cfg.rollouts_per_prompt / world, 2 if cfg.kl_beta else 1
     minibatches, row, tokens = cfg.prompts_per_step / cfg.minibatch_prompts, row_tokens(model, cfg), prompt + response
-    # Of one token in one forward pass: two a weight, but none in a table of embeddings, and causal attention.
-    multiplied = P if model.tie_word_embeddings else P - model.vocab_size * model.hidden_size
-    flops = 2 * multiplied + 2 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * tokens
+    flops = token_flops(model, tokens)
     trained = rollouts * tokens * flops * (3 + cfg.gradient_checkpointing)
     # A row gathers all weights, those of the blocks again in backward, and sends gradients; nodes add up theirs.
     others, rows = (N - 1) / N, ceil(rollouts * tokens / row)
