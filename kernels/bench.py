@@ -371,7 +371,7 @@ def advantage_case(groups: int, rollouts: int) -> Iterator[dict]:
         return group_advantage(rewards, offsets, weights, clip=5.0)[0]
 
     def plain(rewards, offsets, weights):
-        return reference(rewards, offsets, weights, 1e-6, 5.0, True)[0]
+        return reference(rewards, offsets, weights, 1e-6, 5.0)[0]
 
     return compare("group_advantage", f"{rollouts} rollouts, {groups} groups", providers(ours, plain, {}), make,
                    Truth(plain(*make(0).arguments)), small=True,
