@@ -252,9 +252,9 @@ def bench_memory() -> list[dict]:
 class RandomTrainer(Trainer):
     """What `behaviour` and `update` need of a Trainer: random weights, sharded as in a run; it draws nothing."""
 
-    def __init__(self, cfg: Config, config: model.ModelConfig):
-        self.cfg, self.ranks, self.reference, self.optimizer_steps = cfg, Ranks(), None, 0
-        self.device = self.ranks.device
+    def __init__(self, cfg: Config, ranks: Ranks, config: model.ModelConfig):
+        self.cfg, self.ranks, self.reference, self.optimizer_steps = cfg, ranks, None, 0
+        self.device = ranks.device
         with torch.device("meta"):
             self.model = model.Transformer(config)
         shard(self.model, self.ranks, compute=torch.bfloat16)
@@ -272,13 +272,14 @@ def random_batch(words: int, rollouts: int, prompt: int, response: int) -> Batch
                  np.zeros(n, np.float32), np.zeros(rollouts, bool))
 
 
-def update_rows(name: str, cfg: Config, config: model.ModelConfig, shares: tuple[float, ...], rollouts: int = 16,
-                prompt: int = 150, response: int = 3946, repeats: int = 2) -> Iterator[dict]:
+def update_rows(ranks: Ranks, name: str, cfg: Config, config: model.ModelConfig, shares: tuple[float, ...],
+                rollouts: int = 16, prompt: int = 150, response: int = 3946, repeats: int = 2) -> Iterator[dict]:
     """Both phases, at every share of layers recomputed, first without torch.compile: the mean of `repeats` after a
     first one. MFU: of the operations that the model needs, recomputed ones left out. GiB: torch's peak."""
-    trainer, batch = RandomTrainer(cfg, config), random_batch(config.vocab_size, rollouts, prompt, response)
+    trainer, batch = RandomTrainer(cfg, ranks, config), random_batch(config.vocab_size, rollouts, prompt, response)
     advantage_R = np.tile([1.0, -1.0, 0.5, -0.5], rollouts // 4)
-    n_P, acts_R, old_N = np.full(len(batch.prompts), 4), advantage_R != 0, np.zeros(len(batch.tokens), np.float32)
+    n_P, acts_R = np.full(len(batch.prompts), 4), advantage_R != 0
+    old_N, _, _ = trainer.behaviour(batch, acts_R, 0)  # others would clip tokens, whose gradient costs nothing
     tokens, length, on_gpu = int(batch.cost().sum()), prompt + response, trainer.device.type == "cuda"
     phases = {"update": (3, plan.TRAIN_SHARE,
                          lambda: trainer.update(batch, n_P, advantage_R, acts_R, old_N, None, 0)),
@@ -306,7 +307,6 @@ def update_rows(name: str, cfg: Config, config: model.ModelConfig, shares: tuple
                    "GiB": torch.cuda.max_memory_allocated() / plan.GIB if on_gpu else None,
                    "planned GiB": sum(bytes_["training" if passes == 3 else phase].values()) / plan.GIB,
                    "first s": seconds[0]}
-    trainer.ranks.leave()
 
 
 def bench_update() -> list[dict]:
@@ -324,17 +324,18 @@ def bench_update() -> list[dict]:
             print(f"{cfg.model}: its state and activations are too much for one GPU of {memory[1] / plan.GIB:.0f} GiB")
             continue
         shares = tuple(sorted({fits[0], fits[-1]}))
-        rows += in_fresh_process(collected, update_rows, cfg.model, cfg, config, shares)
+        rows += in_fresh_process(updates_shown, cfg.model, cfg, config, shares)
     return rows
 
 
-def collected(rows: Callable, *arguments) -> list[dict]:
-    """A generator's rows, each shown as it comes: a run cut short leaves something."""
-    out = []
-    for row in rows(*arguments):
+def updates_shown(*arguments) -> list[dict]:
+    """`update_rows` in a process of its own, each shown as it comes: a run cut short leaves something."""
+    ranks, rows = Ranks(), []
+    for row in update_rows(ranks, *arguments):
         print(row, flush=True)
-        out.append(row)
-    return out
+        rows.append(row)
+    ranks.leave()
+    return rows
 
 
 def markdown(title: str, rows: list[dict]) -> str:

@@ -5,6 +5,7 @@ which each rank filled its own places and left zeros elsewhere, which is exact. 
 """
 
 import functools
+import gc
 import os
 import re
 import shutil
@@ -135,7 +136,12 @@ class Ranks:
         return given
 
     def leave(self) -> None:
+        """Ends the processes' group. Sharded models must be gone by then: what still holds the group lets it end with
+        the interpreter only, and then its threads sometimes abort a run that was complete."""
         if dist.is_initialized():
+            if mesh := self.__dict__.get("mesh"):
+                mesh._pg_registry.clear()  # DTensor's caches keep the mesh
+            gc.collect()
             dist.destroy_process_group()
 
     def assert_equal(self, digest: int, what: str) -> None:

@@ -731,7 +731,9 @@ def run(cfg: Config, preset: str, resume: bool) -> None:
     else:
         say(f"stopped after {trainer.next_step} steps; go on with: python train.py --out_dir {folder.path} --resume")
     trainer.engine.close()
-    trainer.ranks.leave()
+    ranks = trainer.ranks
+    del trainer
+    ranks.leave()
     sys.exit(0 if complete else 130)
 
 

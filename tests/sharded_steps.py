@@ -52,6 +52,7 @@ def main() -> None:
             "hash": hashlib.blake2b(b"".join(v.tobytes() for v in state.values())).hexdigest()}
     if ranks.rank == 0:
         torch.save(found, out)
+    del trainer
     ranks.leave()
 
 

@@ -1,5 +1,7 @@
 """The bench's own machinery, and what the compiler makes of the kernels that matter most."""
 
+import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -8,9 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import bench
 import kernels.bench
+import plan
+from config import parse_args
+from model import Transformer
+from ranks import Ranks
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,6 +42,52 @@ def test_linear_logprob_in_bf16_uses_wgmma_and_tma_and_spills_nothing_on_sm_90()
         assert row["spill stores"] == row["spill loads"] == row["stack bytes"] == 0, row
         assert row["wgmma"] and row["TMA loads"], row
         assert row["shared KiB"] < 227, row  # what a block may have
+
+
+CASES = {"linear": functools.partial(kernels.bench.linear_case, 64, 500, 32),
+         "linear, half": functools.partial(kernels.bench.linear_case, 64, 500, 32, live=0.5),
+         "linear, entropy": functools.partial(kernels.bench.linear_case, 64, 500, 32, entropy=True),
+         "advantage": functools.partial(kernels.bench.advantage_case, 8, 40),
+         "loss": functools.partial(kernels.bench.loss_case, 300, 8)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_timed_on_cuda_computes_what_it_is_compared_with(monkeypatch, name):
+    """Every case on the CPU, where nothing is timed: ours and plain torch give the truth and its gradients."""
+    given = {}
+    monkeypatch.setattr(kernels.bench, "DEVICE", "cpu")
+    monkeypatch.setattr(kernels.bench, "compare", lambda operation, case, calls, make, truth, **rest: given.update(
+        calls=calls, make=make, truth=truth, **rest) or [])
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    assert list(CASES[name]()) == []
+    inputs, truth = given["make"](0), given["truth"]
+    for provider in ("ours", "eager"):
+        call = given["calls"][provider]
+        out = kernels.bench.forward(call, inputs)
+        assert (out.double() - truth.out).abs().max() < (2e-2 if inputs.arguments[0].dtype == torch.bfloat16 else 1e-6)
+        if "both" in given["predicted"]:
+            gradients = kernels.bench.forward_and_backward(call, inputs)
+            for got, expected, rows in zip(gradients, truth.gradients, truth.rows, strict=True):
+                assert (got[rows].double() - expected).norm() / expected.norm() < 1e-2
+
+
+def test_update_runs_both_phases_with_a_gradient_for_every_token(monkeypatch):
+    """Of a tiny model on the CPU, without the compiler."""
+    calls, update = [], bench.Trainer.update
+    monkeypatch.setattr(Transformer, "compile_blocks", lambda model: calls.append("compiled"))
+    monkeypatch.setattr(bench.Trainer, "update", lambda *given: calls.append(update(*given)) or calls[-1])
+    cfg, _, _ = parse_args(["--preset", "qwen3-1.7b", "--kl_beta", "0", "--max_mismatch", "1e9", "--prompts_per_step",
+                            "4", "--minibatch_prompts", "4", "--microbatch_tokens", "64"])
+    tiny = dataclasses.replace(plan.known_model(cfg.model), vocab_size=300, hidden_size=32, intermediate_size=64,
+                               num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    ranks = Ranks()
+    rows = list(bench.update_rows(ranks, "tiny", cfg, tiny, (0.0, 1.0), prompt=5, response=11, repeats=1))
+    ranks.leave()
+    assert [(r["phase"], r["compiled"], r["recomputed"]) for r in rows] == [
+        (phase, compiled, share) for compiled in (False, True)
+        for phase, share in (("update", 0.0), ("log-probs", 0), ("update", 1.0))]
+    assert calls.count("compiled") == 1 and all(r["tokens"] == 16 * 16 and r["s"] > 0 for r in rows)
+    assert all(c.idle_frac == 0 and c.grad_norm > 0 for c in calls if c != "compiled")
 
 
 def test_a_rollout_of_advantage_0_that_is_trained_on_changes_nothing_but_the_work():

@@ -246,7 +246,9 @@ def test_strides_change_no_bit(how, name, dtype):
     apart = torch.stack((targets, torch.zeros_like(targets)), dim=1)[:, 0]
     got, expected = linear(h, w, apart, grad, how), linear(*(x.clone(memory_format=torch.contiguous_format)
                                                              for x in (h, w)), targets, grad, how)
-    assert all(torch.equal(x, y) for x, y in zip(got[:2], expected[:2], strict=True))
+    if how == "triton" or DEVICE == "cpu":  # cuBLAS has other products for a transposed matrix
+        assert all(torch.equal(x, y) for x, y in zip(got[:2], expected[:2], strict=True))
+    assert all(x.allclose(y, atol=FORWARD[dtype], rtol=0) for x, y in zip(got[:2], expected[:2], strict=True))
     assert all(relative_error(x, y.double()) < GRADIENT[dtype] / 4 for x, y in zip(got[2:], expected[2:], strict=True))
 
 

@@ -1,6 +1,7 @@
 """Numbers in the README and in docs/ are those of the logs in results/, and what they name exists."""
 
 import functools
+import itertools
 import json
 import re
 from pathlib import Path
@@ -204,3 +205,34 @@ def test_the_speeds_are_those_of_the_files():
         if row.get("phase") in ("behaviour", "update"):
             assert f"{row['chunked MiB, on top']:,.0f} MiB" in PROSE
             assert f"{row['whole logits MiB, on top']:,.0f} MiB" in PROSE
+
+
+def table_after(text: str, head: str) -> list[list[str]]:
+    """Cells of the table that begins with `head`, without its two first lines."""
+    lines = text[text.index(head):].splitlines()
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines)
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in rows][2:]
+
+
+def test_what_one_gpu_took_is_what_the_files_have():
+    text, found = TEXTS["speed.md"], json.loads((ROOT / "results" / "bench" / "h200.json").read_text())
+    rows = {(r["model"][11:-5], r["phase"], r["compiled"], r["recomputed"]): r for r in found["update"]}
+    missing = {"1.7B": 0.096, "4B": 0.120}  # seconds, of the note in the file
+    for size, compiled, share, *cells in table_after(text, "| | blocks compiled |"):
+        row, more = rows[size, "update", compiled == "yes", float(share)], missing[size]
+        said = [f"{row['s']:.2f} ({row['s'] + more:.2f})", f"{row['planned s']:.2f}",
+                f"{row['MFU %']:.1f}% ({row['MFU %'] * row['s'] / (row['s'] + more):.1f}%)", f"{row['GiB']:.1f}",
+                f"{row['planned GiB']:.1f}"]
+        row = rows[size, "log-probs", compiled == "yes", 0]
+        said += [f"{row['s']:.2f}", f"{row['planned s']:.2f}", f"{row['MFU %']:.1f}%"] if share != "1" else [""] * 3
+        assert cells == said, (size, compiled, share)
+    run = found["run"]["evaluations"][-1]
+    assert f"ends at {100 * run['pass@8']:.1f} pass@8 and {100 * run['mean@16']:.1f} mean@16" in PROSE
+
+
+def test_milliseconds_of_the_head_are_those_of_the_file():
+    rows = json.loads((ROOT / "results" / "kernels" / "h200.json").read_text())["kernels"]
+    measured = {f"{r['ms']:.1f} ({r['MiB']:,.0f})" for r in rows if r["operation"] == "linear_logprob"}
+    table = table_after(TEXTS["speed.md"], "| tokens, width |")
+    assert len(table) == 10 and all(cell in measured or not cell for line in table for cell in
+                                    [line[2], *line[4:]])
