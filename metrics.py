@@ -97,14 +97,14 @@ class Evaluation:
         return cls(**{**saved, "passes": {int(k.removeprefix("pass@")): v for k, v in saved["passes"].items()}})
 
     def line(self) -> str:
-        return (f"step {self.step}: mean@{self.rollouts} {self.mean:.3f}, pass@{self.k} {self.passes[self.k]:.3f} "
-                f"on {self.problems} held-out problems")
+        return (f"step {self.step}: mean@{self.rollouts} {self.mean:.1%}, pass@{self.k} {self.passes[self.k]:.1%} on "
+                f"{self.problems} held-out problems")
 
 
 def table(evaluations: list[Evaluation]) -> str:
-    """A Markdown table: one column an evaluation, rows for all problems and for each kind."""
+    """A Markdown table in percent: one column an evaluation, rows for all problems and for each kind."""
     first = evaluations[0]
-    head = [f"| {first.problems} held-out problems x {first.rollouts} |"]
+    head = [f"| {first.problems} held-out problems x {first.rollouts}, percent |"]
     rows = [f"| mean@{first.rollouts} |", f"| pass@{first.k} |"]
     if len(first.by_kind) > 1:
         rows += [f"| pass@{first.k}, {kind} |" for kind in first.by_kind]
@@ -113,5 +113,5 @@ def table(evaluations: list[Evaluation]) -> str:
         values = [e.mean, e.passes[e.k]]
         if len(first.by_kind) > 1:
             values += [e.by_kind[kind][2] for kind in first.by_kind]
-        rows = [row + f" {value:.3f} |" for row, value in zip(rows, values, strict=True)]
+        rows = [row + f" {100 * value:.1f} |" for row, value in zip(rows, values, strict=True)]
     return "\n".join(["", "".join(head), "|---|" + "---|" * len(evaluations), *rows])

@@ -65,5 +65,5 @@ def test_evaluations_survive_json_and_print_as_markdown():
     assert e.intervals["mean@16"][0] < e.mean < e.intervals["mean@16"][1]
     assert Evaluation.from_json(json.loads(json.dumps(e.to_json()))) == e
     lines = table([evaluation(0), e]).strip().splitlines()
-    assert lines[0] == "| 3 held-out problems x 16 | step 0 | step 3 |"
-    assert {line.count("|") for line in lines} == {4} and lines[2].startswith("| mean@16 | 0.417")
+    assert lines[0] == "| 3 held-out problems x 16, percent | step 0 | step 3 |"
+    assert {line.count("|") for line in lines} == {4} and lines[2].startswith("| mean@16 | 41.7")

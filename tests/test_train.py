@@ -478,7 +478,7 @@ def test_a_finished_run_can_be_extended_and_its_model_loads_elsewhere(base, tmp_
     out = tmp_path / "run"
     assert main(base, out, steps=2, mode="prompt") == 0
     output = capsys.readouterr().out
-    assert "| 6 held-out problems x 2 | step 0 | step 2 |" in output and "| pass@2 |" in output
+    assert "| 6 held-out problems x 2, percent | step 0 | step 2 |" in output and "| pass@2 |" in output
     assert main(base, out, "--resume", steps=3, mode="prompt", learning_rate=1e-4) == 0
     resumed = json.loads((out / "config.json").read_text())["resumed"]
     assert resumed == [{"step": 2, "changed": {"steps": 3, "learning_rate": 1e-4}}] and log(out)[2]["lr"] == 1e-4
