@@ -281,11 +281,11 @@ def draw_samples(benchmarks: list[Benchmark], path: Path, engine, ranks: Ranks, 
 # ------------------------------------------------------------------------------------------------ command line
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags, then what a run's config.json says, then the defaults. `run` is the Run that --model names, or None;
-    `benchmarks` None is what that run evaluates on. Raises FileNotFoundError for a run without a model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+def flags() -> argparse.ArgumentParser:
+    usage = ("%(prog)s --model RUN|FOLDER|ID [--benchmarks NAME ...] [option ...]\n"
+             "       %(prog)s --regrade FOLDER|FILE [option ...]")
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     built_in = ", ".join(tasks.TASKS)
     add("--model", help="a run of train.py (its last model; RUN/best: its best), evaluated as the run does it: its "
@@ -329,6 +329,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gpu_memory_utilization", type=float, default=0.85, help="vLLM: share of GPU memory [0.85]")
     add("--grader_workers", type=int, default=2, help="processes for answers that cannot be graded in this one [2]")
     add("--grader_timeout", type=float, default=5.0, help="seconds per answer; past it a response is wrong [5]")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags, then what a run's config.json says, then the defaults. `run` is the Run that --model names, or None;
+    `benchmarks` None is what that run evaluates on. Raises FileNotFoundError for a run without a model."""
+    parser = flags()
     args = parser.parse_args(argv)
     if (args.model is None) == (args.regrade is None):
         parser.error("give --model to evaluate one, or --regrade to grade an evaluation again")
@@ -346,14 +353,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         taken.append(f"on {portable(run.settings.eval_data) or 'what it held out of train_data'}")
     if taken:
         say(f"as in {run.folder if run else args.regrade}:", *taken)
-    for name, low in dict(k=1, problems=0, max_prompt_tokens=0, max_response_tokens=0, threads=0, max_rollouts=1,
-                          grader_workers=1).items():
-        if getattr(args, name) < low:
-            parser.error(f"--{name} must be at least {low}, got {getattr(args, name)}")
-    if args.temperature < 0 or (args.temperature == 0 and args.k > 1) or not 0 < args.top_p <= 1 or args.top_k < 0:
-        parser.error("need --temperature > 0 (or 0 with --k 1), 0 < --top_p <= 1 and --top_k >= 0")
-    if args.out and (args.out / "config.json").exists():
-        parser.error(f"--out {args.out} holds a run or a model, whose eval.json must stay; choose another")
+    check(args, parser)
     names = [n for part in args.benchmarks or [] for n in part.split(",") if n]
     if args.model and not args.out:
         parts = [run.name if run else Path(args.model).resolve().name, *([args.revision] if args.revision else []),
@@ -363,6 +363,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         names = [m for n in names or ["paper"] for m in (PAPER_BENCHMARKS if n == "paper" else (n,))]
         args.benchmarks = list(dict.fromkeys(names))
     return args
+
+
+def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Ends with what is wrong with a value."""
+    for name, low in dict(k=1, problems=0, max_prompt_tokens=0, max_response_tokens=0, threads=0, max_rollouts=1,
+                          grader_workers=1).items():
+        if getattr(args, name) < low:
+            parser.error(f"--{name} must be at least {low}, got {getattr(args, name)}")
+    if args.temperature < 0 or (args.temperature == 0 and args.k > 1) or not 0 < args.top_p <= 1 or args.top_k < 0:
+        parser.error("need --temperature > 0 (or 0 with --k 1), 0 < --top_p <= 1 and --top_k >= 0")
+    if args.out and (args.out / "config.json").exists():
+        parser.error(f"--out {args.out} holds a run or a model, whose eval.json must stay; choose another")
 
 
 # ------------------------------------------------------------------------------------------------ the two commands

@@ -41,6 +41,8 @@ from runfolder import RunFolder, Tracker, jsonable, portable, write_json
 from sharding import full, reshard, shard
 from watchdog import progress, watching
 
+DIVERGED = ("the weights are those before this update. --resume goes on from the last checkpoint, with a lower "
+            "--learning_rate for instance")
 MEASURE_EVERY = 2  # entropy and mismatch are measured on the first rollout of every second prompt of a batch
 
 # ------------------------------------------------------------------------------------------------ packing
@@ -349,8 +351,7 @@ class Trainer:
                 stats[:, micro.rollouts] = torch.stack((out.surrogate, out.kl, out.clipped, active)).cpu().numpy()
             losses.append(float(self.ranks.merge(loss_sum)[0]))
             if not np.isfinite(losses[-1]):
-                raise RunError(f"step {step}: the loss is {losses[-1]}; the weights are those before this update. "
-                               "--resume goes on from the last checkpoint, with a lower --learning_rate for instance")
+                raise RunError(f"step {step}: the loss is {losses[-1]}; {DIVERGED}")
             norms.append(self.optimizer_step(f"step {step}"))
         surrogate_R, kl_R, clipped_R, active_R = self.ranks.merge(stats)
         N = len(batch.tokens)
@@ -366,8 +367,7 @@ class Trainer:
         # One rank's norm for all: nodes that hold copies must clip alike to the last bit.
         norm = self.ranks.from_all(float(full(torch.nn.utils.get_total_norm(gradients))))[0]
         if not np.isfinite(norm):
-            raise RunError(f"{where}: the gradient norm is {norm}; the weights are those before this update. "
-                           "--resume goes on from the last checkpoint, with a lower --learning_rate for instance")
+            raise RunError(f"{where}: the gradient norm is {norm}; {DIVERGED}")
         for gradient in gradients:
             gradient.mul_(min(1.0, self.cfg.grad_clip / (norm + 1e-6)))
         self.optimizer.step()
