@@ -4,6 +4,7 @@
 import textwrap
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,18 +31,23 @@ from logs import (
     tail,
     whole_lines,
 )
-from study import PARTS, Row, written
+from study import ASKED_AGAIN, PARTS, Row, written
 
 NOTE = """Figures are of the end of training, in percent, on 600 held-out problems answered 16 times each at
 temperature 1 without truncation. The unit is a base model: means over bases with 95% t-intervals over them, differences
 paired by base. A base reports at the learning rate that is best for its row in the mean over the other bases of its
 task."""
 FOUND = 0.15  # pass@1 from which on a kind counts as found
-# The arena's questions, fixed before it ran: (question, row, the row that it is held against)
-QUESTIONS = (("Does the compute adversary with maxrl beat maxrl?", "rollout-maxrl", "maxrl"),
-             ("Does it need rollouts moved, or do weights do?", "rollout-maxrl", "weights-maxrl"),
-             ("Does an adaptive data adversary beat a fixed tilt?", "prompt", "tilt"),
-             ("Does a fixed rule, maxrl, beat grpo?", "maxrl", "grpo"))
+# Questions that were fixed before their rows ran, by table: (question, row, the row that it is held against)
+QUESTIONS = {
+    "The questions": (("Does the compute adversary with maxrl beat maxrl?", "rollout-maxrl", "maxrl"),
+                      ("Does it need rollouts moved, or do weights do?", "rollout-maxrl", "weights-maxrl"),
+                      ("Does an adaptive data adversary beat a fixed tilt?", "prompt", "tilt"),
+                      ("Does a fixed rule, maxrl, beat grpo?", "maxrl", "grpo")),
+    "The questions at 300 steps": (
+        ("Does the compute adversary with maxrl beat maxrl?", "rollout-maxrl-long", "maxrl-long"),
+        ("Does it need rollouts moved, or do weights do?", "rollout-maxrl-long", "weights-maxrl-long")),
+}
 EQUAL = 3.0  # points: an interval inside this either way is a no
 RUN_NOTE = """Figures in percent, as far as each run is. best: the evaluation of the highest pass@k, chosen on the
 problems that it reports; worst kind: of the last evaluation; hours: of training steps, without evaluations."""
@@ -147,8 +153,8 @@ def summary_table() -> str:
 
 def pooled(row: str, other: str, figure: Callable[[dict], float]) -> np.ndarray:
     """Paired differences of two rows in points, the bases of all tasks together."""
-    found = [f for f in study().values() if row in f and other in f]
-    return 100 * np.concatenate([paired(f[row], f[other], figure) for f in found])
+    found = [paired(f[row], f[other], figure) for f in study().values() if row in f and other in f]
+    return 100 * np.concatenate(found) if found else np.zeros(0)
 
 
 def verdict(values: np.ndarray, p: float) -> str:
@@ -159,17 +165,21 @@ def verdict(values: np.ndarray, p: float) -> str:
     return "no" if -EQUAL < low and high < EQUAL else "undecided"
 
 
-def question_table() -> str:
-    """The questions with their answers: differences pooled over tasks, p adjusted by Holm over the four."""
-    values = [pooled(row, other, headline) for _, row, other in QUESTIONS]
+def question_table(title: str) -> str:
+    """Questions with their answers: differences pooled over tasks, p adjusted by Holm over those of the table. Empty
+    where a row was not run."""
+    questions = QUESTIONS[title]
+    values = [pooled(row, other, headline) for _, row, other in questions]
+    if not all(len(v) > 1 for v in values):
+        return ""
     adjusted, lines = holm([p_value(v) for v in values]), []
-    for (question, row, other), v, p in zip(QUESTIONS, values, adjusted, strict=True):
-        by_task = [difference(f[row], f[other], headline) for f in study().values()]
+    for (question, row, other), v, p in zip(questions, values, adjusted, strict=True):
+        by_task = [difference(f.get(row, []), f.get(other, []), headline) for f in study().values()]
         rest = [spread(pooled(row, other, figure), True) for figure in (mean_success, worst_kind)]
         lines.append([question, f"{row} - {other}", str(len(v)), spread(v, True), f"{p:.2g}", verdict(v, p),
                       *by_task, *rest])
     head = ["question", "rows", "bases", "pass@8", "p (Holm)", "answer", *study(), "mean@16", "worst kind"]
-    return "**The questions**\n\n" + markdown(head, lines)
+    return f"**{title}**\n\n" + markdown(head, lines)
 
 
 def rate_table(task: str, rows: dict[str, Sweep]) -> str:
@@ -182,17 +192,18 @@ def rate_table(task: str, rows: dict[str, Sweep]) -> str:
     return f"**By rate: {task}**\n\n" + markdown(head, lines)
 
 
-def kind_table(task: str, rows: dict[str, list[Run]]) -> str:
-    """By kind of problem and row of the arena: pass@8, pass@1 (whose losses the first hides), bases that found it."""
-    names = [row.name for row in PARTS["The arena"] if row.name in rows]
-    tables = []
+def kind_table(task: str, rows: dict[str, list[Run]], part: str = "The arena", of: str = "By kind") -> str:
+    """By kind of problem and row of a part: pass@8, pass@1 (whose losses the first hides), bases that found it."""
+    names, tables = [row.name for row in PARTS[part] if row.name in rows], []
+    if not names:
+        return ""
     for title, place in (("pass@8", 2), ("pass@1", 1), (f"bases with pass@1 over {FOUND:.0%}", None)):
         lines = []
         for kind in rows[names[0]][0].last()["by_kind"]:
             by_row = [[r.last()["by_kind"][kind] for r in rows[name]] for name in names]
             lines.append([kind, *(f"{100 * np.mean([k[place] for k in kinds]):.1f}" if place else
                                   f"{sum(k[1] > FOUND for k in kinds)} of {len(kinds)}" for kinds in by_row)])
-        tables.append(f"**By kind, {title}: {task}**\n\n" + markdown(["kind", *names], lines))
+        tables.append(f"**{of}, {title}: {task}**\n\n" + markdown(["kind", *names], lines))
     return "\n\n".join(tables)
 
 
@@ -271,10 +282,12 @@ def exact_table(task: str, rows: dict[str, list[Run]]) -> str:
 
 
 def tables() -> str:
-    functions = (kind_table, allocation_table, weight_table, signal_table, exact_table)
+    long_kinds = partial(kind_table, part=ASKED_AGAIN, of="By kind at 300 steps")
+    functions = (kind_table, long_kinds, allocation_table, weight_table, signal_table, exact_table)
     by_rate = [rate_table(task, rows) for task, rows in sweeps().items()]
-    by_task = [table(task, rows) for table in functions for task, rows in study().items()]
-    return "\n\n".join([NOTE, summary_table(), question_table(), outcome_tables(), *by_rate, *by_task])
+    by_task = filter(None, [table(task, rows) for table in functions for task, rows in study().items()])
+    questions = filter(None, map(question_table, QUESTIONS))
+    return "\n\n".join([NOTE, summary_table(), *questions, outcome_tables(), *by_rate, *by_task])
 
 
 # ------------------------------------------------------------------------------------------------ any runs

@@ -42,7 +42,8 @@ def cell(table: str, row: str, column: str) -> str:
 def found() -> dict[str, str]:
     """The numbers that the texts state, computed."""
     out = {"bases": str(min(len(rows["grpo"]) for rows in study().values()))}
-    for name, (question, *_) in zip(("beats", "moved", "adaptive", "rule"), tabulated.QUESTIONS, strict=True):
+    asked = tabulated.QUESTIONS["The questions"]
+    for name, (question, *_) in zip(("beats", "moved", "adaptive", "rule"), asked, strict=True):
         out |= {f"{name}_{key}": cell("The questions", question, column) for key, column in
                 (("pass", "pass@8"), ("mean", "mean@16"), ("worst", "worst kind"), ("answer", "answer"))}
     for x, task in (("a", "arithmetic"), ("p", "permutations")):

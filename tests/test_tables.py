@@ -98,12 +98,13 @@ def test_a_question_is_answered_by_the_bases_of_all_tasks_and_by_holm(monkeypatc
              "two": arena({"rollout-maxrl": 8, "maxrl": 4, "prompt": -6})}
     monkeypatch.setattr(tables, "study", lambda: tasks)
     by_rows = {}
-    for line in tables.question_table().splitlines()[4:]:
+    for line in tables.question_table("The questions").splitlines()[4:]:
         _, rows, bases, value, p, answer, *_ = (cell.strip() for cell in line[1:-1].split("|"))
         by_rows[rows] = answer
         assert bases == "16" and 0 <= float(p) <= 1
     assert by_rows == {"rollout-maxrl - maxrl": "yes", "rollout-maxrl - weights-maxrl": "yes",
                        "prompt - tilt": "no, the reverse", "maxrl - grpo": "yes"}
+    assert tables.question_table("The questions at 300 steps") == ""  # not run here
     ours, theirs = (np.concatenate([[100 * logs.headline(r.last()) for r in t[row]] for t in tasks.values()])
                     for row in ("maxrl", "grpo"))
     assert tables.pooled("maxrl", "grpo", logs.headline) == pytest.approx(ours - theirs)
