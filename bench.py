@@ -53,17 +53,6 @@ from train import Clock, Trainer
 PEAK_FLOPS = plan.CARDS["80 GB"].flops  # bf16 operations a second, of MFU
 
 
-def median_ms(call: Callable[[], object], repeats: int) -> float:
-    """Median wall-clock milliseconds of a call, after one to warm up."""
-    call()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return 1000 * statistics.median(seconds)
-
-
 def bench_adversary() -> list[dict]:
     """All calls of a step on random outcomes, bins included: lookup and update, weights, allocate."""
     rows = []

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import numpy as np
 
 TILT = 4.0  # the exponent that Prompt-GDRO's weights have with the signal `reward` and eta_q = 2
-PASS_AT = 2  # k of `pass_at_k`: with four rollouts a larger one rewards the first success alone, or nothing
 
 
 def _among_mixed(factor: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray, np.ndarray, np.ndarray],
@@ -26,7 +25,7 @@ def _among_mixed(factor: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.nda
 
 def pass_at_k(correct_P: np.ndarray, n_P: np.ndarray, rate_P: np.ndarray) -> np.ndarray:
     """Pass@k training (arXiv 2508.10751), k = 2: sqrt((1 - R) p / (R (1 - p))), with R = 1 - C(n - c, k) / C(n, k) the
-    chance that k of the n rollouts hold a right one."""
+    chance that k of the n rollouts hold a right one. With four rollouts a larger k rewards the first success alone."""
     wrong_P = n_P - correct_P
     missed_P = wrong_P * (wrong_P - 1) / np.maximum(n_P * (n_P - 1), 1)
     mixed = (correct_P > 0) & (wrong_P > 0)
