@@ -3,8 +3,8 @@
 `python train.py --plan` prints it with all other flags taken into account, without a GPU or the network, and
 `check_memory` refuses by the same numbers what cannot fit. The trainer's bytes follow from what autograd and FSDP2
 keep; tests compare them with what both allocate on fake tensors, and with the peaks of a lone H200, which they hit
-within 1%, or overshoot by up to 11% where blocks are compiled. vLLM's bytes and all seconds rest on the constants
-below, of which one H200 has measured two; nothing was measured on several GPUs.
+within 1%, or overshoot by up to 10% where blocks are compiled. vLLM's bytes and all seconds rest on the constants
+below, two of them measured on one H200; nothing was measured on several GPUs.
 
 P parameters are sharded over the N ranks of a node (several nodes hold copies): b of them in each block, r in the root,
 which is embedding, head and last norm. A forward pass takes `width` bytes a number.
@@ -32,7 +32,7 @@ PER_NODE = 8  # GPUs of a node in the tables
 MEAN_PROMPT, MEAN_RESPONSE, EVAL_PROBLEMS = 150, 1200, 500  # unless the limits or --eval_problems are lower
 DECODE_STEP = 0.003  # seconds of a decoding step that depend on no model: scheduler, launches, drawing
 AWAKENING, GRADING = 2.0, 0.003  # seconds of a step for sleep and wake-up; of a rollout for its text and grade
-# Of a card's peak: operations, operations, bandwidth. The first two as one H200 had them (`python bench.py update`).
+# Of a card's peak: operations, operations, bandwidth. The first two: the least that one H200 had (docs/speed.md).
 TRAIN_SHARE, LOGPROB_SHARE, DECODE_SHARE = 0.46, 0.48, 0.6
 NVLINK, INFINIBAND = 300e9, 40e9  # bytes a second of one GPU inside a node and between nodes
 

@@ -139,8 +139,7 @@ class Ranks:
         """Ends the processes' group. Sharded models must be gone by then: what still holds the group lets it end with
         the interpreter only, and then its threads sometimes abort a run that was complete."""
         if dist.is_initialized():
-            if mesh := self.__dict__.get("mesh"):
-                mesh._pg_registry.clear()  # DTensor's caches keep the mesh
+            getattr(self.__dict__.get("mesh"), "_pg_registry", {}).clear()  # DTensor's caches keep the mesh
             gc.collect()
             dist.destroy_process_group()
 

@@ -167,7 +167,7 @@ def verdict(values: np.ndarray, p: float) -> str:
 
 def question_table(title: str) -> str:
     """Questions with their answers: differences pooled over tasks, p adjusted by Holm over those of the table. Empty
-    where a row was not run."""
+    while a question has fewer than two pairs."""
     questions = QUESTIONS[title]
     values = [pooled(row, other, headline) for _, row, other in questions]
     if not all(len(v) > 1 for v in values):
