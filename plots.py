@@ -39,7 +39,7 @@ from logs import (
     sweeps,
     tail,
 )
-from study import BOTH_TASKS, LONGER, PARTS, written
+from study import ASKED_AGAIN, BOTH_TASKS, LONGER, PARTS, written
 from tables import mean_success, run_table, sample_page, tables
 
 matplotlib.use("Agg")
@@ -373,9 +373,10 @@ def figure_9(models: Models):
 
 
 def figure_outcomes(tasks: dict[str, dict[str, list[Run]]]):
-    """The arena: paired difference in pass@8 to the row that each is held against; bases are ticks, bars are 95%
-    intervals."""
-    against = {row.name: row.against for row in PARTS["The arena"] if row.name != row.against}
+    """The arena, and its questions at 300 steps: paired difference in pass@8 to the row that each is held against; bases
+    are ticks, bars are 95% intervals."""
+    against = {row.name: row.against for part in ("The arena", ASKED_AGAIN) for row in PARTS[part]
+               if row.name != row.against}
     names = [n for n in against if any(len(differences(rows, n, against[n])) > 1 for rows in tasks.values())]
     if not names:
         raise Missing("no two rows of results/study have two bases in common")
@@ -403,7 +404,8 @@ def differences(rows: dict[str, list[Run]], name: str, other: str) -> np.ndarray
 
 
 def colour(row: str) -> str:
-    return ROW_COLOURS.get(row, COLOURS["uniform"])
+    """Of a row of the arena, or of one that trains it longer."""
+    return ROW_COLOURS.get(row.removesuffix("-long").removesuffix("-300"), COLOURS["uniform"])
 
 
 def figure_rates(tasks: dict[str, dict[str, Sweep]]):
@@ -447,7 +449,7 @@ def figure_curves(tasks: dict[str, dict[str, list[Run]]]):
             of_base = np.concatenate(list(found.values()), axis=1).mean(axis=1, keepdims=True)
             for name, values in found.items():
                 steps, mean = [e["step"] for e in runs[name][0].evaluations], values.mean(axis=0)
-                shade = colour(name.rpartition("-")[0])
+                shade = colour(name)
                 ax.plot(steps, mean, ".-", color=shade, label=name)
                 if len(values) > 1:
                     error = (values - of_base).std(axis=0, ddof=1) / np.sqrt(len(values))
