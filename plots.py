@@ -373,8 +373,8 @@ def figure_9(models: Models):
 
 
 def figure_outcomes(tasks: dict[str, dict[str, list[Run]]]):
-    """The arena, and its questions at 300 steps: paired difference in pass@8 to the row that each is held against; bases
-    are ticks, bars are 95% intervals."""
+    """The arena, and its questions at 300 steps: paired difference in pass@8 to the row that each is held against;
+    bases are ticks, bars are 95% intervals."""
     against = {row.name: row.against for part in ("The arena", ASKED_AGAIN) for row in PARTS[part]
                if row.name != row.against}
     names = [n for n in against if any(len(differences(rows, n, against[n])) > 1 for rows in tasks.values())]
