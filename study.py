@@ -105,11 +105,11 @@ PARTS = {
             ("grpo", {"mode": "grpo"}, "grpo-300"), ("maxrl", {"mode": "grpo", "rule": "maxrl"}, "grpo-300"),
             ("rollout", {"mode": "rollout"}, "grpo-300"), ("rollout-maxrl", ROLLOUT_MAXRL, "maxrl-300"))),
     ASKED_AGAIN: tuple(
-        Row(f"{row}-long", {**flags, "steps": 300}, f"{against}-long", (), rates, first=1)
-        for row, flags, against, rates in (
-            ("maxrl", {"mode": "grpo", "rule": "maxrl"}, "grpo", BOTH), ("rollout-maxrl", ROLLOUT_MAXRL, "maxrl", BOTH),
-            ("weights-maxrl", {**ROLLOUT_MAXRL, "allocation": "weights"}, "maxrl", BOTH),
-            ("grpo", {"mode": "grpo"}, "grpo", BEST))),
+        Row(f"{row}-long", {**flags, "steps": 300}, f"{against}-long", (), BOTH, first=1)
+        for row, flags, against in (
+            ("maxrl", {"mode": "grpo", "rule": "maxrl"}, "grpo"), ("rollout-maxrl", ROLLOUT_MAXRL, "maxrl"),
+            ("weights-maxrl", {**ROLLOUT_MAXRL, "allocation": "weights"}, "maxrl"),
+            ("grpo", {"mode": "grpo"}, "grpo"))),
     "Rivals": (
         at_best("pass-at-k", {"mode": "grpo", "rule": "pass_at_k"}),
         at_best("dr-grpo", {"mode": "grpo", "rule": "dr_grpo"}),

@@ -56,10 +56,22 @@ def found() -> dict[str, str]:
         mean = {row: np.mean([logs.headline(r.last()) for r in runs]) for row, runs in study()[task].items()}
         out[f"rel_{x}"] = f"{100 * (mean['rollout-maxrl'] / mean['grpo'] - 1):+.1f}%"
         out[f"over_{x}"] = f"{100 * (mean['rollout-maxrl'] / max(mean['maxrl'], mean['tilt']) - 1):+.1f}%"
+    again = tabulated.QUESTIONS["The questions at 300 steps"]
+    for name, (question, *_) in zip(("again", "moved_again"), again, strict=True):
+        out |= {f"{name}_{key}": cell("The questions at 300 steps", question, column) for key, column in
+                (("pass", "pass@8"), ("mean", "mean@16"), ("worst", "worst kind"), ("answer", "answer"),
+                 ("p", "p (Holm)"), ("pairs", "bases"))}
+    for x, task, rate in (("a", "arithmetic", "2e-4"), ("p", "permutations", "4e-4")):
+        ours, theirs = (float(cell(f"By rate: {task}", f"{row}-long", f"pass@8, {rate}"))
+                        for row in ("rollout-maxrl", "maxrl"))
+        out[f"same_{x}"] = f"{ours - theirs:+.1f}"
+    for row in ("maxrl", "rollout-maxrl", "weights-maxrl"):
+        low, high = (float(cell("By rate: arithmetic", f"{row}-long", f"pass@8, {rate}")) for rate in ("1e-4", "2e-4"))
+        out["half_" + row.removesuffix("-maxrl")] = f"{low - high:.1f}"
     for x, task in (("a", "arithmetic"), ("p", "permutations")):
-        out |= {f"{key}_{x}": cell(f"Longer: 300 steps: {task}", "rollout-maxrl-300", column).removeprefix("+")
-                for key, column in (("long", "paired difference"), ("long_mean", "mean@16, paired difference"),
-                                    ("long_worst", "worst kind, pass@8"))}
+        out |= {f"riv_{row.name}_{x}": cell(f"Rivals: {task}", row.name, "paired difference")
+                for row in PARTS["Rivals"]}
+        out[f"wse_variance_{x}"] = cell(f"What the allocations did: {task}", "rollout-variance", "WSE (33)")
         out[f"wse_{x}"] = cell(f"What the allocations did: {task}", "rollout", "WSE (33)")
         out[f"one_{x}"] = cell(f"Exact budgets: {task}", "rollout", "steps with one choice")
         out[f"outer_{x}"] = cell(f"What weights and bins became: {task}", "prompt", "prompts in outer two bins")
@@ -94,7 +106,10 @@ SAID = (
     "minus the reward {SNR_R} times.",
     "Over {bases} base models a task `maxrl`",
     "gains {rule_pass} points of pass@8 over GRPO. Rollout-GDRO with maxrl is {rel_a} and {rel_p} above GRPO",
-    "and {beats_pass} points above maxrl alone: undecided",
+    "and {beats_pass} points above maxrl alone. Asked again after 300 steps, on {again_pairs} of the pairs: "
+    "{again_pass}, p {again_p}, worst kind {again_worst}; undecided twice.",
+    "maxrl?** {again_answer}: {again_pass} points of pass@8 (p {again_p}), {again_mean} of mean@16, {again_worst} of",
+    "or do weights do?** {moved_again_answer}: {moved_again_pass} points, and {moved_again_mean} of mean@16",
     "`rollout-maxrl` is there: {rel_a} and {rel_p}, at {rm_mean_a} and {rm_mean_p} points of mean@16",
     "Over the best fixed rule of each task it is {over_a} and {over_p}",
     "on arithmetic twice the best rate costs {cost_least} to {cost_most} points",
@@ -111,9 +126,18 @@ SAID = (
     "raises the weighted standard error (33), by {wse_a} and {wse_p}",
     "would leave one choice in {one_a} of the steps",
     "{outer_a} of prompts in the outer two bins",
-    "`rollout-maxrl` ends {long_a} and {long_p} points of pass@8 above maxrl and {long_mean_a} and {long_mean_p} of",
-    "with the worst kind found ({long_worst_a} and {long_worst_p})",
-    "*changes* WSE by {wse_a} and {wse_p}",
+    "at those rates the other bases show {same_a} and {same_p}. Half of them is better in all three rows, on "
+    "arithmetic by {half_weights} points for weights, {half_maxrl} for maxrl and {half_rollout} for moved rollouts",
+    "what maxrl gives, {riv_pass-at-k_a} and {riv_pass-at-k_p} points over GRPO; Dr. GRPO {riv_dr-grpo_a} and "
+    "{riv_dr-grpo_p}.",
+    "asks for, are at {riv_rollout-variance_a} and {riv_rollout-variance_p}, the paper's own utility at "
+    "{riv_rollout-surrogate_a} and {riv_rollout-surrogate_p}, the value of Knapsack RL at {riv_rollout-knapsack_a} and "
+    "{riv_rollout-knapsack_p}; a fixed schedule by the rank of a bin (E3) at {riv_rollout-rank_a} and "
+    "{riv_rollout-rank_p}, and with maxrl at {riv_rollout-rank-maxrl_a} and {riv_rollout-rank-maxrl_p}:",
+    "instead of 12: {riv_rollout-maxrl-32_a} and {riv_rollout-maxrl-32_p}.",
+    "Counts by variance are at {riv_rollout-variance_a} and {riv_rollout-variance_p} points against `gain`.",
+    "*changes* WSE by {wse_a} and {wse_p} (arithmetic, permutations), by variance by {wse_variance_a} and "
+    "{wse_variance_p}, and the latter is {riv_rollout-variance_a} and {riv_rollout-variance_p} points",
 )
 
 
