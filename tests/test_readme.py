@@ -65,6 +65,10 @@ def found() -> dict[str, str]:
         ours, theirs = (float(cell(f"By rate: {task}", f"{row}-long", f"pass@8, {rate}"))
                         for row in ("rollout-maxrl", "maxrl"))
         out[f"same_{x}"] = f"{ours - theirs:+.1f}"
+    for row in ("grpo", "maxrl", "rollout-maxrl", "weights-maxrl"):
+        on = sorted({cell("By kind at 300 steps, bases with pass@1 over 15%: arithmetic", kind, f"{row}-long")[0]
+                     for kind in ("thrice_second", "thrice_less", "thrice_first")})
+        out[f"rare_{row}"] = " to ".join(dict.fromkeys((on[0], on[-1])))
     for row in ("maxrl", "rollout-maxrl", "weights-maxrl"):
         low, high = (float(cell("By rate: arithmetic", f"{row}-long", f"pass@8, {rate}")) for rate in ("1e-4", "2e-4"))
         out["half_" + row.removesuffix("-maxrl")] = f"{low - high:.1f}"
@@ -126,6 +130,8 @@ SAID = (
     "raises the weighted standard error (33), by {wse_a} and {wse_p}",
     "would leave one choice in {one_a} of the steps",
     "{outer_a} of prompts in the outer two bins",
+    "the three rarest on {rare_rollout-maxrl} of 7 bases, weights on {rare_weights-maxrl}, maxrl on {rare_maxrl}, "
+    "GRPO on {rare_grpo}.",
     "at those rates the other bases show {same_a} and {same_p}. Half of them is better in all three rows, on "
     "arithmetic by {half_weights} points for weights, {half_maxrl} for maxrl and {half_rollout} for moved rollouts",
     "what maxrl gives, {riv_pass-at-k_a} and {riv_pass-at-k_p} points over GRPO; Dr. GRPO {riv_dr-grpo_a} and "
