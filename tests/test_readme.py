@@ -65,6 +65,7 @@ def found() -> dict[str, str]:
         ours, theirs = (float(cell(f"By rate: {task}", f"{row}-long", f"pass@8, {rate}"))
                         for row in ("rollout-maxrl", "maxrl"))
         out[f"same_{x}"] = f"{ours - theirs:+.1f}"
+        out[f"base0_{x}"] = cell(f"Longer: 300 steps: {task}", "rollout-maxrl-300", "paired difference")
     for row in ("grpo", "maxrl", "rollout-maxrl", "weights-maxrl"):
         on = sorted({cell("By kind at 300 steps, bases with pass@1 over 15%: arithmetic", kind, f"{row}-long")[0]
                      for kind in ("thrice_second", "thrice_less", "thrice_first")})
@@ -132,8 +133,10 @@ SAID = (
     "{outer_a} of prompts in the outer two bins",
     "the three rarest on {rare_rollout-maxrl} of 7 bases, weights on {rare_weights-maxrl}, maxrl on {rare_maxrl}, "
     "GRPO on {rare_grpo}.",
-    "at those rates the other bases show {same_a} and {same_p}. Half of them is better in all three rows, on "
-    "arithmetic by {half_weights} points for weights, {half_maxrl} for maxrl and {half_rollout} for moved rollouts",
+    "at those rates the other bases show {same_a} and {same_p}, and at half of them base 0 itself {base0_a} and "
+    "{base0_p}:",
+    "Half of them is better in all three rows, on arithmetic by {half_weights} points for weights, {half_maxrl} for "
+    "maxrl and {half_rollout} for moved rollouts",
     "what maxrl gives, {riv_pass-at-k_a} and {riv_pass-at-k_p} points over GRPO; Dr. GRPO {riv_dr-grpo_a} and "
     "{riv_dr-grpo_p}.",
     "asks for, are at {riv_rollout-variance_a} and {riv_rollout-variance_p}, the paper's own utility at "
