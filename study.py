@@ -69,7 +69,7 @@ COMMON = {"engine": "torch", "eval_problems": 600, "eval_every": 0, "eval_first"
 LONGER = "Longer: 300 steps"
 ASKED_AGAIN = "The first question again, at 300 steps"
 HALF = {task: (rate / 2,) for task, (rate,) in BEST.items()}  # what 300 steps want, as it turned out
-BOTH = {task: (*HALF[task], *BEST[task]) for task in BEST}
+TWO_RATES = {task: (*HALF[task], *BEST[task]) for task in BEST}
 # Parts of the study -> rows, in the order in which they run. The flags are what differs from the task's preset, whose
 # adversary is "tuned"; every row but the bases trains on the same number of rollouts.
 PARTS = {
@@ -105,7 +105,7 @@ PARTS = {
             ("grpo", {"mode": "grpo"}, "grpo-300"), ("maxrl", {"mode": "grpo", "rule": "maxrl"}, "grpo-300"),
             ("rollout", {"mode": "rollout"}, "grpo-300"), ("rollout-maxrl", ROLLOUT_MAXRL, "maxrl-300"))),
     ASKED_AGAIN: tuple(
-        Row(f"{row}-long", {**flags, "steps": 300}, f"{against}-long", (), BOTH, first=1)
+        Row(f"{row}-long", {**flags, "steps": 300}, f"{against}-long", (), TWO_RATES, first=1)
         for row, flags, against in (
             ("maxrl", {"mode": "grpo", "rule": "maxrl"}, "grpo"), ("rollout-maxrl", ROLLOUT_MAXRL, "maxrl"),
             ("weights-maxrl", {**ROLLOUT_MAXRL, "allocation": "weights"}, "maxrl"),

@@ -180,8 +180,7 @@ assert sys.getrefcount(groups[0]) == 2, sys.getrefcount(groups[0])  # of the lis
 
 
 def test_nothing_holds_the_group_that_a_run_has_left(base, tmp_path):
-    """Such a group ends with the interpreter, which one time in ten aborted a complete run of two ranks on a busy
-    machine."""
+    """Such a group ends with the interpreter, which at times aborted a complete run of two ranks on a busy machine."""
     flags = ["--preset", "arithmetic", "--model", str(base), "--engine", "torch", "--dtype", "bfloat16", "--steps", "1",
              "--prompts_per_step", "8", "--minibatch_prompts", "4", "--kl_beta", "0.001", "--eval_problems", "4",
              "--eval_rollouts", "2", "--compile", "false", "--out_dir", str(tmp_path / "run")]
