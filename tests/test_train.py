@@ -23,7 +23,7 @@ from model import Transformer
 from ranks import Ranks, RunError, deal, deal_rows
 from rollout import Batch
 from rules import RULES
-from runfolder import Tracker, scalars
+from runfolder import RunFolder, Tracker, environment, scalars, write_json
 from train import (
     Decision,
     StopSignal,
@@ -589,6 +589,7 @@ def test_stale_sampler_weights_are_caught_on_the_step_where_they_happen(base, tm
     (dict(eval_top_p=0), "--eval_top_p must be above 0"), (dict(eps_low=2), "--eps_low must be at most 1"),
     (dict(eval_temperature=0), "use it with --eval_rollouts 1"),
     (dict(mode="rollout", allocation="weights", rollout_utility="surrogate"), "--rollout_utility surrogate would only"),
+    (dict(mode="rollout", allocation="weights", rollout_budget="dual"), "--rollout_budget dual, whose price"),
     (dict(max_response_tokens=1000), "and the model's context is 256"),
     (dict(train_data="nowhere.jsonl"), "nowhere.jsonl"),
     (dict(train_data="nonsense"), "unknown problem set"),
@@ -680,6 +681,30 @@ def test_the_policy_of_the_best_evaluation_stays_in_best_and_every_stop_leaves_a
         assert json.loads((out / "best" / "evaluation.json").read_text())["step"] == best["step"]
     else:
         assert not (out / "best").exists()
+
+
+def test_a_best_policy_of_steps_that_are_done_again_is_forgotten(base, tmp_path):
+    """Else the remedy for a run that diverged, to go on from a checkpoint, would leave the best of the lost branch."""
+    cfg, _, _ = parse_args(flags(base, tmp_path / "run"))
+    folder = RunFolder(cfg)
+    for step, kept in ((2, True), (3, True), (4, False)):
+        (folder.path / "best").mkdir(parents=True, exist_ok=True)
+        write_json(folder.path / "best" / "evaluation.json", {"step": step})
+        folder.forget_after(3)
+        assert (folder.path / "best").exists() == kept
+
+
+def test_only_paths_are_cut_to_their_last_name(base, tmp_path):
+    cfg, _, _ = parse_args(flags(base, tmp_path / "run", prompt_suffix="/no_think"))
+    folder = RunFolder(cfg)
+    assert folder.config["prompt_suffix"] == "/no_think" and "prompt_suffix" not in folder.paths
+    assert folder.config["train_data"] == "sums.jsonl" and Path(folder.paths["train_data"]).is_absolute()
+
+
+def test_without_git_the_commit_is_unknown_and_the_run_goes_on(monkeypatch):
+    assert re.fullmatch("[0-9a-f]{40}", environment()["commit"] or "0" * 40)
+    monkeypatch.setenv("PATH", "")
+    assert environment()["commit"] is None
 
 
 def test_a_reward_of_ones_own_is_trained_on_and_one_that_always_fails_ends_the_run(base, tmp_path):
