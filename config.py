@@ -102,8 +102,6 @@ class Config:
                             "weight: grpo = 1; dr_grpo, maxrl, pass_at_k, tilt: rules.py", tuple(RULES))
     averaging: str = arg("prompt", "what weighs 1 in the loss: prompt = (7), its rollouts 1/n; rollout; token = DAPO",
                          ("prompt", "rollout", "token"))
-    importance_cap: float = arg(0.0, "truncated importance of trainer against sampler, per token, capped here; 0 = off",
-                                low=0)
 
     bin_edges: str = arg("0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", "inner edges of the bins",
                          heading="difficulty bins, (10)-(11)")

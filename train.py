@@ -28,7 +28,8 @@ import tasks
 from config import Config, parse_args
 from data import Problem, batch_order, encode_prompts
 from gdro import SIGNALS, DifficultyBins, PromptGDRO, RolloutGDRO, bin_shares, errors_by, means_by
-from kernels import group_advantage, grpo_token_loss
+from kernels import group_advantage
+from loss import grpo_token_loss
 from metrics import Evaluation, table
 from model import Transformer
 from plan import check_memory
@@ -344,7 +345,7 @@ class Trainer:
             loss_sum, (micros, load) = np.zeros(1), self.micro_batches(batch, acts_R & (weight_R > 0))
             tokens += load
             for micro in micros:
-                out = self.token_loss(batch, micro, advantage_R, weight_R, old_N, ref_N)
+                out = self.token_loss(micro, advantage_R, weight_R, old_N, ref_N)
                 out.loss.backward()
                 loss_sum += out.loss.item()
                 active = micro.offsets.diff() - out.idle
@@ -386,21 +387,17 @@ class Trainer:
         }[self.cfg.averaging]
         return np.where(inside, weight_R, 0.0)
 
-    def token_loss(self, batch: Batch, micro: Micro, advantage_R: np.ndarray, weight_R, old_N, ref_N):
+    def token_loss(self, micro: Micro, advantage_R: np.ndarray, weight_R, old_N, ref_N):
         cfg = self.cfg
 
         def put(x: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(x.astype(np.float32)).to(self.device)
 
-        correction = None
-        if cfg.importance_cap:
-            ratio = np.exp(old_N[micro.places] - batch.sampler_logp[micro.places])
-            correction = put(np.minimum(ratio, cfg.importance_cap))
         return grpo_token_loss(
             self.logprobs(self.model, micro), put(old_N[micro.places]),
             put(advantage_R[micro.rollouts]), micro.offsets, put(weight_R[micro.rollouts]),
             eps_low=cfg.eps_low, eps_high=cfg.eps_high, beta=cfg.kl_beta,
-            ref_logp=None if ref_N is None else put(ref_N[micro.places]), correction=correction)
+            ref_logp=None if ref_N is None else put(ref_N[micro.places]))
 
     def outcome(self, decided: Decision, batch: Batch, reward_R, constant_P, update: Update) -> Outcome:
         """What the step has to tell the adversaries."""

@@ -2,7 +2,6 @@
 the Triton form, and one public function. Nothing here knows of models, prompts or adversaries."""
 
 from kernels.group_advantage import group_advantage
-from kernels.grpo_token_loss import grpo_token_loss
 from kernels.linear_logprob import linear_logprob
 
-__all__ = ["group_advantage", "grpo_token_loss", "linear_logprob"]
+__all__ = ["group_advantage", "linear_logprob"]

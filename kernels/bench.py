@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 
-from kernels import group_advantage, grpo_token_loss, linear_logprob
+from kernels import group_advantage, linear_logprob
 from kernels.backend import triton
 
 DEVICE = "cuda"
@@ -65,17 +65,6 @@ def plain_linear(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def plain_linear_and_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     log_p = (hidden @ weight.T).log_softmax(1, dtype=torch.float32)
     return torch.stack((log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(1)))
-
-
-def plain_token_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantage: Tensor, offsets: Tensor,
-                     token_weight: Tensor, beta: float = 0.001) -> Tensor:
-    """The loss alone, (1,), without the statistics."""
-    owner = torch.repeat_interleave(torch.arange(len(advantage), device=logp.device), offsets.diff(),
-                                    output_size=len(logp))
-    A, ratio = advantage[owner], (logp - old_logp).clamp(-20, 20).exp()
-    surrogate = torch.minimum(ratio * A, ratio.clamp(0.8, 1.28) * A)
-    log_ratio = (ref_logp - logp).clamp(-20, 20)
-    return (token_weight[owner] * (beta * (log_ratio.exp() - log_ratio - 1) - surrogate)).sum()[None]
 
 
 # ------------------------------------------------------------------------------------------------ other projects
@@ -365,7 +354,7 @@ def advantage_inputs(groups: int, rollouts: int, i: int) -> Inputs:
 
 def advantage_case(groups: int, rollouts: int) -> Iterator[dict]:
     make = functools.partial(advantage_inputs, groups, rollouts)
-    reference = importlib.import_module("kernels.group_advantage")._reference  # the public function hides it in an op
+    reference = importlib.import_module("kernels.group_advantage")._reference
 
     def ours(rewards, offsets, weights):
         return group_advantage(rewards, offsets, weights, clip=5.0)[0]
@@ -378,31 +367,6 @@ def advantage_case(groups: int, rollouts: int) -> Iterator[dict]:
                    predicted={"forward": device_ms(1, 16 * (rollouts + groups))})
 
 
-def loss_inputs(tokens: int, responses: int, i: int) -> Inputs:
-    rng = np.random.default_rng(i)
-    cuts = np.sort(rng.choice(tokens - 1, responses - 1, replace=False)) + 1
-    offsets = torch.from_numpy(np.concatenate(([0], cuts, [tokens]))).to(DEVICE)
-    draw = functools.partial(torch.randn, generator=seeded(i), device=DEVICE)
-    logp = (-draw(tokens).abs()).requires_grad_()
-    old, ref = (logp.detach() + 0.2 * draw(tokens) for _ in range(2))
-    weight = 1 / (responses * offsets.diff().float())
-    return Inputs((logp, old, ref, draw(responses), offsets, weight), (logp,), torch.ones(1, device=DEVICE))
-
-
-def loss_case(tokens: int, responses: int) -> Iterator[dict]:
-    make = functools.partial(loss_inputs, tokens, responses)
-
-    def ours(logp, old, ref, advantage, offsets, weight):
-        return grpo_token_loss(logp, old, advantage, offsets, weight, ref_logp=ref, beta=0.001).loss[None]
-
-    wide = [x.detach().double() if x.is_floating_point() else x for x in make(0).arguments]
-    loss = plain_token_loss(wide[0].requires_grad_(), *wide[1:])
-    return compare("grpo_token_loss", f"{tokens} tokens, {responses} responses",
-                   providers(ours, plain_token_loss, {}), make,
-                   Truth(loss.detach(), torch.autograd.grad(loss, wide[0]), (slice(None),)), names=("logp",),
-                   predicted={"forward": device_ms(3, 16 * tokens), "both": device_ms(4, 24 * tokens)}, small=True)
-
-
 def cuda_cases() -> Iterator[Callable[[], Iterator[dict]]]:
     """What matters most comes first."""
     for T, D in ((16_384, 2048), (4096, 2048), (16_384, 4096)):
@@ -412,8 +376,6 @@ def cuda_cases() -> Iterator[Callable[[], Iterator[dict]]]:
     yield functools.partial(linear_case, 4095, 151_937, 2056)
     for groups, rollouts in ((256, 1024), (4096, 16_384)):
         yield functools.partial(advantage_case, groups, rollouts)
-    for responses, tokens in ((64, 16_384), (1024, 1 << 20)):
-        yield functools.partial(loss_case, tokens, responses)
     for T, D in ((4096, 4096), (16_384, 2560), (4096, 2560)):
         yield functools.partial(linear_case, T, VOCABULARY, D)
 
@@ -504,7 +466,7 @@ def bench_kernels() -> list[dict]:
 
 # ------------------------------------------------------------------------------------------------ the compiler's view
 
-OPERATIONS = ("linear_logprob", "group_advantage", "grpo_token_loss")
+OPERATIONS = ("linear_logprob", "group_advantage")
 
 
 class SM90:
@@ -537,7 +499,7 @@ def launches() -> Iterator[tuple[str, str, Callable[[], object]]]:
 
     The calls go in below the check that the tensors are on a GPU: small ones on the CPU stand for large ones there.
     """
-    linear, advantage, loss = (importlib.import_module(f"kernels.{name}") for name in OPERATIONS)
+    linear, advantage = (importlib.import_module(f"kernels.{name}") for name in OPERATIONS)
     T, V, D = 128, 4096, 256
     row, targets = torch.ones(T), torch.zeros(T, dtype=torch.long)
     offsets = torch.tensor([0, 64, T])
@@ -550,10 +512,7 @@ def launches() -> Iterator[tuple[str, str, Callable[[], object]]]:
         yield "linear_logprob", what, functools.partial(
             linear._backward, row, *x, targets, row, 1.0, True, True)
     yield "group_advantage", "float64, weights, clip", functools.partial(
-        advantage._group_advantage, row.double(), offsets, row[:2].double(), 1e-6, 5.0, True)
-    for beta in (0.0, 0.001):
-        yield "grpo_token_loss", "float32" + ", KL" * bool(beta), functools.partial(
-            loss._token_loss, row, row, row[:2], offsets, row[:2], row if beta else None, None, 0.2, 0.28, beta, True)
+        advantage._launch, row.double(), offsets, row[:2].double(), 1e-6, 5.0)
 
 
 def disassembled(cubin: bytes) -> dict[str, int]:

@@ -71,25 +71,13 @@ def _kernel(rewards, offsets, weights, advantages, constant, EPS: tl.constexpr, 
     tl.store(constant + group, equal)
 
 
-@torch.library.custom_op("group_dro::group_advantage", mutates_args=())
-def _group_advantage(rewards: Tensor, offsets: Tensor, weights: Tensor | None, eps: float, clip: float | None,
-                     on_triton: bool) -> tuple[Tensor, Tensor]:
-    if offsets.device.type == "cpu" and (offsets[0] != 0 or offsets[-1] != len(rewards) or (offsets.diff() < 0).any()):
-        raise ValueError(f"offsets must go from 0 to {len(rewards)} and never fall, got {int(offsets[0])} to "
-                         f"{int(offsets[-1])}, smallest step {int(offsets.diff().min()) if len(offsets) > 1 else None}")
-    if not on_triton:
-        return _reference(rewards, offsets, weights, eps, clip)
-    advantages = torch.empty_like(rewards)
-    constant = torch.empty(len(offsets) - 1, dtype=torch.bool, device=rewards.device)
+def _launch(rewards: Tensor, offsets: Tensor, weights: Tensor | None, eps: float,
+            clip: float | None) -> tuple[Tensor, Tensor]:
+    advantages, constant = torch.empty_like(rewards), rewards.new_empty(len(offsets) - 1, dtype=torch.bool)
     if len(constant):
         _kernel[(len(constant),)](rewards, offsets, weights, advantages, constant, EPS=eps, CLIP=clip,
                                   BLOCK=BLOCK, num_warps=1)
     return advantages, constant
-
-
-@_group_advantage.register_fake
-def _(rewards, offsets, weights, eps, clip, on_triton):
-    return torch.empty_like(rewards), offsets.new_empty(len(offsets) - 1, dtype=torch.bool)
 
 
 def group_advantage(rewards: Tensor, offsets: Tensor, weights: Tensor | None = None, *, eps: float = 1e-6,
@@ -105,6 +93,10 @@ def group_advantage(rewards: Tensor, offsets: Tensor, weights: Tensor | None = N
                          f"{tuple(offsets.shape)} {offsets.dtype}")
     if weights is not None and weights.shape != (len(offsets) - 1,):
         raise ValueError(f"weights must be ({len(offsets) - 1},), got {tuple(weights.shape)}")
-    weights = None if weights is None else weights.contiguous()
-    return _group_advantage(rewards.contiguous(), offsets.contiguous(), weights, eps, clip,
-                            use_triton(backend, rewards))
+    if offsets.device.type == "cpu" and (offsets[0] != 0 or offsets[-1] != len(rewards) or (offsets.diff() < 0).any()):
+        raise ValueError(f"offsets must go from 0 to {len(rewards)} and never fall, got {int(offsets[0])} to "
+                         f"{int(offsets[-1])}, smallest step {int(offsets.diff().min()) if len(offsets) > 1 else None}")
+    if not use_triton(backend, rewards):
+        return _reference(rewards, offsets, weights, eps, clip)
+    return _launch(rewards.contiguous(), offsets.contiguous(), None if weights is None else weights.contiguous(), eps,
+                   clip)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import group_advantage, grpo_token_loss, linear_logprob
+from kernels import group_advantage, linear_logprob
 from model import PackedAttention, Transformer
 from ranks import Ranks
 from rollout import Sampling, TorchEngine
@@ -282,12 +282,3 @@ def test_group_advantage_is_one_launch():
     weights = torch.rand(512, device="cuda")
     names = launches(lambda: group_advantage(rewards, offsets, weights, clip=3.0))
     assert names == ["_kernel"], names
-
-
-def test_grpo_token_loss_is_one_launch_and_a_sum():
-    """A third copies the statistics, so that none of them shares memory with the loss."""
-    logp, old, ref = -torch.rand(3, 65536, device="cuda")
-    advantage, weight = torch.randn(2, 64, device="cuda")
-    offsets = torch.arange(0, 65537, 1024, device="cuda")
-    names = launches(lambda: grpo_token_loss(logp, old, advantage, offsets, weight, beta=0.04, ref_logp=ref))
-    assert names.count("_kernel") == 1 and len(names) <= 3, names
