@@ -29,7 +29,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +42,7 @@ from config import Config, parse_args
 from data import batch_order
 from gdro import BUDGETS, UTILITIES, DifficultyBins, PromptGDRO, RolloutGDRO
 from kernels.bench import VOCABULARY, bench_kernels, bench_sm90, forget_peak, in_fresh_process, resident_mib
+from metrics import markdown
 from ranks import Ranks
 from reward import Grader, Problem
 from rollout import Batch, Sampling, TorchEngine, rollout_seed
@@ -327,7 +327,7 @@ def updates_shown(*arguments) -> list[dict]:
     return rows
 
 
-def markdown(title: str, rows: list[dict]) -> str:
+def tables(title: str, rows: list[dict]) -> str:
     """A table of each run of rows that have the same columns."""
 
     def cell(x) -> str:
@@ -337,8 +337,7 @@ def markdown(title: str, rows: list[dict]) -> str:
 
     text = f"\n### {title}\n"
     for columns, group in itertools.groupby(rows, key=tuple):
-        table = [columns, ["---"] * len(columns), *([cell(x) for x in row.values()] for row in group)]
-        text += "\n" + "\n".join(f"| {' | '.join(line)} |" for line in table) + "\n"
+        text += "\n" + markdown(columns, [[cell(x) for x in row.values()] for row in group]) + "\n"
     return text
 
 
@@ -473,17 +472,6 @@ def bench_trl(python: str, steps: int = 10, warm: int = 10) -> list[dict]:
                     "cores": os.cpu_count(), "load before": load, "after": f"{os.getloadavg()[0]:.1f}"}]
 
 
-def versions(*names: str) -> dict[str, str]:
-    """Of the packages that are installed."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 BENCHES = {"adversary": bench_adversary, "engine": bench_engine, "step": bench_step, "threads": bench_threads,
            "grader": bench_grader, "kernels": bench_kernels, "memory": bench_memory, "sm90": bench_sm90,
            "trl": bench_trl, "update": bench_update}
@@ -503,12 +491,10 @@ def main() -> None:
         parser.error(f"--out must end in .json, got {args.out}")
     benches = {**BENCHES, "trl": partial(bench_trl, args.trl)}
     results = {name: benches[name]() for name in args.names or WITHOUT_NAMES}
-    print("".join(markdown(name, rows) for name, rows in results.items()))
+    print("".join(tables(name, rows) for name, rows in results.items()))
     if args.out:
-        peers = versions("triton", "liger-kernel", "cut-cross-entropy")
-        record = {"environment": {**environment(), **peers}, **results}
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        args.out.write_text(json.dumps({"environment": environment(), **results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -235,10 +235,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, str, bool]:
     group = parser
     for f in dataclasses.fields(Config):
         group = parser.add_argument_group(f.metadata["heading"]) if f.metadata["heading"] else group
-        parse = {bool: _boolean, str: str, int: int, float: float}[type(f.default)]
-        group.add_argument(f"--{f.name}", type=parse, choices=f.metadata["choices"], default=argparse.SUPPRESS,
-                           metavar=None if f.metadata["choices"] else f.name.upper(),
-                           help=f"{f.metadata['help']} [{f.default!r}]".replace("%", "%%"))
+        add_flag(group, f, default=argparse.SUPPRESS)
     given = vars(parser.parse_args(argv))
     preset, adversary = given.pop("preset"), given.pop("adversary")
     resume, planned = given.pop("resume"), given.pop("plan")
@@ -268,6 +265,25 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, str, bool]:
         print(tables(cfg))
         sys.exit()
     return cfg, preset, resume
+
+
+def add_flag(parser, setting: dataclasses.Field, *, default, flag: str = "", help: str = "", usual: str = "") -> None:
+    """One setting as a flag. `flag`, `help` and `usual` (the default as it is told): where they are not the setting's."""
+    m, flag = setting.metadata, flag or setting.name
+    parse = {bool: _boolean, str: str, int: int, float: float}[type(setting.default)]
+    parser.add_argument(f"--{flag}", type=parse, choices=m["choices"], default=default,
+                        metavar=None if m["choices"] else flag.upper(),
+                        help=f"{help or m['help']} [{usual or repr(setting.default)}]".replace("%", "%%"))
+
+
+def check_bounds(setting: dataclasses.Field, value, flag: str = "") -> None:
+    """Raises ValueError for a value outside a setting's bounds."""
+    m = setting.metadata
+    for holds, what in ((m["low"] is None or value >= m["low"], f"at least {m['low']}"),
+                        (m["above"] is None or value > m["above"], f"above {m['above']}"),
+                        (m["high"] is None or value <= m["high"], f"at most {m['high']}")):
+        if not holds:  # nor does a comparison with NaN
+            raise ValueError(f"--{flag or setting.name} must be {what}, got {value}")
 
 
 def choose_preset(given: dict) -> str:
@@ -328,12 +344,7 @@ def check(cfg: Config, needed: tuple[str, ...] = ("model", "train_data")) -> Non
     """Raises ValueError, naming the flag, for a value outside its bounds, for values that cannot work together, and
     where one of `needed` is empty."""
     for f in dataclasses.fields(cfg):
-        value, bounds = getattr(cfg, f.name), f.metadata
-        for holds, what in ((bounds["low"] is None or value >= bounds["low"], f"at least {bounds['low']}"),
-                            (bounds["above"] is None or value > bounds["above"], f"above {bounds['above']}"),
-                            (bounds["high"] is None or value <= bounds["high"], f"at most {bounds['high']}")):
-            if not holds:  # nor does a comparison with NaN
-                raise ValueError(f"--{f.name} must be {what}, got {value}")
+        check_bounds(f, getattr(cfg, f.name))
     if cfg.eval_temperature == 0 and cfg.eval_rollouts > 1:
         raise ValueError("--eval_temperature 0 gives the same response every time: use it with --eval_rollouts 1")
     if not cfg.steps and not cfg.eval_first:

@@ -28,13 +28,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import metrics
 import tasks
-from config import PROMPT_SUFFIX, Config, of_run
+from config import PROMPT_SUFFIX, Config, add_flag, check_bounds, of_run
 from data import HUB_SETS, SUFFIXES, Problem, encode_prompts
 from metrics import by_kind, figures, headline
 from policy import Policy
 from ranks import Ranks, RunError, say
-from reward import STYLES, Grader, check_golds
+from reward import Grader, check_golds
 from rollout import Sampling, choose_engine, draw_part, make_engine, rollout_seed
 from runfolder import environment, portable, replace_text, write_json
 
@@ -138,7 +139,7 @@ def markdown(rows: dict[str, dict], model: str) -> str:
             head = [f"{benchmark}, by kind", "problems", "pass@1", f"pass@{headline(row['responses'])}"]
             blocks.append([head, *([kind, str(n), f"{100 * mean:.1f}", f"{100 * passed:.1f}"]
                                    for kind, (n, mean, passed) in kinds.items())])
-    pages = ["\n".join(f"| {' | '.join(x)} |" for x in (head, ["---"] * len(head), *lines)) for head, *lines in blocks]
+    pages = [metrics.markdown(head, lines) for head, *lines in blocks]
     return "\n\n".join([pages[0] + note, *pages[1:]])
 
 
@@ -150,6 +151,15 @@ FROM_RUN = {"k": "eval_rollouts", "temperature": "eval_temperature", "top_p": "e
                 "seed", "max_prompt_tokens", "max_response_tokens", "prompt_suffix", "chat_template", "stop_tokens",
                 "answer_style", "reward", "allow_bad_golds", "engine", "dtype", "threads", "max_rollouts",
                 "grader_timeout")}}
+SETTINGS = {flag: Config.__dataclass_fields__[name] for flag, name in (
+    *FROM_RUN.items(), ("gpu_memory_utilization", "gpu_memory_utilization"), ("grader_workers", "grader_workers"))}
+# What is said of a flag where that of the setting would not fit, and its default.
+OTHERWISE = {
+    "k": ("responses drawn for each problem", 8), "temperature": ("0 = greedy, with --k 1", 0.6),
+    "seed": ("of every response", 0),
+    "max_prompt_tokens": ("longer prompts are left out and counted; 0 = a half of the context, at most 3200", 0),
+    "max_response_tokens": ("a response cut here counts as wrong; 0 = what the context leaves, at most 4096", 0),
+    "prompt_suffix": ("", None), "gpu_memory_utilization": ("vLLM: share of GPU memory", 0.85)}
 
 
 @dataclass(frozen=True)
@@ -299,36 +309,13 @@ def flags() -> argparse.ArgumentParser:
     add("--regrade", type=Path, metavar="FOLDER|FILE",
         help="grade the eval_samples.jsonl of an evaluation again, without any model; --answer_style and --reward may "
              "be others")
-    add("--k", type=int, default=8, help="responses drawn for each problem [8]")
     add("--problems", type=int, default=0, help="use the first so many of each benchmark; 0 = all [0]")
     add("--out", type=Path, help="folder for eval.json and eval_samples.jsonl [out/eval-RUN or -MODEL, and the "
                                  "benchmarks if given]")
-    add("--engine", default="auto", choices=["auto", "vllm", "torch"], help="what draws the responses [auto]")
-    add("--temperature", type=float, default=0.6, help="0 = greedy, with --k 1 [0.6]")
-    add("--top_p", type=float, default=0.8, help="1 = off [0.8]")
-    add("--top_k", type=int, default=20, help="0 = off [20]")
-    add("--seed", type=int, default=0, help="of every response [0]")
-    add("--max_prompt_tokens", type=int, default=0,
-        help="longer prompts are left out and counted; 0 = a half of the context, at most 3200 [0]")
-    add("--max_response_tokens", type=int, default=0,
-        help="a response cut here counts as wrong; 0 = what the context leaves, at most 4096 [0]")
-    add("--prompt_suffix", help=f"appended to every prompt [{PROMPT_SUFFIX!r}, nothing for the built-in tasks]")
-    add("--chat_template", default="auto", choices=["auto", "always", "never"],
-        help="auto = when the tokenizer has one [auto]")
-    add("--stop_tokens", default="auto",
-        help="comma-separated tokens that end a response; auto = the model's own [auto]")
-    add("--answer_style", default="auto", choices=["auto", *STYLES],
-        help="where a response's answer is, see train.py --help; auto = as the data set says [auto]")
-    add("--reward", default="",
-        help="FILE.py:function, a reward of your own, see train.py --help: above 0 counts as right")
-    add("--allow_bad_golds", type=float, default=0.02,
-        help="largest share of problems whose gold answer could match no response [0.02]")
-    add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto = bfloat16 on CUDA [auto]")
-    add("--threads", type=int, default=0, help="of PyTorch on CPU; 0 = as PyTorch chooses [0]")
-    add("--max_rollouts", type=int, default=256, help="responses decoded at once [256]")
-    add("--gpu_memory_utilization", type=float, default=0.85, help="vLLM: share of GPU memory [0.85]")
-    add("--grader_workers", type=int, default=2, help="processes for answers that cannot be graded in this one [2]")
-    add("--grader_timeout", type=float, default=5.0, help="seconds per answer; past it a response is wrong [5]")
+    for flag, setting in SETTINGS.items():
+        help, default = OTHERWISE.get(flag, ("", setting.default))
+        usual = f"{PROMPT_SUFFIX!r}, nothing for the built-in tasks" if flag == "prompt_suffix" else repr(default)
+        add_flag(parser, setting, flag=flag, default=default, help=help, usual=usual)
     return parser
 
 
@@ -367,12 +354,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Ends with what is wrong with a value."""
-    for name, low in dict(k=1, problems=0, max_prompt_tokens=0, max_response_tokens=0, threads=0, max_rollouts=1,
-                          grader_workers=1).items():
-        if getattr(args, name) < low:
-            parser.error(f"--{name} must be at least {low}, got {getattr(args, name)}")
-    if args.temperature < 0 or (args.temperature == 0 and args.k > 1) or not 0 < args.top_p <= 1 or args.top_k < 0:
-        parser.error("need --temperature > 0 (or 0 with --k 1), 0 < --top_p <= 1 and --top_k >= 0")
+    try:
+        for flag, setting in SETTINGS.items():
+            check_bounds(setting, getattr(args, flag), flag)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.problems < 0:
+        parser.error(f"--problems must be at least 0, got {args.problems}")
+    if args.temperature == 0 and args.k > 1:
+        parser.error("--temperature 0 gives the same response every time: use it with --k 1")
     if args.out and (args.out / "config.json").exists():
         parser.error(f"--out {args.out} holds a run or a model, whose eval.json must stay; choose another")
 
@@ -447,7 +437,7 @@ def evaluate(args: argparse.Namespace) -> None:
     ranks, run = Ranks(), args.run
     policy = Policy.open(str(run.model) if run else args.model, revision=args.revision, dtype=args.dtype,
                          device=ranks.device, stop_tokens=args.stop_tokens)
-    args.max_prompt_tokens, args.max_response_tokens = policy.limits(
+    args.max_prompt_tokens, args.max_response_tokens = policy.config.limits(
         args.max_prompt_tokens, args.max_response_tokens, *([] if run else [(3200, 4096)]))
     kind, why = choose_engine(args.engine, ranks.device)
     say(f"engine: {kind}. {why}")

@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import comb
 
@@ -101,17 +102,17 @@ class Evaluation:
                 f"{self.problems} held-out problems")
 
 
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table: one line of titles, then as many cells in each of the lines."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+
+
 def table(evaluations: list[Evaluation]) -> str:
     """A Markdown table in percent: one column an evaluation, rows for all problems and for each kind."""
     first = evaluations[0]
-    head = [f"| {first.problems} held-out problems x {first.rollouts}, percent |"]
-    rows = [f"| mean@{first.rollouts} |", f"| pass@{first.k} |"]
+    figures = {f"mean@{first.rollouts}": [e.mean for e in evaluations],
+               f"pass@{first.k}": [e.passes[e.k] for e in evaluations]}
     if len(first.by_kind) > 1:
-        rows += [f"| pass@{first.k}, {kind} |" for kind in first.by_kind]
-    for e in evaluations:
-        head.append(f" step {e.step} |")
-        values = [e.mean, e.passes[e.k]]
-        if len(first.by_kind) > 1:
-            values += [e.by_kind[kind][2] for kind in first.by_kind]
-        rows = [row + f" {100 * value:.1f} |" for row, value in zip(rows, values, strict=True)]
-    return "\n".join(["", "".join(head), "|---|" + "---|" * len(evaluations), *rows])
+        figures |= {f"pass@{first.k}, {kind}": [e.by_kind[kind][2] for e in evaluations] for kind in first.by_kind}
+    head = [f"{first.problems} held-out problems x {first.rollouts}, percent", *(f"step {e.step}" for e in evaluations)]
+    return "\n" + markdown(head, [[name, *(f"{100 * x:.1f}" for x in values)] for name, values in figures.items()])

@@ -80,6 +80,17 @@ class ModelConfig:
             "dtype": str(dtype).removeprefix("torch."), "torch_dtype": str(dtype).removeprefix("torch."),
         }
 
+    def limits(self, prompt: int, response: int, most: tuple[int, int] = (1024, 1024)) -> tuple[int, int]:
+        """Tokens of a prompt and of a response at most. 0 = half of the context, and what the prompt leaves of it, each
+        up to `most`. Raises ValueError where they may not fit together."""
+        context = self.max_position_embeddings
+        prompt = prompt or min(most[0], context // 2)
+        response = response or min(most[1], max(1, context - prompt))
+        if prompt + response > context:
+            raise ValueError(f"--max_prompt_tokens + --max_response_tokens is {prompt + response} and the model's "
+                             f"context is {context}")
+        return prompt, response
+
     def num_parameters(self) -> int:
         """Parameters of the model, counted without allocating one."""
         with torch.device("meta"):

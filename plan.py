@@ -17,13 +17,11 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
-import torch
-
 import tasks
 from config import Config
 from kernels.linear_logprob import MAX_EXTRA_BYTES
+from metrics import markdown
 from model import QK_NORM, ModelConfig
-from policy import Policy
 
 GIB = 2**30
 USABLE = 0.95  # of what is free: the rest is for NCCL's buffers and for what the allocator cannot use
@@ -81,8 +79,7 @@ def width(cfg: Config) -> int:
 
 
 def limits(model: ModelConfig, cfg: Config) -> tuple[int, int]:
-    """Tokens of a prompt and of a response at most."""
-    return Policy(Path(), model, torch.bfloat16, None, (), {}).limits(cfg.max_prompt_tokens, cfg.max_response_tokens)
+    return model.limits(cfg.max_prompt_tokens, cfg.max_response_tokens)
 
 
 def row_tokens(model: ModelConfig, cfg: Config) -> int:
@@ -281,9 +278,6 @@ def tables(cfg: Config) -> str:
     fitting = [(name, world) for name, world in SHOWN
                if world in (1, 8, 16) and not over(model, cfg, world, PER_NODE, CARDS[name].memory)]
 
-    def table(head: list[str], rows: list[list[str]]) -> list[str]:
-        return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
-
     return "\n".join([
         f"{cfg.model}: {sizes(model)[0] / 1e9:.2f}B parameters. Every number below is an estimate; plan.py says what "
         "one GPU has borne out.", "",
@@ -293,13 +287,13 @@ def tables(cfg: Config) -> str:
         "a node of 8. KV cache: tokens that vLLM holds, in brackets rollouts of full length. The phases: their peaks, "
         f"which must fit {USABLE:.0%} of what is free. The last column: the least share of layers recomputed with "
         "which all fits, for more speed.", "",
-        *table(["GPUs", "state", "activations", "KV cache", *phases(model, cfg, 1, 1, 0), "fits",
-                "least --gradient_checkpointing"],
-               [_memory_row(model, cfg, *shown) for shown in SHOWN]), "",
+        markdown(["GPUs", "state", "activations", "KV cache", *phases(model, cfg, 1, 1, 0), "fits",
+                  "least --gradient_checkpointing"],
+                 [_memory_row(model, cfg, *shown) for shown in SHOWN]), "",
         f"**Time**, estimated where 1, 8 or 16 GPUs hold it: a step draws {cfg.prompts_per_step} prompts x "
         f"{cfg.rollouts_per_prompt} rollouts and trains on all; assumed are {prompt} + {response} tokens of each, so "
         f"{rollouts * response:,} drawn and {rollouts * (prompt + response):,} in training. Operations and bytes: a "
         f"step's of one GPU. The run: {cfg.steps} steps, evaluations of {cfg.eval_problems or EVAL_PROBLEMS} problems "
         f"x {cfg.eval_rollouts} responses.", "",
-        *table(["GPUs", "PFLOP", "GB sent", "sampling s", "log-probs s", "training s", "the rest s", "step s",
-                "evaluation s", "run h"], [_time_row(model, cfg, *shown) for shown in fitting])])
+        markdown(["GPUs", "PFLOP", "GB sent", "sampling s", "log-probs s", "training s", "the rest s", "step s",
+                  "evaluation s", "run h"], [_time_row(model, cfg, *shown) for shown in fitting])])

@@ -171,12 +171,6 @@ def bin_ticks(ax, bins: int) -> None:
     ax.set_xlabel("difficulty bin (0 = hardest)")
 
 
-def pooled(runs: list[Run], *path: str, around: int, reach: int) -> np.ndarray:
-    """Mean over seeds and the steps within `reach` of one, (B,): a single batch is too noisy to be a stage."""
-    parts = [r.series(*path)[max(0, around - reach) : around + reach + 1] for r in runs]
-    return np.nanmean(np.concatenate(parts), axis=0)
-
-
 # ------------------------------------------------------------------------------------------------ the paper's figures
 
 
@@ -292,19 +286,36 @@ def figure_4(models: Models):
     return dynamics(models, "prompt", lambda r: r.series("bins", "weight"), "weights")
 
 
-def figure_5(models: Models):
-    """Prompt share over bins at four stages."""
-    models = of_mode(models, "prompt")
+def prompt_share(run: Run) -> np.ndarray:
+    return run.series("bins", "share")
+
+
+def stage_bars(models: Models, mode: str, shown: dict[str, tuple[str, Callable[[Run], np.ndarray]]]):
+    """Bars by bin at four stages: label -> (colour, values of a run, (T, B)). A stage is the mean over seeds and the
+    steps around it, a twentieth of the run each way: a single batch is too noisy."""
+    models = of_mode(models, mode)
     figure, axes = rows_of(models, 4, height=1.5, sharey="row")
+    width = 0.8 / len(shown)
     for row, (name, modes) in zip(axes, models.items(), strict=True):
-        runs = modes["prompt"]
-        for ax, at in zip(row, stages(len(runs[0].log)), strict=False):
-            share = pooled(runs, "bins", "share", around=at, reach=len(runs[0].log) // 20)
-            ax.bar(range(len(share)), np.where(share > 0, share, np.nan), color=COLOURS["prompt"])
+        runs = modes[mode]
+        steps = len(runs[0].log)
+        for ax, at in zip(row, stages(steps), strict=False):
+            around = slice(max(0, at - steps // 20), at + steps // 20 + 1)
+            share = np.concatenate([r.series("bins", "share")[around] for r in runs]).mean(axis=0)
+            for i, (label, (colour, of)) in enumerate(shown.items()):
+                mean = np.concatenate([of(r)[around] for r in runs]).mean(axis=0)
+                places = np.arange(len(share)) + (i - (len(shown) - 1) / 2) * width
+                ax.bar(places, np.where(share > 0, mean, np.nan), width, color=colour, label=label)
             panel(ax, f"{name}\nstep {runs[0].steps[at]}" if ax is row[0] else f"step {runs[0].steps[at]}")
             bin_ticks(ax, len(share))
-        row[0].set_ylabel("prompt share")
+        row[0].set_ylabel("share of the batch")
+    legend(figure, axes[0, 0])
     return figure
+
+
+def figure_5(models: Models):
+    """Prompt share over bins at four stages."""
+    return stage_bars(models, "prompt", {"prompts": (COLOURS["prompt"], prompt_share)})
 
 
 def figure_6(models: Models):
@@ -351,22 +362,8 @@ def figure_8(models: Models):
 
 def figure_9(models: Models):
     """Prompt share against rollout-budget share by bin at four stages."""
-    models = of_mode(models, "rollout")
-    figure, axes = rows_of(models, 4, height=1.5, sharey="row")
-    for row, (name, modes) in zip(axes, models.items(), strict=True):
-        runs = modes["rollout"]
-        for ax, at in zip(row, stages(len(runs[0].log)), strict=False):
-            reach = len(runs[0].log) // 20
-            share = pooled(runs, "bins", "share", around=at, reach=reach)
-            given = np.concatenate([budget(r)[max(0, at - reach) : at + reach + 1] for r in runs]).mean(axis=0)
-            places = np.arange(len(share))
-            ax.bar(places - 0.2, np.where(share > 0, share, np.nan), 0.4, color=COLOURS["grpo"], label="prompts")
-            ax.bar(places + 0.2, np.where(share > 0, given, np.nan), 0.4, color=COLOURS["rollout"], label="rollouts")
-            panel(ax, f"{name}\nstep {runs[0].steps[at]}" if ax is row[0] else f"step {runs[0].steps[at]}")
-            bin_ticks(ax, len(share))
-        row[0].set_ylabel("share")
-    legend(figure, axes[0, 0])
-    return figure
+    return stage_bars(models, "rollout", {"prompts": (COLOURS["grpo"], prompt_share),
+                                          "rollouts": (COLOURS["rollout"], budget)})
 
 
 # ------------------------------------------------------------------------------------------------ more figures
@@ -408,21 +405,28 @@ def colour(row: str) -> str:
     return ROW_COLOURS.get(row.removesuffix("-long").removesuffix("-300"), COLOURS["uniform"])
 
 
+def line_and_error(ax, row: str, x: list, values: np.ndarray, of_base: np.ndarray) -> None:
+    """The mean of a row's values (bases, x); as a band the standard error, over bases, of what a base has above its own
+    mean over all rows, of_base (bases, 1): bases differ by more than rows do."""
+    mean = values.mean(axis=0)
+    ax.plot(x, mean, ".-", color=colour(row), label=row)
+    if len(values) > 1:
+        error = (values - of_base).std(axis=0, ddof=1) / np.sqrt(len(values))
+        ax.fill_between(x, mean - error, mean + error, color=colour(row), alpha=0.12, linewidth=0)
+
+
 def figure_rates(tasks: dict[str, dict[str, Sweep]]):
-    """The arena: pass@8 against the learning rate, one line a row. Bands are standard errors over bases of what a base
-    has above its own mean over all rows and rates: bases differ by more than rows do."""
+    """The arena: pass@8 against the learning rate, one line a row, with standard errors (`line_and_error`)."""
     figure, axes = plt.subplots(1, len(tasks), figsize=(PAGE, 2.9), squeeze=False, sharey=True)
     for ax, (task, rows) in zip(axes[0], tasks.items(), strict=True):
         swept = {row.name: rows[row.name] for row in PARTS["The arena"] if len(rows.get(row.name, ())) > 1}
         bases = set.intersection(*({r.seed for r in runs} for sweep in swept.values() for runs in sweep.values()))
-        found = {name: 100 * np.array([[headline(r.last()) for r in runs if r.seed in bases]
-                                       for runs in sweep.values()]) for name, sweep in swept.items()}  # (rates, bases)
-        of_base = np.concatenate(list(found.values())).mean(axis=0)
+        at_rates = {name: [[headline(r.last()) for r in runs if r.seed in bases] for runs in sweep.values()]
+                    for name, sweep in swept.items()}
+        found = {name: 100 * np.array(values).T for name, values in at_rates.items()}  # (bases, rates)
+        of_base = np.concatenate(list(found.values()), axis=1).mean(axis=1, keepdims=True)
         for name, sweep in swept.items():
-            mean, above = found[name].mean(axis=1), found[name] - of_base
-            error = above.std(axis=1, ddof=1) / np.sqrt(above.shape[1])
-            ax.plot(list(sweep), mean, ".-", color=colour(name), label=name)
-            ax.fill_between(list(sweep), mean - error, mean + error, color=colour(name), alpha=0.12, linewidth=0)
+            line_and_error(ax, name, list(sweep), found[name], of_base)
         ax.set_xscale("log")
         rates = sorted({rate for sweep in swept.values() for rate in sweep})
         ax.set_xticks(rates, [written(r) for r in rates])
@@ -433,8 +437,8 @@ def figure_rates(tasks: dict[str, dict[str, Sweep]]):
 
 
 def figure_curves(tasks: dict[str, dict[str, list[Run]]]):
-    """Longer training: pass@8 and mean@16 against the step, one line a row. Bands are standard errors over bases of
-    what a base has above its own mean over rows and steps."""
+    """Longer training: pass@8 and mean@16 against the step, one line a row, with standard errors
+    (`line_and_error`)."""
     names = [row.name for row in PARTS[LONGER] if any(row.name in rows for rows in tasks.values())]
     if not names:
         raise Missing(f"results/study has no run of the part {LONGER!r}")
@@ -448,12 +452,7 @@ def figure_curves(tasks: dict[str, dict[str, list[Run]]]):
                      for name, group in runs.items()}  # (bases, evaluations)
             of_base = np.concatenate(list(found.values()), axis=1).mean(axis=1, keepdims=True)
             for name, values in found.items():
-                steps, mean = [e["step"] for e in runs[name][0].evaluations], values.mean(axis=0)
-                shade = colour(name)
-                ax.plot(steps, mean, ".-", color=shade, label=name)
-                if len(values) > 1:
-                    error = (values - of_base).std(axis=0, ddof=1) / np.sqrt(len(values))
-                    ax.fill_between(steps, mean - error, mean + error, color=shade, alpha=0.12, linewidth=0)
+                line_and_error(ax, name, [e["step"] for e in runs[name][0].evaluations], values, of_base)
             panel(ax, f"{task}: {label}", x="step", y="%")
     legend(figure, axes[0, 0])
     return figure

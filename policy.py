@@ -55,22 +55,6 @@ class Policy:
                     digest.update(chunk)
         return digest.hexdigest()
 
-    def limits(self, prompt: int, response: int, most: tuple[int, int] = (1024, 1024)) -> tuple[int, int]:
-        """Tokens of a prompt and of a response at most. 0 = half of the context, and what the prompt leaves of it, each
-        up to `most`. Raises ValueError where they may not fit together."""
-        context = self.config.max_position_embeddings
-        prompt = prompt or min(most[0], context // 2)
-        response = response or min(most[1], max(1, context - prompt))
-        self.check_context(prompt, response)
-        return prompt, response
-
-    def check_context(self, max_prompt_tokens: int, max_response_tokens: int) -> None:
-        """Raises ValueError where a prompt and a response may not fit together."""
-        needed, longest = max_prompt_tokens + max_response_tokens, self.config.max_position_embeddings
-        if needed > longest:
-            raise ValueError(f"--max_prompt_tokens + --max_response_tokens is {needed} and the model's context is "
-                             f"{longest}")
-
     def save(self, model: Transformer, path: Path, *, write: bool = True) -> None:
         """The weights of `model`, as they are in a forward pass, as a Hugging Face folder with this policy's tokenizer.
         Where their dtype is another than they came in, a new folder is told of. Written aside, then renamed into the

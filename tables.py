@@ -31,6 +31,7 @@ from logs import (
     tail,
     whole_lines,
 )
+from metrics import markdown
 from study import ASKED_AGAIN, PARTS, Row, written
 
 NOTE = """Figures are of the end of training, in percent, on 600 held-out problems answered 16 times each at
@@ -74,10 +75,6 @@ def mean_success(evaluation: dict) -> float:
 
 def worst_kind(evaluation: dict) -> float:
     return min(kind[2] for kind in evaluation["by_kind"].values())
-
-
-def markdown(head: list[str], lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
 
 
 def spread(values: np.ndarray, signed: bool = False, digits: int = 1) -> str:

@@ -197,7 +197,7 @@ class Trainer:
         revision = self.pinned.get("model", {}).get("folder", cfg.model_revision)
         self.policy = Policy.open(cfg.model, revision=revision, dtype=cfg.dtype, device=self.device,
                                   stop_tokens=cfg.stop_tokens)
-        prompt, response = self.policy.limits(cfg.max_prompt_tokens, cfg.max_response_tokens)
+        prompt, response = self.policy.config.limits(cfg.max_prompt_tokens, cfg.max_response_tokens)
         self.cfg = cfg = dataclasses.replace(cfg, max_prompt_tokens=prompt, max_response_tokens=response)
         engine, why = choose_engine(cfg.engine, self.device)
         say(f"engine: {engine}. {why}")

@@ -114,7 +114,7 @@ def test_trl_without_an_environment_of_its_own_says_what_to_install(capsys, monk
 
 def test_tables_split_where_columns_change():
     rows = [{"a": 1, "b": None}, {"a": 2, "b": True}, {"c": 12_345.6}]
-    assert bench.markdown("x", rows) == ("\n### x\n\n| a | b |\n| --- | --- |\n| 1 |  |\n| 2 | yes |\n"
+    assert bench.tables("x", rows) == ("\n### x\n\n| a | b |\n| --- | --- |\n| 1 |  |\n| 2 | yes |\n"
                                          "\n| c |\n| --- |\n| 12,346 |\n")
 
 

@@ -31,11 +31,11 @@ def test_the_hash_of_weights_is_of_every_byte_of_every_shard_and_of_nothing_else
 
 def test_limits_that_are_not_given_come_from_the_context(base):
     policy = opened(base)  # a context of 256
-    assert policy.limits(0, 0) == (128, 128) and policy.limits(200, 0) == (200, 56)
-    assert policy.limits(0, 0, (100, 20)) == (100, 20) and policy.limits(0, 8) == (128, 8)
+    assert policy.config.limits(0, 0) == (128, 128) and policy.config.limits(200, 0) == (200, 56)
+    assert policy.config.limits(0, 0, (100, 20)) == (100, 20) and policy.config.limits(0, 8) == (128, 8)
     for prompt, response in ((250, 8), (300, 0)):
         with pytest.raises(ValueError, match="context is 256"):
-            policy.limits(prompt, response)
+            policy.config.limits(prompt, response)
 
 
 def test_weights_saved_in_another_dtype_than_they_came_in_are_told(tmp_path, capsys):
