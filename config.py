@@ -268,7 +268,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, str, bool]:
 
 
 def add_flag(parser, setting: dataclasses.Field, *, default, flag: str = "", help: str = "", usual: str = "") -> None:
-    """One setting as a flag. `flag`, `help` and `usual` (the default as it is told): where they are not the setting's."""
+    """One setting as a flag. `flag`, `help`, `usual` (the default as it is told): where they are not the setting's."""
     m, flag = setting.metadata, flag or setting.name
     parse = {bool: _boolean, str: str, int: int, float: float}[type(setting.default)]
     parser.add_argument(f"--{flag}", type=parse, choices=m["choices"], default=default,

@@ -62,9 +62,9 @@ class Sample:
     timed_out: bool  # the grader gave up: counts as wrong
     tokens: int
     finish: str  # "stop", or "length" for a response cut at the limit: counts as wrong
-    failed: bool = False  # the grader raised an exception over it: counts as wrong
-    prompt: str = ""  # of the problem, without suffix and template
-    kind: str = ""  # of the problem
+    failed: bool  # the grader raised an exception over it: counts as wrong
+    prompt: str  # of the problem, without suffix and template
+    kind: str  # of the problem
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -277,7 +277,7 @@ def draw_samples(benchmarks: list[Benchmark], path: Path, engine, ranks: Ranks, 
         if ranks.rank == 0:
             responses = batch.texts(tokenizer, range(len(batch.owner)))
             drawn = [Sample(name, p.id, j, p.answer, p.style, responses[r], None, False, False, int(batch.lengths[r]),
-                            "length" if batch.truncated[r] else "stop", prompt=p.prompt, kind=p.kind)
+                            "length" if batch.truncated[r] else "stop", False, p.prompt, p.kind)
                      for r, (name, p, j) in enumerate((b.name, b.problems[p], j) for b, p in part for j in range(k))]
             samples += grade(drawn, grader)
             with open(path, "a", encoding="utf-8") as file:
@@ -385,9 +385,6 @@ def regrade(args: argparse.Namespace) -> None:
     old = read_samples(path)
     if not old:
         raise ValueError(f"{path.name} holds no samples")
-    if args.reward and not all(s.prompt for s in old):
-        raise ValueError(f"{path.name} was written without prompts, which --reward needs: evaluate again, or grade as "
-                         'usual with --reward ""')
     asked = old if args.answer_style == "auto" else [dataclasses.replace(s, style=args.answer_style) for s in old]
     with Grader(workers=args.grader_workers, timeout=args.grader_timeout, reward=args.reward) as grader:
         new = grade(asked, grader)

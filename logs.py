@@ -51,7 +51,7 @@ class Run:
 
     @property
     def rule(self) -> str:
-        return self.config.get("rule", "grpo")
+        return self.config["rule"]
 
     @property
     def mode(self) -> str:

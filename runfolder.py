@@ -224,11 +224,8 @@ class RunFolder:
         Raises ValueError on all ranks when none is whole, or when it holds other tensors than those.
         """
         folder = self.path / "checkpoint"
-        found = ranks.from_all([(path.name, (path / OLD).exists()) for path in self.checkpoints()])[0]
-        for name, is_old in found:
-            if is_old:
-                raise ValueError(f"the checkpoint {name} is of an older layout ({OLD}): go on with the commit that "
-                                 f"wrote it, which config.json names, or delete {folder} to begin anew")
+        found = ranks.from_all([path.name for path in self.checkpoints()])[0]
+        for name in found:
             record, faults = examine(folder / name, ranks)
             if faults:
                 say(f"WARNING: the checkpoint {name} is damaged ({'; '.join(faults)})")
@@ -288,7 +285,7 @@ def _means_full(error: BaseException) -> bool:
 
 # checkpoint/step_N/ holds these two and torch's shard-RANK-model-PART-of-PARTS.safetensors. Its reader takes what there
 # is and leaves the rest of a tensor as it was, without a word: so state.json records what must be there.
-ARRAYS, STATE, OLD = "adversaries.npz", "state.json", "optimizer.safetensors"
+ARRAYS, STATE = "adversaries.npz", "state.json"
 PART = 2**31  # bytes of a rank's tensors in one file; the writer holds two or three copies of them in host memory
 
 

@@ -331,18 +331,15 @@ def sample_page(folder: Path) -> str:
 
 
 def sample_text(sample: dict, own_reward: bool) -> str:
-    """One rollout: verdict, numbers, then the texts. A reward of one's own looks for no answer; `found`, `right` and
-    `factor` are not in older files."""
-    right = sample.get("right", sample["reward"] > 0)
-    numbers = ", ".join(f"{key} {sample[key]:.3g}" for key in ("reward", "bin", "n", "weight", "factor")
-                        if key in sample)
+    """One rollout: verdict, numbers, then the texts. A reward of one's own looks for no answer."""
+    numbers = ", ".join(f"{key} {sample[key]:.3g}" for key in ("reward", "bin", "n", "weight", "factor"))
     texts = {"prompt": sample["prompt"], "response": sample["response"], "gold": sample["answer"]}
-    if "found" in sample and not own_reward:
+    if not own_reward:
         texts["found"] = "(no answer)" if sample["found"] is None else sample["found"]
-    cut = ", cut at the length limit" * sample["truncated"]
+    verdict = ("right" if sample["right"] else "wrong") + ", cut at the length limit" * sample["truncated"]
     lines = [f"    {name if i == 0 else '':10}{line}".rstrip() for name, text in texts.items()
              for i, line in enumerate(excerpt(text or "(empty)", LINES[name]))]
-    return f"**{visible(sample['id'])}: {'right' if right else 'wrong'}{cut}** ({numbers})\n\n" + "\n".join(lines)
+    return f"**{visible(sample['id'])}: {verdict}** ({numbers})\n\n" + "\n".join(lines)
 
 
 def excerpt(text: str, most: int, width: int = 100) -> list[str]:

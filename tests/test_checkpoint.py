@@ -195,14 +195,6 @@ def test_without_a_whole_checkpoint_it_is_said_what_to_do_and_without_any_nothin
     assert at(run).load(live(1), Ranks()) is None
 
 
-def test_a_checkpoint_of_the_older_layout_is_named_as_such(tmp_path):
-    (tmp_path / "checkpoint" / "step_3").mkdir(parents=True)
-    for name in ("optimizer.safetensors", "adversaries.npz", "state.json"):
-        (tmp_path / "checkpoint" / "step_3" / name).touch()
-    with pytest.raises(ValueError, match=r"step_3 is of an older layout \(optimizer.safetensors\): go on with the com"):
-        load(tmp_path)
-
-
 # ---- kills, disks and folders
 
 def killed(path: Path, where: str, rank: int) -> None:

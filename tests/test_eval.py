@@ -262,15 +262,6 @@ def test_regrading_takes_a_folder_another_style_and_another_reward(evaluated, tm
     assert "as in out: --reward mine.py:asks_for_zero" in said and "\n0 of 800 verdicts changed" in said
 
 
-def test_samples_without_prompts_are_read_but_not_shown_to_a_reward(evaluated, tmp_path):
-    lines = [json.loads(x) for x in (evaluated / "eval_samples.jsonl").read_text().splitlines()]
-    old = [{k: v for k, v in x.items() if k not in ("prompt", "kind")} for x in lines]
-    (tmp_path / "s.jsonl").write_text("".join(json.dumps(x) + "\n" for x in old))
-    eval_module.regrade(parse_args(["--regrade", str(tmp_path / "s.jsonl")]))
-    with pytest.raises(ValueError, match="without prompts"):
-        eval_module.regrade(parse_args(["--regrade", str(tmp_path / "s.jsonl"), "--reward", "mine.py:f"]))
-
-
 def test_an_evaluation_with_a_reward_of_ones_own_names_its_content(base, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def short(response, problem):\n    return 0.3 if len(response) == 1 else -1\n")
@@ -325,7 +316,7 @@ def test_local_files_are_benchmarks_and_the_whole_is_pooled_over_problems(base, 
 
 
 def test_the_papers_row_stands_beside_its_models():
-    samples = [Sample(b, "1", j, "1", "math", "1", "1", j > 3, False, 5, "stop")
+    samples = [Sample(b, "1", j, "1", "math", "1", "1", j > 3, False, 5, "stop", False, "1", "")
                for b in PAPER_BENCHMARKS for j in range(8)]
     rows = summary(samples)
     assert list(rows) == [*PAPER_BENCHMARKS, "aime", "all"]
@@ -337,7 +328,7 @@ def test_the_papers_row_stands_beside_its_models():
 
 def test_kinds_have_rows_of_their_own():
     of = {"sum": [[1, 0, 0, 0], [1, 1, 1, 1]], "root": [[0, 0, 0, 0]]}
-    samples = [Sample("mine", f"{kind}{i}", j, "1", "math", "1", "1", bool(r), False, 5, "stop", kind=kind)
+    samples = [Sample("mine", f"{kind}{i}", j, "1", "math", "1", "1", bool(r), False, 5, "stop", False, "1", kind)
                for kind, problems in of.items() for i, right in enumerate(problems) for j, r in enumerate(right)]
     rows = summary(samples)
     assert rows["mine"]["by_kind"] == {"sum": [2, 0.625, 1.0], "root": [1, 0.0, 0.0]}

@@ -249,8 +249,8 @@ def test_the_command_prints_tables_and_samples_of_runs_and_names_what_they_lack(
     printed = capsys.readouterr().out
     assert "| grpo | made-up | grpo |" in printed and "| rollout | made-up | rollout |" in printed
     assert "rollout: samples.jsonl is missing or empty" in command("--samples", folders[1])
-    sample = {"step": 0, "id": "x", "bin": 5, "n": 4, "weight": 1.0, "answer": "7", "reward": -1.0, "truncated": False,
-              "prompt": "3+4=", "response": "8"}
+    sample = {"step": 0, "id": "x", "bin": 5, "n": 4, "weight": 1.0, "factor": 1.0, "answer": "7", "found": "8",
+              "reward": -1.0, "right": False, "truncated": False, "prompt": "3+4=", "response": "8"}
     (folders[0] / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     assert not command("--samples", folders[0]) and "prompt    3+4=" in capsys.readouterr().out
     assert "is no run folder: it has no config.json" in command("--live", tmp_path)

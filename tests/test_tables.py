@@ -211,8 +211,8 @@ def test_runs_of_other_k_without_kinds_or_without_evaluations_stand_in_one_table
 
 
 def sample(step: int = 0, **changes) -> dict:
-    return {"step": step, "id": "sum-1", "bin": 5, "n": 4, "weight": 1.25, "answer": "7", "reward": -1.0,
-            "truncated": False, "prompt": "3+4=", "response": f"at {step}", **changes}
+    return {"step": step, "id": "sum-1", "bin": 5, "n": 4, "weight": 1.25, "factor": 2.0, "answer": "7", "found": "8",
+            "reward": -1.0, "right": False, "truncated": False, "prompt": "3+4=", "response": f"at {step}", **changes}
 
 
 def page_of(tmp_path, samples: list[dict], cut: str = "", **changes) -> str:
@@ -230,16 +230,13 @@ def test_a_page_of_samples_shows_the_start_the_middle_and_the_end_of_training(tm
     assert shown == [str(step) for step in (0, 5, 10) for _ in range(4)]
 
 
-def test_a_sample_says_verdict_numbers_gold_and_what_was_found_as_far_as_its_file_does(tmp_path):
-    old, new, none = sample(), sample(factor=2.0, found="8", right=False), sample(found=None, right=False)
+def test_a_sample_says_verdict_numbers_gold_and_what_was_found(tmp_path):
+    assert tables.sample_text(sample(), False).splitlines() == [
+        "**sum-1: wrong** (reward -1, bin 5, n 4, weight 1.25, factor 2)", "", "    prompt    3+4=",
+        "    response  at 0", "    gold      7", "    found     8"]
     own = sample(reward=0.25, found=None, right=True)
-    before = "(reward -1, bin 5, n 4, weight 1.25"
-    lines = tables.sample_text(old, False).splitlines()
-    assert lines == [f"**sum-1: wrong** {before})", "", "    prompt    3+4=", "    response  at 0", "    gold      7"]
-    lines = tables.sample_text(new, False).splitlines()
-    assert (lines[0], lines[-1]) == (f"**sum-1: wrong** {before}, factor 2)", "    found     8")
-    assert tables.sample_text(none, False).endswith("found     (no answer)")
-    assert tables.sample_text(sample(reward=1.0, truncated=True), False).startswith(
+    assert tables.sample_text(sample(found=None), False).endswith("found     (no answer)")
+    assert tables.sample_text(sample(reward=1.0, right=True, truncated=True), False).startswith(
         "**sum-1: right, cut at the length limit** (reward 1,")
     page = page_of(tmp_path, [own], reward="mine.py:score")  # it looks for no answer, so none is missing
     assert "**sum-1: right** (reward 0.25," in page and "found" not in page
