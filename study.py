@@ -55,9 +55,9 @@ class Row:
     disguised: str = "1"  # share of the base's textbook that stands under any sign (tasks.BaseSettings)
 
 
-def at_best(name: str, flags: dict[str, object], against: str = "grpo", disguised: str = "1") -> Row:
-    """A row at one rate, that which was the best of its task in the arena, on four bases."""
-    return Row(name, flags, against, (), BEST, 4, disguised=disguised)
+def at_best(name: str, flags: dict[str, object], against: str = "grpo", bases: int = 4, disguised: str = "1") -> Row:
+    """A row at one rate, that which was the best of its task in the arena."""
+    return Row(name, flags, against, (), BEST, bases, disguised=disguised)
 
 
 ROLLOUT_MAXRL = {"mode": "rollout", "rule": "maxrl"}
@@ -66,6 +66,7 @@ PAPER = {"adversary": "paper", "kl_beta": 0.001}
 MEMORIES = {"h1": {"bin_history": 1}, "h2": {"bin_history": 2}, "decay": {"bin_decay": 0.5},
             "fine": {"bin_edges": "0.02,0.05,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9"}}
 COMMON = {"engine": "torch", "eval_problems": 600, "eval_every": 0, "eval_first": False, "save_every": 0}
+DIAL = ("0", "0.5")  # shares of the textbook under any sign, beside 1 (Row.disguised)
 LONGER = "Longer: 300 steps"
 ASKED_AGAIN = "The first question again, at 300 steps"
 HALF = {task: (rate / 2,) for task, (rate,) in BEST.items()}  # what 300 steps want, as it turned out
@@ -113,14 +114,15 @@ PARTS = {
     "Rivals": (
         at_best("pass-at-k", {"mode": "grpo", "rule": "pass_at_k"}),
         at_best("dr-grpo", {"mode": "grpo", "rule": "dr_grpo"}),
-        *(at_best(f"rollout-{utility}{suffix}", {"mode": "rollout", "rule": rule, "rollout_utility": utility}, against)
+        *(at_best(f"rollout-{utility}{suffix}", {"mode": "rollout", "rule": rule, "rollout_utility": utility}, against,
+                  8 if utility == "rank" and rule == "maxrl" else 4)  # no worse than gain on four
           for rule, suffix, against in (("grpo", "", "rollout"), ("maxrl", "-maxrl", "rollout-maxrl"))
           for utility in ("knapsack", "rank", "variance", "surrogate")),
         at_best("rollout-maxrl-32", {**ROLLOUT_MAXRL, "n_max": 32}, "rollout-maxrl"),
     ),
     "The dial: skills that spread between kinds": tuple(
         at_best(f"{row}-disguised-{share}", flags, f"{against}-disguised-{share}", disguised=share)
-        for share in ("0", "0.5")
+        for share in DIAL
         for row, flags, against in (
             ("grpo", {"mode": "grpo"}, "grpo"), ("maxrl", {"mode": "grpo", "rule": "maxrl"}, "grpo"),
             ("rollout-maxrl", ROLLOUT_MAXRL, "maxrl"))),

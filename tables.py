@@ -32,7 +32,7 @@ from logs import (
     whole_lines,
 )
 from metrics import markdown
-from study import ASKED_AGAIN, PARTS, Row, written
+from study import ASKED_AGAIN, BEST, DIAL, PARTS, Row, written
 
 NOTE = """Figures are of the end of training, in percent, on 600 held-out problems answered 16 times each at
 temperature 1 without truncation. The unit is a base model: means over bases with 95% t-intervals over them, differences
@@ -189,6 +189,26 @@ def rate_table(task: str, rows: dict[str, Sweep]) -> str:
     return f"**By rate: {task}**\n\n" + markdown(head, lines)
 
 
+def dial_table(task: str, rows: dict[str, Sweep]) -> str:
+    """What rules gain against how much skills spread between kinds, the share of the textbook that stands under any
+    sign, on the bases that have all shares, at one rate. Empty while there are none."""
+    names = {share: [name + f"-disguised-{share}" * (share != "1") for name in ("grpo", "maxrl", "rollout-maxrl")]
+             for share in (*DIAL, "1")}
+    if not all(name in rows for of_share in names.values() for name in of_share):
+        return ""
+    (rate,), lines = BEST[task], []
+    runs = {share: [rows[name][rate] for name in of_share] for share, of_share in names.items()}
+    bases = set.intersection(*({r.seed for r in group} for found in runs.values() for group in found))
+    for share, found in runs.items():
+        grpo, maxrl, both = ([r for r in group if r.seed in bases] for group in found)
+        lines.append([share, str(len(bases)), spread(100 * np.array([headline(r.last()) for r in grpo])),
+                      *(difference(a, b, figure) for a, b in ((maxrl, grpo), (both, maxrl))
+                        for figure in (headline, mean_success, worst_kind))])
+    head = ["share under any sign", "bases", "grpo", *(f"{pair}, {figure}" for pair in (
+        "maxrl - grpo", "rollout-maxrl - maxrl") for figure in ("pass@8", "mean@16", "worst kind"))]
+    return f"**The dial: {task}**\n\n" + markdown(head, lines)
+
+
 def kind_table(task: str, rows: dict[str, list[Run]], part: str = "The arena", of: str = "By kind") -> str:
     """By kind of problem and row of a part: pass@8, pass@1 (whose losses the first hides), bases that found it."""
     names, tables = [row.name for row in PARTS[part] if row.name in rows], []
@@ -281,10 +301,10 @@ def exact_table(task: str, rows: dict[str, list[Run]]) -> str:
 def tables() -> str:
     long_kinds = partial(kind_table, part=ASKED_AGAIN, of="By kind at 300 steps")
     functions = (kind_table, long_kinds, allocation_table, weight_table, signal_table, exact_table)
-    by_rate = [rate_table(task, rows) for task, rows in sweeps().items()]
+    by_rate = [table(task, rows) for table in (dial_table, rate_table) for task, rows in sweeps().items()]
     by_task = filter(None, [table(task, rows) for table in functions for task, rows in study().items()])
     questions = filter(None, map(question_table, QUESTIONS))
-    return "\n\n".join([NOTE, summary_table(), *questions, outcome_tables(), *by_rate, *by_task])
+    return "\n\n".join([NOTE, summary_table(), *questions, outcome_tables(), *filter(None, by_rate), *by_task])
 
 
 # ------------------------------------------------------------------------------------------------ any runs

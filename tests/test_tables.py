@@ -76,6 +76,23 @@ def test_a_row_of_one_rate_is_compared_at_that_rate():
     assert tables.held_against(Row("rollout"), found, swept) == sweep[1e-4]
 
 
+def test_the_dial_compares_rows_at_each_share_on_the_bases_that_have_all():
+    rows = {}
+    for i, suffix in enumerate(("-disguised-0", "-disguised-0.5", "")):
+        for j, name in enumerate(("grpo", "maxrl", "rollout-maxrl")):
+            runs = [a_run("grpo", seed) for seed in range(2 if suffix else 5)]
+            for run in runs:
+                run.evaluations[-1]["passes"]["pass@8"] = (50 + 10 * run.seed + (i + 1) * (1, 3, 6)[j]) / 100
+            rows[name + suffix] = {1e-4: [], 2e-4: runs}
+    lines = [[cell.strip() for cell in line[1:-1].split("|")] for line in
+             tables.dial_table("arithmetic", rows).splitlines()[2:]]
+    assert [(line[0], line[1], line[3], line[6]) for line in lines[2:]] == [
+        (share, "2", f"+{2 * i}.0 [+{2 * i}.0, +{2 * i}.0]", f"+{3 * i}.0 [+{3 * i}.0, +{3 * i}.0]")
+        for i, share in ((1, "0"), (2, "0.5"), (3, "1"))]
+    del rows["maxrl-disguised-0.5"]
+    assert tables.dial_table("arithmetic", rows) == ""
+
+
 def test_runs_that_began_from_different_base_models_are_not_compared():
     ours, theirs = a_run("rollout"), a_run("grpo")
     ours.config["loaded"] = {"model": {"head": "another"}}
