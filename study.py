@@ -101,10 +101,12 @@ PARTS = {
         Row("paper-rollout", {"mode": "rollout", **PAPER}, "paper-grpo", further={}, bases=4),
     ),
     LONGER: tuple(
-        Row(f"{row}-300", {**flags, "steps": 300, "eval_every": 25, "eval_first": True}, against, (), HALF, 4)
-        for row, flags, against in (
-            ("grpo", {"mode": "grpo"}, "grpo-300"), ("maxrl", {"mode": "grpo", "rule": "maxrl"}, "grpo-300"),
-            ("rollout", {"mode": "rollout"}, "grpo-300"), ("rollout-maxrl", ROLLOUT_MAXRL, "maxrl-300"))),
+        Row(f"{row}-300", {**flags, "steps": 300, "eval_every": 25, "eval_first": True}, against, (), rates, 4)
+        for row, flags, against, rates in (
+            ("grpo", {"mode": "grpo"}, "grpo-300", HALF),
+            ("maxrl", {"mode": "grpo", "rule": "maxrl"}, "grpo-300", TWO_RATES),
+            ("rollout", {"mode": "rollout"}, "grpo-300", HALF),
+            ("rollout-maxrl", ROLLOUT_MAXRL, "maxrl-300", TWO_RATES))),
     ASKED_AGAIN: tuple(
         Row(f"{row}-long", {**flags, "steps": 300}, f"{against}-long", (), TWO_RATES, first=1)
         for row, flags, against in (

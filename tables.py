@@ -32,12 +32,13 @@ from logs import (
     whole_lines,
 )
 from metrics import markdown
-from study import ASKED_AGAIN, BEST, DIAL, PARTS, Row, written
+from study import ASKED_AGAIN, BEST, DIAL, LONGER, PARTS, Row, written
 
 NOTE = """Figures are of the end of training, in percent, on 600 held-out problems answered 16 times each at
 temperature 1 without truncation. The unit is a base model: means over bases with 95% t-intervals over them, differences
 paired by base. A base reports at the learning rate that is best for its row in the mean over the other bases of its
 task."""
+REACHED = 0.9  # pass@8 at which `reach_table` looks
 FOUND = 0.15  # pass@1 from which on a kind counts as found
 # Questions that were fixed before their rows ran, by table: (question, row, the row that it is held against)
 QUESTIONS = {
@@ -209,6 +210,17 @@ def dial_table(task: str, rows: dict[str, Sweep]) -> str:
     return f"**The dial: {task}**\n\n" + markdown(head, lines)
 
 
+def reach_table(task: str, rows: dict[str, Sweep]) -> str:
+    """How fast the longer runs learn: mean pass@8 of their evaluations, which come at even distances, and the step of
+    the first at which it is REACHED, base by base; by row and rate."""
+    lines = [[row.name, written(rate), spread(100 * np.array([np.mean([headline(e) for e in r.evaluations])
+                                                              for r in runs])),
+              ", ".join(str(next((e["step"] for e in r.evaluations if headline(e) >= REACHED), "never")) for r in runs)]
+             for row in PARTS[LONGER] for rate, runs in rows.get(row.name, {}).items()]
+    head = ["row", "rate", "mean pass@8 of all evaluations", f"step at which pass@8 is {REACHED:.0%}, by base"]
+    return f"**How fast: {task}**\n\n" + markdown(head, lines) if lines else ""
+
+
 def kind_table(task: str, rows: dict[str, list[Run]], part: str = "The arena", of: str = "By kind") -> str:
     """By kind of problem and row of a part: pass@8, pass@1 (whose losses the first hides), bases that found it."""
     names, tables = [row.name for row in PARTS[part] if row.name in rows], []
@@ -301,7 +313,7 @@ def exact_table(task: str, rows: dict[str, list[Run]]) -> str:
 def tables() -> str:
     long_kinds = partial(kind_table, part=ASKED_AGAIN, of="By kind at 300 steps")
     functions = (kind_table, long_kinds, allocation_table, weight_table, signal_table, exact_table)
-    by_rate = [table(task, rows) for table in (dial_table, rate_table) for task, rows in sweeps().items()]
+    by_rate = [table(task, rows) for table in (reach_table, dial_table, rate_table) for task, rows in sweeps().items()]
     by_task = filter(None, [table(task, rows) for table in functions for task, rows in study().items()])
     questions = filter(None, map(question_table, QUESTIONS))
     return "\n\n".join([NOTE, summary_table(), *questions, outcome_tables(), *filter(None, by_rate), *by_task])

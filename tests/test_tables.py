@@ -93,6 +93,16 @@ def test_the_dial_compares_rows_at_each_share_on_the_bases_that_have_all():
     assert tables.dial_table("arithmetic", rows) == ""
 
 
+def test_how_fast_a_row_learns_is_its_mean_and_the_step_at_which_each_base_is_there():
+    runs = [a_run("grpo", seed) for seed in range(2)]
+    for run, values in zip(runs, ((0.3, 0.9, 0.8), (0.2, 0.5, 0.6)), strict=True):
+        run.evaluations[:] = [{**run.evaluations[0], "step": 25 * i, "passes": {"pass@8": value}}
+                              for i, value in enumerate(values)]
+    found = cells(tables.reach_table("x", {"maxrl-300": {2e-4: runs}}))
+    assert list(found.values()) == ["maxrl-300", "2e-4", f"55.0 [{55 - 148.2:.1f}, {55 + 148.2:.1f}]", "25, never"]
+    assert tables.reach_table("x", {"grpo": {2e-4: runs}}) == ""
+
+
 def test_runs_that_began_from_different_base_models_are_not_compared():
     ours, theirs = a_run("rollout"), a_run("grpo")
     ours.config["loaded"] = {"model": {"head": "another"}}
