@@ -67,7 +67,9 @@ MEMORIES = {"h1": {"bin_history": 1}, "h2": {"bin_history": 2}, "decay": {"bin_d
             "fine": {"bin_edges": "0.02,0.05,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9"}}
 COMMON = {"engine": "torch", "eval_problems": 600, "eval_every": 0, "eval_first": False, "save_every": 0}
 DIAL = ("0", "0.5")  # shares of the textbook under any sign, beside 1 (Row.disguised)
+CURVES = {"steps": 300, "eval_every": 25, "eval_first": True}
 LONGER = "Longer: 300 steps"
+FASTER = "Faster? Curves of the other bases"
 ASKED_AGAIN = "The first question again, at 300 steps"
 HALF = {task: (rate / 2,) for task, (rate,) in BEST.items()}  # what 300 steps want, as it turned out
 LOWER = {**HALF, "arithmetic": (5e-5, 1e-4)}
@@ -102,12 +104,15 @@ PARTS = {
         Row("paper-rollout", {"mode": "rollout", **PAPER}, "paper-grpo", further={}, bases=4),
     ),
     LONGER: tuple(
-        Row(f"{row}-300", {**flags, "steps": 300, "eval_every": 25, "eval_first": True}, against, (), rates, 4)
+        Row(f"{row}-300", {**flags, **CURVES}, against, (), rates, 4)
         for row, flags, against, rates in (
             ("grpo", {"mode": "grpo"}, "grpo-300", HALF),
             ("maxrl", {"mode": "grpo", "rule": "maxrl"}, "grpo-300", LOWER),
             ("rollout", {"mode": "rollout"}, "grpo-300", HALF),
             ("rollout-maxrl", ROLLOUT_MAXRL, "maxrl-300", LOWER))),
+    FASTER: tuple(
+        Row(f"{row}-fast", {**flags, **CURVES}, "maxrl-fast", (), HALF, first=4)
+        for row, flags in (("maxrl", {"mode": "grpo", "rule": "maxrl"}), ("rollout-maxrl", ROLLOUT_MAXRL))),
     ASKED_AGAIN: tuple(
         Row(f"{row}-long", {**flags, "steps": 300}, f"{against}-long", (), TWO_RATES, first=1)
         for row, flags, against in (

@@ -14,6 +14,7 @@ from logs import (
     Missing,
     Run,
     Sweep,
+    course,
     entropy,
     headline,
     headline_k,
@@ -32,7 +33,7 @@ from logs import (
     whole_lines,
 )
 from metrics import markdown
-from study import ASKED_AGAIN, BEST, DIAL, LONGER, PARTS, Row, written
+from study import ASKED_AGAIN, BEST, DIAL, FASTER, LONGER, PARTS, Row, written
 
 NOTE = """Figures are of the end of training, in percent, on 600 held-out problems answered 16 times each at
 temperature 1 without truncation. The unit is a base model: means over bases with 95% t-intervals over them, differences
@@ -41,6 +42,7 @@ task."""
 REACHED = 0.9  # pass@8 at which `reach_table` looks
 FOUND = 0.15  # pass@1 from which on a kind counts as found
 # Questions that were fixed before their rows ran, by table: (question, row, the row that it is held against)
+SPEED = "The question of speed"  # asked of `course`, the mean of all evaluations of a run, not of its end
 QUESTIONS = {
     "The questions": (("Does the compute adversary with maxrl beat maxrl?", "rollout-maxrl", "maxrl"),
                       ("Does it need rollouts moved, or do weights do?", "rollout-maxrl", "weights-maxrl"),
@@ -49,6 +51,7 @@ QUESTIONS = {
     "The questions at 300 steps": (
         ("Does the compute adversary with maxrl beat maxrl?", "rollout-maxrl-long", "maxrl-long"),
         ("Does it need rollouts moved, or do weights do?", "rollout-maxrl-long", "weights-maxrl-long")),
+    SPEED: (("Does the compute adversary with maxrl learn faster than maxrl?", "rollout-maxrl-fast", "maxrl-fast"),),
 }
 EQUAL = 3.0  # points: an interval inside this either way is a no
 RUN_NOTE = """Figures in percent, as far as each run is. best: the evaluation of the highest pass@k, chosen on the
@@ -85,9 +88,9 @@ def spread(values: np.ndarray, signed: bool = False, digits: int = 1) -> str:
     return mean if len(values) < 2 else f"{mean} [{low}, {high}]"
 
 
-def difference(runs: list[Run], baseline: list[Run], figure: Callable[[dict], float]) -> str:
+def difference(runs: list[Run], baseline: list[Run], figure: Callable[[dict], float], of=Run.last) -> str:
     """Paired, in points; empty where no base is in both."""
-    values = paired(runs, baseline, figure)
+    values = paired(runs, baseline, figure, of)
     return spread(100 * values, True) if len(values) else ""
 
 
@@ -149,9 +152,9 @@ def summary_table() -> str:
     return "**In short, with the difference to grpo**\n\n" + markdown(["row", *head], lines)
 
 
-def pooled(row: str, other: str, figure: Callable[[dict], float]) -> np.ndarray:
+def pooled(row: str, other: str, figure: Callable[[dict], float], of=Run.last) -> np.ndarray:
     """Paired differences of two rows in points, the bases of all tasks together."""
-    found = [paired(f[row], f[other], figure) for f in study().values() if row in f and other in f]
+    found = [paired(f[row], f[other], figure, of) for f in study().values() if row in f and other in f]
     return 100 * np.concatenate(found) if found else np.zeros(0)
 
 
@@ -166,14 +169,14 @@ def verdict(values: np.ndarray, p: float) -> str:
 def question_table(title: str) -> str:
     """Questions with their answers: differences pooled over tasks, p adjusted by Holm over those of the table. Empty
     while a question has fewer than two pairs."""
-    questions = QUESTIONS[title]
-    values = [pooled(row, other, headline) for _, row, other in questions]
+    questions, of = QUESTIONS[title], course if title == SPEED else Run.last
+    values = [pooled(row, other, headline, of) for _, row, other in questions]
     if not all(len(v) > 1 for v in values):
         return ""
     adjusted, lines = holm([p_value(v) for v in values]), []
     for (question, row, other), v, p in zip(questions, values, adjusted, strict=True):
-        by_task = [difference(f.get(row, []), f.get(other, []), headline) for f in study().values()]
-        rest = [spread(pooled(row, other, figure), True) for figure in (mean_success, worst_kind)]
+        by_task = [difference(f.get(row, []), f.get(other, []), headline, of) for f in study().values()]
+        rest = [spread(pooled(row, other, figure, of), True) for figure in (mean_success, worst_kind)]
         lines.append([question, f"{row} - {other}", str(len(v)), spread(v, True), f"{p:.2g}", verdict(v, p),
                       *by_task, *rest])
     head = ["question", "rows", "bases", "pass@8", "p (Holm)", "answer", *study(), "mean@16", "worst kind"]
@@ -213,10 +216,13 @@ def dial_table(task: str, rows: dict[str, Sweep]) -> str:
 def reach_table(task: str, rows: dict[str, Sweep]) -> str:
     """How fast the longer runs learn: mean pass@8 of their evaluations, which come at even distances, and the step of
     the first at which it is REACHED, base by base; by row and rate."""
-    lines = [[row.name, written(rate), spread(100 * np.array([np.mean([headline(e) for e in r.evaluations])
-                                                              for r in runs])),
-              ", ".join(str(next((e["step"] for e in r.evaluations if headline(e) >= REACHED), "never")) for r in runs)]
-             for row in PARTS[LONGER] for rate, runs in rows.get(row.name, {}).items()]
+
+    def first(run: Run) -> str:
+        return str(next((e["step"] for e in run.evaluations if headline(e) >= REACHED), "never"))
+
+    lines = [[row.name, written(rate), spread(100 * np.array([headline(course(r)) for r in runs])),
+              ", ".join(map(first, runs))]
+             for part in (LONGER, FASTER) for row in PARTS[part] for rate, runs in rows.get(row.name, {}).items()]
     head = ["row", "rate", "mean pass@8 of all evaluations", f"step at which pass@8 is {REACHED:.0%}, by base"]
     return f"**How fast: {task}**\n\n" + markdown(head, lines) if lines else ""
 
