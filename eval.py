@@ -38,6 +38,7 @@ from ranks import Ranks, RunError, say
 from reward import Grader, check_golds
 from rollout import Sampling, choose_engine, draw_part, make_engine, rollout_seed
 from runfolder import environment, portable, replace_text, write_json
+from watchdog import progress, watching
 
 PAPER_BENCHMARKS = ("math500", "aime24", "aime25", "amc23", "minerva", "olympiad", "gpqa")
 CHUNK = 64  # problems that a rank draws between two writes to eval_samples.jsonl
@@ -151,15 +152,17 @@ FROM_RUN = {"k": "eval_rollouts", "temperature": "eval_temperature", "top_p": "e
                 "seed", "max_prompt_tokens", "max_response_tokens", "prompt_suffix", "chat_template", "stop_tokens",
                 "answer_style", "reward", "allow_bad_golds", "engine", "dtype", "threads", "max_rollouts",
                 "grader_timeout")}}
+OF_MACHINE = ("gpu_memory_utilization", "grader_workers", "stall_seconds")
 SETTINGS = {flag: Config.__dataclass_fields__[name] for flag, name in (
-    *FROM_RUN.items(), ("gpu_memory_utilization", "gpu_memory_utilization"), ("grader_workers", "grader_workers"))}
+    *FROM_RUN.items(), *zip(OF_MACHINE, OF_MACHINE, strict=True))}
 # What is said of a flag where that of the setting would not fit, and its default.
 OTHERWISE = {
     "k": ("responses drawn for each problem", 8), "temperature": ("0 = greedy, with --k 1", 0.6),
     "seed": ("of every response", 0),
     "max_prompt_tokens": ("longer prompts are left out and counted; 0 = a half of the context, at most 3200", 0),
     "max_response_tokens": ("a response cut here counts as wrong; 0 = what the context leaves, at most 4096", 0),
-    "prompt_suffix": ("", None), "gpu_memory_utilization": ("vLLM: share of GPU memory", 0.85)}
+    "prompt_suffix": ("", None), "gpu_memory_utilization": ("vLLM: share of GPU memory", 0.85),
+    "stall_seconds": ("end an evaluation in which no rank moves for so long; 0 = never", 1800.0)}
 
 
 @dataclass(frozen=True)
@@ -299,7 +302,7 @@ def flags() -> argparse.ArgumentParser:
     add = parser.add_argument
     built_in = ", ".join(tasks.TASKS)
     add("--model", help="a run of train.py (its last model; RUN/best: its best), evaluated as the run does it: its "
-                        "config.json stands in for all flags but --out, --gpu_memory_utilization, --grader_workers; or "
+                        f"config.json stands in for all flags but --out, {', '.join(f'--{x}' for x in OF_MACHINE)}; or "
                         f"a Hugging Face folder or hub id; {built_in} = the base model of a built-in task")
     add("--revision", help="hub revision of the model")
     add("--benchmarks", nargs="+", metavar="NAME|FILE",
@@ -454,6 +457,7 @@ def evaluate(args: argparse.Namespace) -> None:
             say(f"WARNING: {args.reward} has changed since the run, whose own figures may differ")
         if ranks.rank == 0:
             refuse_another(args.out, settings)
+        progress("engine")  # from here on, with all downloads done, the watchdog watches
         engine = make_engine(kind, policy.folder, dtype=policy.dtype, device=ranks.device, seed=args.seed,
                              max_prompt_tokens=args.max_prompt_tokens, max_response_tokens=args.max_response_tokens,
                              max_rollouts=args.max_rollouts, gpu_memory_utilization=args.gpu_memory_utilization)
@@ -478,7 +482,11 @@ def evaluate(args: argparse.Namespace) -> None:
 def main() -> None:
     try:
         args = parse_args()
-        regrade(args) if args.regrade else evaluate(args)
+        if args.regrade:
+            regrade(args)
+        else:
+            with watching(args.out, args.stall_seconds, "The same command goes on where it was"):
+                evaluate(args)
     except (ValueError, OSError, RunError) as error:
         sys.exit(f"eval.py: {error}")
     except KeyboardInterrupt:

@@ -55,8 +55,9 @@ def progress(phase: str | None = None, *, step: int | None = None, prompts: Sequ
 
 
 @contextmanager
-def watching(folder: Path, seconds: float) -> Iterator[None]:
-    """Inside, the process ends with status 1 once no rank has moved for so many seconds; 0 = never.
+def watching(folder: Path, seconds: float, remedy: str = "--resume goes on from the last checkpoint") -> Iterator[None]:
+    """Inside, the process ends with status 1, and a line that ends with `remedy`, once no rank has moved for so many
+    seconds; 0 = never.
 
     The clock starts at the first `progress`: before it a model may have to be downloaded.
     """
@@ -65,7 +66,7 @@ def watching(folder: Path, seconds: float) -> Iterator[None]:
     if not seconds:
         yield
         return
-    watch = _Watch(folder, seconds)
+    watch = _Watch(folder, seconds, remedy)
     try:
         yield
     finally:
@@ -77,8 +78,9 @@ def watching(folder: Path, seconds: float) -> Iterator[None]:
 class _Watch:
     """The threads that watch. They share nothing with the main thread that it could hold while it hangs."""
 
-    def __init__(self, folder: Path, seconds: float):
-        self.folder, self.seconds, self.poll = folder, seconds, min(POLL_SECONDS, seconds / 10)
+    def __init__(self, folder: Path, seconds: float, remedy: str):
+        self.folder, self.seconds, self.remedy = folder, seconds, remedy
+        self.poll = min(POLL_SECONDS, seconds / 10)
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.over, self.written, self.others_moved = threading.Event(), threading.Event(), 0.0
         self.thread = threading.Thread(target=self._watch, daemon=True)
@@ -122,7 +124,7 @@ class _Watch:
         own, silence = time.monotonic() - work.moved, self.silence()
         where = f"phase {work.phase}" + (f", step {work.step}" if work.step is not None else "")
         print(f"rank {self.rank}: no rank has moved for {silence:.0f} seconds (--stall_seconds {self.seconds:g}), the "
-              f"run ends. This one is in {where}; its stacks: {path}. --resume goes on from the last checkpoint",
+              f"run ends. This one is in {where}; its stacks: {path}. {self.remedy}",
               file=sys.stderr, flush=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(path, "w", encoding="utf-8") as file:

@@ -135,6 +135,16 @@ def test_a_run_that_hangs_in_a_phase_ends_and_says_which(base, tmp_path):
     assert "phase reward, step 0\n" in hung and " in _grade\n" in hung and "merge" not in hung
 
 
+def test_an_evaluation_that_hangs_ends_too_and_says_how_it_goes_on(base, tmp_path):
+    (tmp_path / "slow.py").write_text("import time\n\ndef slow(response, problem):\n    return time.sleep(600)\n")
+    process = start(["eval.py", "--model", base, "--benchmarks", "arithmetic", "--problems", 4, "--k", 1, "--out",
+                     tmp_path / "out", "--reward", f"{tmp_path}/slow.py:slow", "--grader_timeout", 600, "--engine",
+                     "torch", "--max_response_tokens", 8, "--stall_seconds", 2], processes=1)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 1 and "The same command goes on where it was" in output, output
+    assert " in _grade\n" in (tmp_path / "out" / "stall-rank0.txt").read_text()
+
+
 def test_sigterm_to_the_launcher_ends_both_ranks_after_the_step_with_a_checkpoint(base, tmp_path):
     process, metrics = training(base, tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 100
