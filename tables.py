@@ -3,7 +3,7 @@
 
 import textwrap
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -39,19 +39,21 @@ NOTE = """Figures are of the end of training, in percent, on 600 held-out proble
 temperature 1 without truncation. The unit is a base model: means over bases with 95% t-intervals over them, differences
 paired by base. A base reports at the learning rate that is best for its row in the mean over the other bases of its
 task."""
-REACHED = 0.9  # pass@8 at which `reach_table` looks
+REACHED = (0.8, 0.9)  # pass@8 at which `reach_table` looks
+RAREST = 3  # of the kinds of a task, which come from the most to the least often worked
 FOUND = 0.15  # pass@1 from which on a kind counts as found
 # Questions that were fixed before their rows ran, by table: (question, row, the row that it is held against)
 SPEED = "The question of speed"  # asked of `course`, the mean of all evaluations of a run, not of its end
 QUESTIONS = {
-    "The questions": (("Does the compute adversary with maxrl beat maxrl?", "rollout-maxrl", "maxrl"),
-                      ("Does it need rollouts moved, or do weights do?", "rollout-maxrl", "weights-maxrl"),
-                      ("Does an adaptive data adversary beat a fixed tilt?", "prompt", "tilt"),
-                      ("Does a fixed rule, maxrl, beat grpo?", "maxrl", "grpo")),
+    "The questions": (("Is Rollout-GDRO with maxrl better than maxrl alone?", "rollout-maxrl", "maxrl"),
+                      ("Is moving rollouts better than the same counts as weights?", "rollout-maxrl", "weights-maxrl"),
+                      ("Is Prompt-GDRO better than a fixed tilt?", "prompt", "tilt"),
+                      ("Is maxrl, a fixed rule, better than grpo?", "maxrl", "grpo")),
     "The questions at 300 steps": (
-        ("Does the compute adversary with maxrl beat maxrl?", "rollout-maxrl-long", "maxrl-long"),
-        ("Does it need rollouts moved, or do weights do?", "rollout-maxrl-long", "weights-maxrl-long")),
-    SPEED: (("Does the compute adversary with maxrl learn faster than maxrl?", "rollout-maxrl-fast", "maxrl-fast"),),
+        ("Is Rollout-GDRO with maxrl better than maxrl alone, after 300 steps?", "rollout-maxrl-long", "maxrl-long"),
+        ("Is moving rollouts better than the same counts as weights, after 300 steps?", "rollout-maxrl-long",
+         "weights-maxrl-long")),
+    SPEED: (("Does Rollout-GDRO with maxrl learn faster than maxrl alone?", "rollout-maxrl-fast", "maxrl-fast"),),
 }
 EQUAL = 3.0  # points: an interval inside this either way is a no
 RUN_NOTE = """Figures in percent, as far as each run is. best: the evaluation of the highest pass@k, chosen on the
@@ -81,11 +83,19 @@ def worst_kind(evaluation: dict) -> float:
     return min(kind[2] for kind in evaluation["by_kind"].values())
 
 
+def rarest_kinds(evaluation: dict) -> float:
+    return float(np.mean([kind[2] for kind in list(evaluation["by_kind"].values())[-RAREST:]]))
+
+
 def spread(values: np.ndarray, signed: bool = False, digits: int = 1) -> str:
     """Mean over bases and 95% interval: 62.9 [58.1, 67.6]."""
     form = f"{{:{'+' if signed else ''}.{digits}f}}"
     mean, low, high = (form.format(x) for x in interval(values))
     return mean if len(values) < 2 else f"{mean} [{low}, {high}]"
+
+
+def percent(values: Iterable[float]) -> str:
+    return f"{100 * np.mean(list(values)):.1f}"
 
 
 def difference(runs: list[Run], baseline: list[Run], figure: Callable[[dict], float], of=Run.last) -> str:
@@ -117,10 +127,10 @@ def outcome(row: Row, found: dict[str, list[Run]], swept: dict[str, Sweep]) -> l
     minus = difference(runs, against, headline)
     ours, theirs = ([headline(r.last()) for r in group] for group in pairs(runs, against))
     return [row.name, str(len(runs)), rates(runs) if runs[0].log else "",
-            spread(100 * np.array([headline(e) for e in last])), row.against if minus else "",
+            percent(map(headline, last)), row.against if minus else "",
             minus, f"{100 * (np.mean(ours) / np.mean(theirs) - 1):+.1f}%" if minus else "",
-            spread(100 * np.array([mean_success(e) for e in last])), difference(runs, against, mean_success),
-            f"{100 * np.mean([worst_kind(e) for e in last]):.1f}", difference(runs, against, worst_kind),
+            percent(map(mean_success, last)), difference(runs, against, mean_success),
+            percent(map(worst_kind, last)), difference(runs, against, worst_kind),
             f"{np.mean([r.series('tokens_generated').sum() for r in runs]) / 1e3:.0f}" if runs[0].log else "0"]
 
 
@@ -138,18 +148,17 @@ def outcome_tables() -> str:
 
 
 def summary_table() -> str:
-    """The arena in short, both tasks side by side, differences to GRPO."""
+    """The arena in short: pass@8 by task, and differences to grpo over the pairs of both tasks."""
     lines = []
-    for row in PARTS["The arena"]:
-        line = [row.name]
-        for found in study().values():
-            runs, against = found.get(row.name, []), found["grpo"] if row.name not in ("base", "grpo") else []
-            for figure in (headline, mean_success):
-                mean = f"{100 * np.mean([figure(r.last()) for r in runs]):.1f}" if runs else ""
-                line.append(f"{mean}, {difference(runs, against, figure)}".removesuffix(", "))
-        lines.append(line)
-    head = [f"{task}, {figure}" for task in study() for figure in ("pass@8", "mean@16")]
-    return "**In short, with the difference to grpo**\n\n" + markdown(["row", *head], lines)
+    for row in (row.name for row in PARTS["The arena"] if all(row.name in found for found in study().values())):
+        line = [row, *(percent(headline(r.last()) for r in found[row]) for found in study().values())]
+        if row not in ("base", "grpo"):
+            passed = pooled(row, "grpo", headline)
+            line += [spread(passed, True), f"{(passed > 0).sum()} of {len(passed)}",
+                     *(spread(pooled(row, "grpo", figure), True) for figure in (mean_success, rarest_kinds))]
+        lines.append(line + [""] * (5 + len(study()) - len(line)))
+    head = ["row", *study(), "pass@8 - grpo's", "ahead in", "mean@16 - grpo's", "three rarest kinds - grpo's"]
+    return "**In short**\n\n" + markdown(head, lines)
 
 
 def pooled(row: str, other: str, figure: Callable[[dict], float], of=Run.last) -> np.ndarray:
@@ -166,21 +175,31 @@ def verdict(values: np.ndarray, p: float) -> str:
     return "no" if -EQUAL < low and high < EQUAL else "undecided"
 
 
-def question_table(title: str) -> str:
-    """Questions with their answers: differences pooled over tasks, p adjusted by Holm over those of the table. Empty
-    while a question has fewer than two pairs."""
+def answers(title: str) -> list[dict[str, str]]:
+    """The questions of a table with their answers: differences pooled over tasks, p adjusted by Holm over those of the
+    table. Empty while a question has fewer than two pairs."""
     questions, of = QUESTIONS[title], course if title == SPEED else Run.last
     values = [pooled(row, other, headline, of) for _, row, other in questions]
     if not all(len(v) > 1 for v in values):
-        return ""
-    adjusted, lines = holm([p_value(v) for v in values]), []
+        return []
+    adjusted, out = holm([p_value(v) for v in values]), []
     for (question, row, other), v, p in zip(questions, values, adjusted, strict=True):
-        by_task = [difference(f.get(row, []), f.get(other, []), headline, of) for f in study().values()]
-        rest = [spread(pooled(row, other, figure, of), True) for figure in (mean_success, worst_kind)]
-        lines.append([question, f"{row} - {other}", str(len(v)), spread(v, True), f"{p:.2g}", verdict(v, p),
-                      *by_task, *rest])
-    head = ["question", "rows", "bases", "pass@8", "p (Holm)", "answer", *study(), "mean@16", "worst kind"]
-    return f"**{title}**\n\n" + markdown(head, lines)
+        by_task = {task: difference(f.get(row, []), f.get(other, []), headline, of) for task, f in study().items()}
+        rest = {name: spread(pooled(row, other, figure, of), True) for name, figure in (
+            ("mean@16", mean_success), ("three rarest kinds", rarest_kinds), ("worst kind", worst_kind))}
+        out.append({"question": question, "rows": f"{row} - {other}", "pairs": str(len(v)), "pass@8": spread(v, True),
+                    "p (Holm)": f"{p:.2g}", "answer": verdict(v, p), **by_task, **rest})
+    return out
+
+
+def question_tables() -> list[str]:
+    """Each table of questions, and all in short."""
+    found = {title: lines for title in QUESTIONS if (lines := answers(title))}
+    short = ("question", "pairs", "pass@8", "p (Holm)", "answer", "mean@16", "three rarest kinds")
+    tables = {**found, "All questions in short": [{name: line[name] for name in short}
+                                                  for lines in found.values() for line in lines]}
+    return [f"**{title}**\n\n" + markdown(list(lines[0]), [list(line.values()) for line in lines])
+            for title, lines in tables.items() if lines]
 
 
 def rate_table(task: str, rows: dict[str, Sweep]) -> str:
@@ -205,7 +224,7 @@ def dial_table(task: str, rows: dict[str, Sweep]) -> str:
     bases = set.intersection(*({r.seed for r in group} for found in runs.values() for group in found))
     for share, found in runs.items():
         grpo, maxrl, both = ([r for r in group if r.seed in bases] for group in found)
-        lines.append([share, str(len(bases)), spread(100 * np.array([headline(r.last()) for r in grpo])),
+        lines.append([share, str(len(bases)), percent(headline(r.last()) for r in grpo),
                       *(difference(a, b, figure) for a, b in ((maxrl, grpo), (both, maxrl))
                         for figure in (headline, mean_success, worst_kind))])
     head = ["share under any sign", "bases", "grpo", *(f"{pair}, {figure}" for pair in (
@@ -213,17 +232,18 @@ def dial_table(task: str, rows: dict[str, Sweep]) -> str:
     return f"**The dial: {task}**\n\n" + markdown(head, lines)
 
 
+def first_at(run: Run, level: float) -> int | None:
+    """Step of the first evaluation with this pass@8, None where there is none."""
+    return next((e["step"] for e in run.evaluations if headline(e) >= level), None)
+
+
 def reach_table(task: str, rows: dict[str, Sweep]) -> str:
-    """How fast the longer runs learn: mean pass@8 of their evaluations, which come at even distances, and the step of
-    the first at which it is REACHED, base by base; by row and rate."""
-
-    def first(run: Run) -> str:
-        return str(next((e["step"] for e in run.evaluations if headline(e) >= REACHED), "never"))
-
-    lines = [[row.name, written(rate), spread(100 * np.array([headline(course(r)) for r in runs])),
-              ", ".join(map(first, runs))]
+    """How fast the longer runs learn, by row and rate: mean pass@8 of their evaluations, which come at even distances,
+    and the steps of the first at which it is REACHED, base by base."""
+    lines = [[row.name, written(rate), percent(headline(course(r)) for r in runs),
+              *(", ".join(str(first_at(r, level) or "never") for r in runs) for level in REACHED)]
              for part in (LONGER, FASTER) for row in PARTS[part] for rate, runs in rows.get(row.name, {}).items()]
-    head = ["row", "rate", "mean pass@8 of all evaluations", f"step at which pass@8 is {REACHED:.0%}, by base"]
+    head = ["row", "rate", "mean pass@8 of all evaluations", *(f"steps to {level:.0%}, by base" for level in REACHED)]
     return f"**How fast: {task}**\n\n" + markdown(head, lines) if lines else ""
 
 
@@ -321,8 +341,7 @@ def tables() -> str:
     functions = (kind_table, long_kinds, allocation_table, weight_table, signal_table, exact_table)
     by_rate = [table(task, rows) for table in (reach_table, dial_table, rate_table) for task, rows in sweeps().items()]
     by_task = filter(None, [table(task, rows) for table in functions for task, rows in study().items()])
-    questions = filter(None, map(question_table, QUESTIONS))
-    return "\n\n".join([NOTE, summary_table(), *questions, outcome_tables(), *filter(None, by_rate), *by_task])
+    return "\n\n".join([NOTE, summary_table(), *question_tables(), outcome_tables(), *filter(None, by_rate), *by_task])
 
 
 # ------------------------------------------------------------------------------------------------ any runs
