@@ -14,7 +14,7 @@ import plan
 import tables as tabulated
 from config import parse_args
 from metrics import Evaluation
-from study import PARTS
+from study import BEST, DIAL, HALF, PARTS
 
 ROOT = Path(__file__).parents[1]
 TEXTS = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -38,52 +38,76 @@ def cell(table: str, row: str, column: str) -> str:
     raise KeyError(f"{table}: no row {row}")
 
 
+def at_rate(task: str, row: str, other: str, rates=BEST, figure=logs.headline, of=logs.Run.last) -> np.ndarray:
+    """Paired differences of two rows in points, both at the task's one rate of `rates`."""
+    sweep, (rate,) = logs.sweeps()[task], rates[task]
+    return 100 * logs.paired(sweep[row][rate], sweep[other][rate], figure, of)
+
+
 @functools.cache
 def found() -> dict[str, str]:
     """The numbers that the texts state, computed."""
-    out = {"bases": str(min(len(rows["grpo"]) for rows in study().values()))}
-    asked = tabulated.QUESTIONS["The questions"]
-    for name, (question, *_) in zip(("beats", "moved", "adaptive", "rule"), asked, strict=True):
-        out |= {f"{name}_{key}": cell("The questions", question, column) for key, column in
-                (("pass", "pass@8"), ("mean", "mean@16"), ("worst", "worst kind"), ("answer", "answer"))}
+    sweeps = [sweep for rows in logs.sweeps().values() for sweep in rows.values()]
+    runs = [run for sweep in sweeps for group in sweep.values() for run in group]
+    out = {"bases": str(min(len(rows["grpo"]) for rows in study().values())), "runs": str(len(runs)),
+           "hours": f"{sum(r.config.get('seconds', 0) for r in runs) / 3600:.0f}"}
+    for names, title in ((("beats", "moved", "adaptive", "rule"), "The questions"),
+                         (("again", "moved_again"), "The questions at 300 steps"), (("speed",), tabulated.SPEED)):
+        for name, (question, *_) in zip(names, tabulated.QUESTIONS[title], strict=True):
+            out |= {f"{name}_{key}": cell(title, question, column) for key, column in
+                    (("pass", "pass@8"), ("mean", "mean@16"), ("rare", "three rarest kinds"), ("answer", "answer"),
+                     ("p", "p (Holm)"), ("pairs", "pairs"))}
+    for row in ("maxrl", "rollout", "rollout-maxrl", "tilt"):
+        out[f"all_{row}"] = cell("In short", row, "pass@8 - grpo's")
     for x, task in (("a", "arithmetic"), ("p", "permutations")):
         out |= {f"{key}_{x}": minus(task, row, "grpo") for key, row in
-                (("maxrl", "maxrl"), ("tilt", "tilt"), ("rollout", "rollout"), ("prompt", "prompt"),
-                 ("both", "both-maxrl"), ("rm", "rollout-maxrl"))}
+                (("tilt", "tilt"), ("rollout", "rollout"), ("prompt", "prompt"), ("both", "both-maxrl"))}
         out |= {f"{key}_mean_{x}": minus(task, row, "grpo", tabulated.mean_success) for key, row in
-                (("prompt", "prompt"), ("both", "both-maxrl"), ("maxrl", "maxrl"), ("rollout", "rollout"),
-                 ("rm", "rollout-maxrl"))}
+                (("both", "both-maxrl"), ("rm", "rollout-maxrl"))}
         mean = {row: np.mean([logs.headline(r.last()) for r in runs]) for row, runs in study()[task].items()}
         out[f"rel_{x}"] = f"{100 * (mean['rollout-maxrl'] / mean['grpo'] - 1):+.1f}%"
         out[f"over_{x}"] = f"{100 * (mean['rollout-maxrl'] / max(mean['maxrl'], mean['tilt']) - 1):+.1f}%"
-    again = tabulated.QUESTIONS["The questions at 300 steps"]
-    for name, (question, *_) in zip(("again", "moved_again"), again, strict=True):
-        out |= {f"{name}_{key}": cell("The questions at 300 steps", question, column) for key, column in
-                (("pass", "pass@8"), ("mean", "mean@16"), ("worst", "worst kind"), ("answer", "answer"),
-                 ("p", "p (Holm)"), ("pairs", "bases"))}
-    for x, task, rate in (("a", "arithmetic", "2e-4"), ("p", "permutations", "4e-4")):
-        ours, theirs = (float(cell(f"By rate: {task}", f"{row}-long", f"pass@8, {rate}"))
-                        for row in ("rollout-maxrl", "maxrl"))
-        out[f"same_{x}"] = f"{ours - theirs:+.1f}"
-        out[f"base0_{x}"] = cell(f"Longer: 300 steps: {task}", "rollout-maxrl-300", "paired difference")
+        out |= {f"{row}_{x}": cell(f"The paper's settings: {task}", row, "paired difference")
+                for row in ("paper-prompt", "paper-rollout")}
+        out |= {f"riv_{row.name}_{x}": cell(f"Rivals: {task}", row.name, "paired difference")
+                for row in PARTS["Rivals"]}
+        out |= {f"{utility}_{x}": tabulated.spread(at_rate(task, f"rollout-{utility}", "grpo"), signed=True)
+                for utility in ("variance", "surrogate")}
+        of_counts = functools.partial(cell, f"What the allocations did: {task}")
+        out |= {f"wse_{x}": of_counts("rollout", "WSE (33)"),
+                f"wse_variance_{x}": of_counts("rollout-variance", "WSE (33)"),
+                f"v28_{x}": of_counts("rollout-variance", "variance (28)"),
+                f"law_{x}": of_counts("rollout-variance", "(28) by the law (30)")}
+        out[f"one_{x}"] = cell(f"Exact budgets: {task}", "rollout", "steps with one choice")
+        out[f"outer_{x}"] = cell(f"What weights and bins became: {task}", "prompt", "prompts in outer two bins")
+        rank = at_rate(task, "rollout-rank-maxrl", "rollout-maxrl")
+        out |= {f"rank_old_{x}": f"{rank[:4].mean():+.1f}", f"rank_new_{x}": f"{rank[4:].mean():+.1f}"}
+    dial = {column: [cell(f"The dial: {task}", share, column) for task in study() for share in (*DIAL, "1")]
+            for column in ("grpo", "maxrl - grpo, pass@8", "rollout-maxrl - maxrl, pass@8")}
+    for key, task_cells in (("dial_a", dial["grpo"][:3]), ("dial_p", dial["grpo"][3:])):
+        out[key] = ", ".join(f"{float(x):.0f}" for x in task_cells)
+    for key, column in (("dial_rule", "maxrl - grpo, pass@8"), ("dial_moved", "rollout-maxrl - maxrl, pass@8")):
+        means = [float(x.split(" [")[0]) for x in dial[column]]
+        out[key] = f"{min(means):+.1f} to {max(means):+.1f}"
+    for key, row, figure in (("rank_all", "rollout-maxrl", logs.headline), ("rank_rule", "maxrl", logs.headline),
+                             ("rank_mean", "rollout-maxrl", tabulated.mean_success),
+                             ("rank_rule_mean", "maxrl", tabulated.mean_success)):
+        both = [at_rate(task, "rollout-rank-maxrl", row, figure=figure) for task in study()]
+        out[key] = tabulated.spread(np.concatenate(both), signed=True)
+    fixed = np.concatenate([at_rate(task, "rollout-maxrl-long", "maxrl-long", HALF) for task in study()])
+    out |= {"fixed_pass": tabulated.spread(fixed, signed=True), "fixed_p": f"{logs.p_value(fixed):.2f}"}
+    out["base0_a"] = f"{at_rate('arithmetic', 'rollout-maxrl-300', 'maxrl-300', HALF)[0]:+.1f}"
     for row in ("grpo", "maxrl", "rollout-maxrl", "weights-maxrl"):
         on = sorted({cell("By kind at 300 steps, bases with pass@1 over 15%: arithmetic", kind, f"{row}-long")[0]
                      for kind in ("thrice_second", "thrice_less", "thrice_first")})
         out[f"rare_{row}"] = " to ".join(dict.fromkeys((on[0], on[-1])))
-    for row in ("maxrl", "rollout-maxrl", "weights-maxrl"):
-        low, high = (float(cell("By rate: arithmetic", f"{row}-long", f"pass@8, {rate}")) for rate in ("1e-4", "2e-4"))
-        out["half_" + row.removesuffix("-maxrl")] = f"{low - high:.1f}"
-    for x, task in (("a", "arithmetic"), ("p", "permutations")):
-        out |= {f"riv_{row.name}_{x}": cell(f"Rivals: {task}", row.name, "paired difference")
-                for row in PARTS["Rivals"]}
-        out[f"wse_variance_{x}"] = cell(f"What the allocations did: {task}", "rollout-variance", "WSE (33)")
-        out[f"wse_{x}"] = cell(f"What the allocations did: {task}", "rollout", "WSE (33)")
-        out[f"one_{x}"] = cell(f"Exact budgets: {task}", "rollout", "steps with one choice")
-        out[f"outer_{x}"] = cell(f"What weights and bins became: {task}", "prompt", "prompts in outer two bins")
     best, twice = ([float(cell("By rate: arithmetic", row.name, f"pass@8, {rate}")) for row in PARTS["The arena"][1:]]
                    for rate in ("2e-4", "4e-4"))
     cost = np.subtract(best, twice)
-    out["cost_least"], out["cost_most"] = f"{min(cost):.0f}", f"{max(cost):.0f}"
+    out["cost_least"], out["cost_most"], out["rate_cost"] = f"{min(cost):.0f}", f"{max(cost):.0f}", f"{cost[2]:.0f}"
+    weights = [cell(f"What weights and bins became: {task}", "paper-prompt", f"{end} ever applied")
+               for task in study() for end in ("least", "greatest")]
+    out["weight_low"], out["weight_high"] = (f"{f(map(float, weights)):.2f}" for f in (min, max))
     sizes = np.mean([r.series("surrogate_abs").mean(axis=0) for r in study()["arithmetic"]["grpo"]], axis=0)
     out["S0"], out["S1"] = f"{sizes[0]:.0e}", f"{sizes[1]:.0e}"
     for name, signal in (("SNR_S", "surrogate"), ("SNR_R", "reward")):
