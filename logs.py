@@ -278,26 +278,14 @@ def pairs(runs: list[Run], baseline: list[Run]) -> tuple[list[Run], list[Run]]:
     return kept, [other[r.seed] for r in kept]
 
 
-def course(run: Run) -> dict:
-    """The mean of a run's evaluations, which come at even distances, in the shape of one: high for who learns early."""
-
-    def mean(values: list):
-        if isinstance(values[0], dict):
-            return {key: mean([v[key] for v in values]) for key in values[0]}
-        return np.mean(values, axis=0).tolist()
-
-    return mean([{key: e[key] for key in ("mean", "passes", "by_kind")} for e in run.evaluations])
-
-
-def paired(runs: list[Run], baseline: list[Run], figure: Callable[[dict], float],
-           of: Callable[[Run], dict] = Run.last) -> np.ndarray:
-    """Differences of a figure, of the last evaluations or `of` another, seed by seed, (S,). Raises ValueError for runs
-    that began from different base models: a base moves the figures as much as a mode."""
+def paired(runs: list[Run], baseline: list[Run], figure: Callable[[dict], float]) -> np.ndarray:
+    """Differences of a figure of the last evaluations, seed by seed, (S,). Raises ValueError for runs that began from
+    different base models: a base moves the figures as much as a mode."""
     kept, other = pairs(runs, baseline)
     for a, b in zip(kept, other, strict=True):
         if a.config["loaded"]["model"] != b.config["loaded"]["model"]:
             raise ValueError(f"{a.name} and {b.name} began from different base models and cannot be compared")
-    return np.array([figure(of(a)) - figure(of(b)) for a, b in zip(kept, other, strict=True)])
+    return np.array([figure(a.last()) - figure(b.last()) for a, b in zip(kept, other, strict=True)])
 
 
 def noise_ratios(run: Run, signal: str) -> list[float]:

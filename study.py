@@ -61,6 +61,7 @@ def at_best(name: str, flags: dict[str, object], against: str = "grpo", bases: i
 
 
 ROLLOUT_MAXRL = {"mode": "rollout", "rule": "maxrl"}
+RANK_MAXRL = {**ROLLOUT_MAXRL, "rollout_utility": "rank"}
 BOTH_MAXRL = {"mode": "both", "rule": "maxrl", "averaging": "prompt"}
 PAPER = {"adversary": "paper", "kl_beta": 0.001}
 MEMORIES = {"h1": {"bin_history": 1}, "h2": {"bin_history": 2}, "decay": {"bin_decay": 0.5},
@@ -69,10 +70,9 @@ COMMON = {"engine": "torch", "eval_problems": 600, "eval_every": 0, "eval_first"
 DIAL = ("0", "0.5")  # shares of the textbook under any sign, beside 1 (Row.disguised)
 CURVES = {"steps": 300, "eval_every": 25, "eval_first": True}
 LONGER = "Longer: 300 steps"
-FASTER = "Faster? Curves of the other bases"
+FRESH = "On fresh bases: rollouts by rank"
 ASKED_AGAIN = "The first question again, at 300 steps"
 HALF = {task: (rate / 2,) for task, (rate,) in BEST.items()}  # what 300 steps want, as it turned out
-LOWER = {**HALF, "arithmetic": (5e-5, 1e-4)}
 TWO_RATES = {task: (*HALF[task], *BEST[task]) for task in BEST}
 # Parts of the study -> rows, in the order in which they run. The flags are what differs from the task's preset, whose
 # adversary is "tuned"; every row but the bases trains on the same number of rollouts.
@@ -104,15 +104,15 @@ PARTS = {
         Row("paper-rollout", {"mode": "rollout", **PAPER}, "paper-grpo", further={}, bases=4),
     ),
     LONGER: tuple(
-        Row(f"{row}-300", {**flags, **CURVES}, against, (), rates, 4)
-        for row, flags, against, rates in (
-            ("grpo", {"mode": "grpo"}, "grpo-300", HALF),
-            ("maxrl", {"mode": "grpo", "rule": "maxrl"}, "grpo-300", LOWER),
-            ("rollout", {"mode": "rollout"}, "grpo-300", HALF),
-            ("rollout-maxrl", ROLLOUT_MAXRL, "maxrl-300", LOWER))),
-    FASTER: tuple(
-        Row(f"{row}-fast", {**flags, **CURVES}, "maxrl-fast", (), HALF, first=4)
-        for row, flags in (("maxrl", {"mode": "grpo", "rule": "maxrl"}), ("rollout-maxrl", ROLLOUT_MAXRL))),
+        Row(f"{row}-300", {**flags, **CURVES}, against, (), HALF, 4)
+        for row, flags, against in (
+            ("grpo", {"mode": "grpo"}, "grpo-300"), ("maxrl", {"mode": "grpo", "rule": "maxrl"}, "grpo-300"),
+            ("rollout", {"mode": "rollout"}, "grpo-300"), ("rollout-maxrl", ROLLOUT_MAXRL, "maxrl-300"))),
+    FRESH: tuple(
+        Row(f"{row}-fresh", flags, "maxrl-fresh", (), BEST, 16, first=8)
+        for row, flags in (
+            ("maxrl", {"mode": "grpo", "rule": "maxrl"}), ("rank-maxrl", RANK_MAXRL),
+            ("rank-weights-maxrl", {**RANK_MAXRL, "allocation": "weights"}), ("rollout-maxrl", ROLLOUT_MAXRL))),
     ASKED_AGAIN: tuple(
         Row(f"{row}-long", {**flags, "steps": 300}, f"{against}-long", (), TWO_RATES, first=1)
         for row, flags, against in (

@@ -14,7 +14,6 @@ from logs import (
     Missing,
     Run,
     Sweep,
-    course,
     entropy,
     headline,
     headline_k,
@@ -33,7 +32,7 @@ from logs import (
     whole_lines,
 )
 from metrics import markdown
-from study import ASKED_AGAIN, BEST, DIAL, FASTER, LONGER, PARTS, Row, written
+from study import ASKED_AGAIN, BEST, DIAL, LONGER, PARTS, Row, written
 
 NOTE = """Figures are of the end of training, in percent, on 600 held-out problems answered 16 times each at
 temperature 1 without truncation. The unit is a base model: means over bases with 95% t-intervals over them, differences
@@ -43,7 +42,6 @@ REACHED = (0.8, 0.9)  # pass@8 at which `reach_table` looks
 RAREST = 3  # of the kinds of a task, which come from the most to the least often worked
 FOUND = 0.15  # pass@1 from which on a kind counts as found
 # Questions that were fixed before their rows ran, by table: (question, row, the row that it is held against)
-SPEED = "The question of speed"  # asked of `course`, the mean of all evaluations of a run, not of its end
 QUESTIONS = {
     "The questions": (("Is Rollout-GDRO with maxrl better than maxrl alone?", "rollout-maxrl", "maxrl"),
                       ("Is moving rollouts better than the same counts as weights?", "rollout-maxrl", "weights-maxrl"),
@@ -53,7 +51,12 @@ QUESTIONS = {
         ("Is Rollout-GDRO with maxrl better than maxrl alone, after 300 steps?", "rollout-maxrl-long", "maxrl-long"),
         ("Is moving rollouts better than the same counts as weights, after 300 steps?", "rollout-maxrl-long",
          "weights-maxrl-long")),
-    SPEED: (("Does Rollout-GDRO with maxrl learn faster than maxrl alone?", "rollout-maxrl-fast", "maxrl-fast"),),
+    "The questions on fresh bases": (
+        ("Are rollouts by rank with maxrl better than maxrl alone?", "rank-maxrl-fresh", "maxrl-fresh"),
+        ("Is moving rollouts by rank better than the same counts as weights?", "rank-maxrl-fresh",
+         "rank-weights-maxrl-fresh"),
+        ("Is Rollout-GDRO (gain) with maxrl better than maxrl alone, asked again?", "rollout-maxrl-fresh",
+         "maxrl-fresh")),
 }
 EQUAL = 3.0  # points: an interval inside this either way is a no
 RUN_NOTE = """Figures in percent, as far as each run is. best: the evaluation of the highest pass@k, chosen on the
@@ -98,9 +101,9 @@ def percent(values: Iterable[float]) -> str:
     return f"{100 * np.mean(list(values)):.1f}"
 
 
-def difference(runs: list[Run], baseline: list[Run], figure: Callable[[dict], float], of=Run.last) -> str:
+def difference(runs: list[Run], baseline: list[Run], figure: Callable[[dict], float]) -> str:
     """Paired, in points; empty where no base is in both."""
-    values = paired(runs, baseline, figure, of)
+    values = paired(runs, baseline, figure)
     return spread(100 * values, True) if len(values) else ""
 
 
@@ -161,9 +164,9 @@ def summary_table() -> str:
     return "**In short**\n\n" + markdown(head, lines)
 
 
-def pooled(row: str, other: str, figure: Callable[[dict], float], of=Run.last) -> np.ndarray:
+def pooled(row: str, other: str, figure: Callable[[dict], float]) -> np.ndarray:
     """Paired differences of two rows in points, the bases of all tasks together."""
-    found = [paired(f[row], f[other], figure, of) for f in study().values() if row in f and other in f]
+    found = [paired(f[row], f[other], figure) for f in study().values() if row in f and other in f]
     return 100 * np.concatenate(found) if found else np.zeros(0)
 
 
@@ -178,14 +181,14 @@ def verdict(values: np.ndarray, p: float) -> str:
 def answers(title: str) -> list[dict[str, str]]:
     """The questions of a table with their answers: differences pooled over tasks, p adjusted by Holm over those of the
     table. Empty while a question has fewer than two pairs."""
-    questions, of = QUESTIONS[title], course if title == SPEED else Run.last
-    values = [pooled(row, other, headline, of) for _, row, other in questions]
+    questions = QUESTIONS[title]
+    values = [pooled(row, other, headline) for _, row, other in questions]
     if not all(len(v) > 1 for v in values):
         return []
     adjusted, out = holm([p_value(v) for v in values]), []
     for (question, row, other), v, p in zip(questions, values, adjusted, strict=True):
-        by_task = {task: difference(f.get(row, []), f.get(other, []), headline, of) for task, f in study().items()}
-        rest = {name: spread(pooled(row, other, figure, of), True) for name, figure in (
+        by_task = {task: difference(f.get(row, []), f.get(other, []), headline) for task, f in study().items()}
+        rest = {name: spread(pooled(row, other, figure), True) for name, figure in (
             ("mean@16", mean_success), ("three rarest kinds", rarest_kinds), ("worst kind", worst_kind))}
         out.append({"question": question, "rows": f"{row} - {other}", "pairs": str(len(v)), "pass@8": spread(v, True),
                     "p (Holm)": f"{p:.2g}", "answer": verdict(v, p), **by_task, **rest})
@@ -240,9 +243,9 @@ def first_at(run: Run, level: float) -> int | None:
 def reach_table(task: str, rows: dict[str, Sweep]) -> str:
     """How fast the longer runs learn, by row and rate: mean pass@8 of their evaluations, which come at even distances,
     and the steps of the first at which it is REACHED, base by base."""
-    lines = [[row.name, written(rate), percent(headline(course(r)) for r in runs),
+    lines = [[row.name, written(rate), percent(headline(e) for r in runs for e in r.evaluations),
               *(", ".join(str(first_at(r, level) or "never") for r in runs) for level in REACHED)]
-             for part in (LONGER, FASTER) for row in PARTS[part] for rate, runs in rows.get(row.name, {}).items()]
+             for row in PARTS[LONGER] for rate, runs in rows.get(row.name, {}).items()]
     head = ["row", "rate", "mean pass@8 of all evaluations", *(f"steps to {level:.0%}, by base" for level in REACHED)]
     return f"**How fast: {task}**\n\n" + markdown(head, lines) if lines else ""
 

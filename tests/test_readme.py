@@ -38,10 +38,10 @@ def cell(table: str, row: str, column: str) -> str:
     raise KeyError(f"{table}: no row {row}")
 
 
-def at_rate(task: str, row: str, other: str, rates=BEST, figure=logs.headline, of=logs.Run.last) -> np.ndarray:
+def at_rate(task: str, row: str, other: str, rates=BEST, figure=logs.headline) -> np.ndarray:
     """Paired differences of two rows in points, both at the task's one rate of `rates`."""
     sweep, (rate,) = logs.sweeps()[task], rates[task]
-    return 100 * logs.paired(sweep[row][rate], sweep[other][rate], figure, of)
+    return 100 * logs.paired(sweep[row][rate], sweep[other][rate], figure)
 
 
 @functools.cache
@@ -52,7 +52,8 @@ def found() -> dict[str, str]:
     out = {"bases": str(min(len(rows["grpo"]) for rows in study().values())), "runs": str(len(runs)),
            "hours": f"{sum(r.config.get('seconds', 0) for r in runs) / 3600:.0f}"}
     for names, title in ((("beats", "moved", "adaptive", "rule"), "The questions"),
-                         (("again", "moved_again"), "The questions at 300 steps"), (("speed",), tabulated.SPEED)):
+                         (("again", "moved_again"), "The questions at 300 steps"),
+                         (("fresh", "fresh_moved", "fresh_gain"), "The questions on fresh bases")):
         for name, (question, *_) in zip(names, tabulated.QUESTIONS[title], strict=True):
             out |= {f"{name}_{key}": cell(title, question, column) for key, column in
                     (("pass", "pass@8"), ("mean", "mean@16"), ("rare", "three rarest kinds"), ("answer", "answer"),

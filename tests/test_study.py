@@ -43,7 +43,7 @@ def test_a_row_differs_from_grpo_at_its_rate_and_base_by_its_flags_alone():
 def test_rows_of_a_task_train_on_equally_many_rollouts_as_the_preset_has():
     for run in RUNS:
         cfg = config(run)
-        steps = 300 if run.row.name.endswith(("-300", "-fast", "-long")) else PRESETS[run.task][1]["steps"]
+        steps = 300 if run.row.name.endswith(("-300", "-long")) else PRESETS[run.task][1]["steps"]
         assert cfg.steps == (0 if run.row.name == "base" else steps)
         assert (cfg.prompts_per_step, cfg.rollouts_per_prompt) == (64, 4)
         assert cfg.rollout_budget != "dual"  # the only budget that holds on average alone

@@ -130,7 +130,7 @@ def test_a_question_is_answered_by_the_bases_of_all_tasks_and_by_holm(monkeypatc
         assert line["pairs"] == "16" and 0 <= float(line["p (Holm)"]) <= 1
     assert by_rows == {"rollout-maxrl - maxrl": "yes", "rollout-maxrl - weights-maxrl": "yes",
                        "prompt - tilt": "no, the reverse", "maxrl - grpo": "yes"}
-    assert tables.answers("The questions at 300 steps") == tables.answers(tables.SPEED) == []  # not run here
+    assert all(tables.answers(title) == [] for title in list(tables.QUESTIONS)[1:])  # not run here
     full, short = tables.question_tables()
     assert len(full.splitlines()) == len(short.splitlines()) == 8 and len(full) > len(short)
     ours, theirs = (np.concatenate([[100 * logs.headline(r.last()) for r in t[row]] for t in tasks.values()])
