@@ -39,7 +39,7 @@ from logs import (
     sweeps,
     tail,
 )
-from study import ASKED_AGAIN, BOTH_TASKS, LONGER, PARTS, written
+from study import ASKED_AGAIN, BOTH_TASKS, FRESH, LONGER, PARTS, written
 from tables import mean_success, run_table, sample_page, tables
 
 matplotlib.use("Agg")
@@ -48,7 +48,8 @@ FIGURES = Path(__file__).parent / "figures"
 COLOURS = {"grpo": "#666666", "prompt": "#0072B2", "rollout": "#D55E00", "both": "#009E73", "uniform": "#000000",
            "law": "#CC79A7"}
 ROW_COLOURS = {"grpo": "#666666", "maxrl": "#E69F00", "rollout-maxrl": "#D55E00", "weights-maxrl": "#CC79A7",
-               "rollout": "#F0A58F", "prompt": "#0072B2", "tilt": "#56B4E9", "both-maxrl": "#009E73"}
+               "rollout": "#F0A58F", "prompt": "#0072B2", "tilt": "#56B4E9", "both-maxrl": "#009E73",
+               "rank-maxrl": "#332288", "rank-weights-maxrl": "#AA99DD"}
 PAGE = 7.0  # inches: the width of a paper's page
 plt.rcParams.update({"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7,
                      "xtick.labelsize": 7, "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False,
@@ -210,7 +211,7 @@ def benchmarks(ax, name: str, modes: dict[str, list[Run]]) -> None:
         ax.bar(centres, found.mean(axis=1), width, color=COLOURS[mode], label=MODES[mode], alpha=0.75)
         ax.plot(np.repeat(centres, found.shape[1]), found.ravel(), ".", color="black", markersize=1.5)
     ax.set_xticks(range(len(groups)), [g.replace("_", " ") for g in groups], rotation=25, ha="right")
-    panel(ax, f"{name}\ndots: seeds", y=f"pass@{headline_k(modes[shown[0]][0].last())}, %")
+    panel(ax, f"{name}\ndots: runs", y=f"pass@{headline_k(modes[shown[0]][0].last())}, %")
 
 
 def bars(ax, values: list[np.ndarray], colour: str, start: float = 0) -> None:
@@ -370,9 +371,9 @@ def figure_9(models: Models):
 
 
 def figure_outcomes(tasks: dict[str, dict[str, list[Run]]]):
-    """The arena, and its questions at 300 steps: paired difference in pass@8 to the row that each is held against;
-    bases are ticks, bars are 95% intervals."""
-    against = {row.name: row.against for part in ("The arena", ASKED_AGAIN) for row in PARTS[part]
+    """The arena, and the questions at 300 steps and on fresh bases: paired difference in pass@8 to the row that each is
+    held against; bases are ticks, bars are 95% intervals."""
+    against = {row.name: row.against for part in ("The arena", ASKED_AGAIN, FRESH) for row in PARTS[part]
                if row.name != row.against}
     names = [n for n in against if any(len(differences(rows, n, against[n])) > 1 for rows in tasks.values())]
     if not names:
@@ -402,7 +403,7 @@ def differences(rows: dict[str, list[Run]], name: str, other: str) -> np.ndarray
 
 def colour(row: str) -> str:
     """Of a row of the arena, or of one that trains it longer."""
-    return ROW_COLOURS.get(row.removesuffix("-long").removesuffix("-300"), COLOURS["uniform"])
+    return ROW_COLOURS.get(row.removesuffix("-long").removesuffix("-300").removesuffix("-fresh"), COLOURS["uniform"])
 
 
 def line_and_error(ax, row: str, x: list, values: np.ndarray, of_base: np.ndarray) -> None:
