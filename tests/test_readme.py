@@ -95,6 +95,10 @@ def found() -> dict[str, str]:
                              ("rank_rule_mean", "maxrl", tabulated.mean_success)):
         both = [at_rate(task, "rollout-rank-maxrl", row, figure=figure) for task in study()]
         out[key] = tabulated.spread(np.concatenate(both), signed=True)
+    twice = [at_rate(task, f"rollout-maxrl{part}", f"maxrl{part}") for task in study() for part in ("", "-fresh")]
+    out["gain_twice"] = tabulated.spread(np.concatenate(twice), signed=True)
+    rank = np.concatenate([at_rate(task, "rank-maxrl-fresh", "rollout-maxrl-fresh") for task in study()])
+    out["rank_gain_fresh"] = tabulated.spread(rank, signed=True)
     fixed = np.concatenate([at_rate(task, "rollout-maxrl-long", "maxrl-long", HALF) for task in study()])
     out |= {"fixed_pass": tabulated.spread(fixed, signed=True), "fixed_p": f"{logs.p_value(fixed):.2f}"}
     out["base0_a"] = f"{at_rate('arithmetic', 'rollout-maxrl-300', 'maxrl-300', HALF)[0]:+.1f}"
@@ -134,44 +138,47 @@ SAID = (
     "a prompt's loss is {S0}, rounding; on the second {S1}.",
     "Between bins it spreads {SNR_S} times what noise alone would",
     "minus the reward {SNR_R} times.",
-    "Over {bases} base models a task `maxrl`",
-    "gains {rule_pass} points of pass@8 over GRPO. Rollout-GDRO with maxrl is {rel_a} and {rel_p} above GRPO",
-    "and {beats_pass} points above maxrl alone. Asked again after 300 steps, on {again_pairs} of the pairs: "
-    "{again_pass}, p {again_p}, worst kind {again_worst}; undecided twice.",
-    "maxrl?** {again_answer}: {again_pass} points of pass@8 (p {again_p}), {again_mean} of mean@16, {again_worst} of",
-    "or do weights do?** {moved_again_answer}: {moved_again_pass} points, and {moved_again_mean} of mean@16",
-    "`rollout-maxrl` is there: {rel_a} and {rel_p}, at {rm_mean_a} and {rm_mean_p} points of mean@16",
-    "Over the best fixed rule of each task it is {over_a} and {over_p}",
-    "on arithmetic twice the best rate costs {cost_least} to {cost_most} points",
-    "95% intervals over {bases} base models a task",
-    "beat maxrl?** {beats_answer}: {beats_pass} points of pass@8, {beats_mean} of mean@16, {beats_worst} of the worst",
-    "or do weights do?** {moved_answer}: {moved_pass}.",
-    "beat a fixed tilt?** {adaptive_answer}: {adaptive_pass}, and {adaptive_mean} in mean@16.",
-    "maxrl, beat grpo?** {rule_answer}: {rule_pass} points",
-    "tuned against tuned it is {prompt_a} and {prompt_p} points against GRPO",
-    "fixed exponent of the bins' estimate gives {tilt_a} and {tilt_p}",
-    "rollouts by expected gain*: {rollout_a} and {rollout_p} now",
-    "prompts weighing 1 {both_a} and {both_p}, and {both_mean_a} and {both_mean_p} in mean@16",
-    "Cannot tell*: {moved_pass} points, {moved_answer}.",
-    "raises the weighted standard error (33), by {wse_a} and {wse_p}",
     "would leave one choice in {one_a} of the steps",
     "{outer_a} of prompts in the outer two bins",
-    "the three rarest on {rare_rollout-maxrl} of 7 bases, weights on {rare_weights-maxrl}, maxrl on {rare_maxrl}, "
-    "GRPO on {rare_grpo}.",
-    "at those rates the other bases show {same_a} and {same_p}, and at half of them base 0 itself {base0_a} and "
-    "{base0_p}:",
-    "Half of them is better in all three rows, on arithmetic by {half_weights} points for weights, {half_maxrl} for "
-    "maxrl and {half_rollout} for moved rollouts",
-    "what maxrl gives, {riv_pass-at-k_a} and {riv_pass-at-k_p} points over GRPO; Dr. GRPO {riv_dr-grpo_a} and "
-    "{riv_dr-grpo_p}.",
-    "asks for, are at {riv_rollout-variance_a} and {riv_rollout-variance_p}, the paper's own utility at "
-    "{riv_rollout-surrogate_a} and {riv_rollout-surrogate_p}, the value of Knapsack RL at {riv_rollout-knapsack_a} and "
-    "{riv_rollout-knapsack_p}; a fixed schedule by the rank of a bin (E3) at {riv_rollout-rank_a} and "
-    "{riv_rollout-rank_p}, and with maxrl at {riv_rollout-rank-maxrl_a} and {riv_rollout-rank-maxrl_p}:",
-    "instead of 12: {riv_rollout-maxrl-32_a} and {riv_rollout-maxrl-32_p}.",
-    "Counts by variance are at {riv_rollout-variance_a} and {riv_rollout-variance_p} points against `gain`.",
     "*changes* WSE by {wse_a} and {wse_p} (arithmetic, permutations), by variance by {wse_variance_a} and "
     "{wse_variance_p}, and the latter is {riv_rollout-variance_a} and {riv_rollout-variance_p} points",
+    "All {runs} runs together took {hours} hours on two",
+    "`rollout-maxrl` is {rel_a} and {rel_p} above grpo in",
+    "which is pass@1, it gains {rm_mean_a} and {rm_mean_p} points.",
+    "of GRPO on arithmetic and {rate_cost} of `rollout-maxrl`, the",
+    "where the first question has {beats_pass} now); the p-values",
+    "of each task `rollout-maxrl` is {over_a} and {over_p}, and no pass@8",
+    "row, not planned, it is {fixed_pass} (p {fixed_p}).",
+    "In mean@16 moved rollouts keep {moved_again_mean}.",
+    "arithmetic the three rarest on {rare_rollout-maxrl} of 7 bases, weights on {rare_weights-maxrl}, maxrl on "
+    "{rare_maxrl}, GRPO on {rare_grpo}.",
+    "of 50 steps, commit `9a35af7`, {base0_a} at half of",
+    "eight, at the best rate: {rank_rule} points of pass@8 above maxrl alone over 16 pairs, {rank_rule_mean} of "
+    "mean@16, {rank_all} against `gain` with",
+    "Prompt-GDRO is {paper-prompt_a} and {paper-prompt_p} points of pass@8 (arithmetic, permutations), "
+    "Rollout-GDRO {paper-rollout_a} and {paper-rollout_p}.",
+    "The prompt weights never left {weight_low} to {weight_high}: on a batch's",
+    "**Rules.** Pass@k training gains {riv_pass-at-k_a} and {riv_pass-at-k_p} points over GRPO,",
+    "GRPO {riv_dr-grpo_a} and {riv_dr-grpo_p}.",
+    "GRPO**: by the paper's utility {surrogate_a} and {surrogate_p} points, by variance (28), which its analysis "
+    "asks for, {variance_a} and {variance_p}: on arithmetic worse",
+    "Against `gain`, Knapsack RL {riv_rollout-knapsack_a} and {riv_rollout-knapsack_p}, a fixed schedule by the "
+    "rank of a bin (E3) {riv_rollout-rank_a} and {riv_rollout-rank_p}.",
+    "a prompt instead of 12: {riv_rollout-maxrl-32_a} and {riv_rollout-maxrl-32_p}.",
+    "On permutations GRPO reaches {dial_p} at 0, 0.5 and 1, so there the dial does set how hard the search is; on"
+    " arithmetic {dial_a}. maxrl's gain over GRPO is positive at every share, {dial_rule}, and what Rollout-GDRO "
+    "adds to it, {dial_moved}, is nowhere told",
+    "tuned against tuned it is {prompt_a} and {prompt_p} points against GRPO, and a fixed exponent of the bins' "
+    "estimate, the control that was missing, gives {tilt_a} and {tilt_p}.",
+    "by expected gain beat GRPO*: {rollout_a} and {rollout_p} now.",
+    "maxrl and prompts weighing 1 {both_a} and {both_p}, and {both_mean_a} and {both_mean_p} in mean@16.",
+    "weighted standard error (33) by {wse_a} and {wse_p}; counts by variance change (28) itself by {v28_a} and "
+    "{v28_p} only, where its square-root law would allow {law_a} and {law_p}.",
+    "Prompt-GDRO is {paper-prompt_a} and {paper-prompt_p} points of pass@8, Rollout-GDRO {paper-rollout_a} and "
+    "{paper-rollout_p} (4 base models a task); its prompt weights stay within {weight_low} to {weight_high}.",
+    "utility** (`--adversary tuned`) Rollout-GDRO gains {all_rollout} points over GRPO,",
+    "success rate in the batch, {all_maxrl}; both together {all_rollout-maxrl}.",
+    "twice the best rate costs {cost_least} to {cost_most} points.",
 )
 
 
