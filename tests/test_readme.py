@@ -142,7 +142,7 @@ SAID = (
     "{outer_a} of prompts in the outer two bins",
     "*changes* WSE by {wse_a} and {wse_p} (arithmetic, permutations), by variance by {wse_variance_a} and "
     "{wse_variance_p}, and the latter is {riv_rollout-variance_a} and {riv_rollout-variance_p} points",
-    "All {runs} runs together took {hours} hours on two",
+    "All {runs} runs took {hours} hours in sum,",
     "`rollout-maxrl` is {rel_a} and {rel_p} above grpo in",
     "which is pass@1, it gains {rm_mean_a} and {rm_mean_p} points.",
     "of GRPO on arithmetic and {rate_cost} of `rollout-maxrl`, the",
@@ -155,6 +155,10 @@ SAID = (
     "of 50 steps, commit `9a35af7`, {base0_a} at half of",
     "eight, at the best rate: {rank_rule} points of pass@8 above maxrl alone over 16 pairs, {rank_rule_mean} of "
     "mean@16, {rank_all} against `gain` with",
+    "are better than maxrl alone: {fresh_pass} points of pass@8 (p {fresh_p}), {fresh_mean} of mean@16.",
+    "must be moved stays open: {fresh_moved_pass} above the same counts as weights (p {fresh_moved_p}).",
+    "as much and scatters more, {fresh_gain_pass} (over the 32 pairs of both times {gain_twice}, not adjusted), "
+    "and the two are not told apart, {rank_gain_fresh}.",
     "Prompt-GDRO is {paper-prompt_a} and {paper-prompt_p} points of pass@8 (arithmetic, permutations), "
     "Rollout-GDRO {paper-rollout_a} and {paper-rollout_p}.",
     "The prompt weights never left {weight_low} to {weight_high}: on a batch's",
@@ -174,10 +178,11 @@ SAID = (
     "maxrl and prompts weighing 1 {both_a} and {both_p}, and {both_mean_a} and {both_mean_p} in mean@16.",
     "weighted standard error (33) by {wse_a} and {wse_p}; counts by variance change (28) itself by {v28_a} and "
     "{v28_p} only, where its square-root law would allow {law_a} and {law_p}.",
-    "Prompt-GDRO is {paper-prompt_a} and {paper-prompt_p} points of pass@8, Rollout-GDRO {paper-rollout_a} and "
-    "{paper-rollout_p} (4 base models a task); its prompt weights stay within {weight_low} to {weight_high}.",
+    "Prompt-GDRO is {paper-prompt_a} and {paper-prompt_p} points of pass@8 with weights of {weight_low} to "
+    "{weight_high}, Rollout-GDRO {paper-rollout_a} and {paper-rollout_p}.",
     "utility** (`--adversary tuned`) Rollout-GDRO gains {all_rollout} points over GRPO,",
     "success rate in the batch, {all_maxrl}; both together {all_rollout-maxrl}.",
+    "rank`), does add to it: {fresh_pass} over 16 pairs,",
     "twice the best rate costs {cost_least} to {cost_most} points.",
 )
 
