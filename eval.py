@@ -153,16 +153,16 @@ FROM_RUN = {"k": "eval_rollouts", "temperature": "eval_temperature", "top_p": "e
                 "answer_style", "reward", "allow_bad_golds", "engine", "dtype", "threads", "max_rollouts",
                 "grader_timeout")}}
 OF_MACHINE = ("gpu_memory_utilization", "grader_workers", "stall_seconds")
-SETTINGS = {flag: Config.__dataclass_fields__[name] for flag, name in (
-    *FROM_RUN.items(), *zip(OF_MACHINE, OF_MACHINE, strict=True))}
-# What is said of a flag where that of the setting would not fit, and its default.
-OTHERWISE = {
-    "k": ("responses drawn for each problem", 8), "temperature": ("0 = greedy, with --k 1", 0.6),
-    "seed": ("of every response", 0),
-    "max_prompt_tokens": ("longer prompts are left out and counted; 0 = a half of the context, at most 3200", 0),
-    "max_response_tokens": ("a response cut here counts as wrong; 0 = what the context leaves, at most 4096", 0),
-    "prompt_suffix": ("", None), "gpu_memory_utilization": ("vLLM: share of GPU memory", 0.85),
-    "stall_seconds": ("end an evaluation in which no rank moves for so long; 0 = never", 1800.0)}
+SETTINGS = {flag: Config.__dataclass_fields__[name] for flag, name in
+            {**FROM_RUN, **{name: name for name in OF_MACHINE}}.items()}
+# Defaults and help of a flag where they are not the setting's.
+DEFAULTS = {"max_prompt_tokens": 0, "max_response_tokens": 0, "prompt_suffix": None, "gpu_memory_utilization": 0.85}
+HELP = {
+    "k": "responses drawn for each problem", "temperature": "0 = greedy, with --k 1", "seed": "of every response",
+    "max_prompt_tokens": "longer prompts are left out and counted; 0 = a half of the context, at most 3200",
+    "max_response_tokens": "a response cut here counts as wrong; 0 = what the context leaves, at most 4096",
+    "gpu_memory_utilization": "vLLM: share of GPU memory",
+    "stall_seconds": "end an evaluation in which no rank moves for so long; 0 = never"}
 
 
 @dataclass(frozen=True)
@@ -316,9 +316,9 @@ def flags() -> argparse.ArgumentParser:
     add("--out", type=Path, help="folder for eval.json and eval_samples.jsonl [out/eval-RUN or -MODEL, and the "
                                  "benchmarks if given]")
     for flag, setting in SETTINGS.items():
-        help, default = OTHERWISE.get(flag, ("", setting.default))
+        default = DEFAULTS.get(flag, setting.default)
         usual = f"{PROMPT_SUFFIX!r}, nothing for the built-in tasks" if flag == "prompt_suffix" else repr(default)
-        add_flag(parser, setting, flag=flag, default=default, help=help, usual=usual)
+        add_flag(parser, setting, flag=flag, default=default, help=HELP.get(flag, ""), usual=usual)
     return parser
 
 

@@ -145,7 +145,7 @@ SAID = (
     "All {runs} runs took {hours} hours in sum,",
     "`rollout-maxrl` is {rel_a} and {rel_p} above grpo in",
     "which is pass@1, it gains {rm_mean_a} and {rm_mean_p} points.",
-    "of GRPO on arithmetic and {rate_cost} of `rollout-maxrl`, the",
+    "twice the best rate costs {cost_least} points of GRPO on arithmetic and {rate_cost} of `rollout-maxrl`, the",
     "where the first question has {beats_pass} now); the p-values",
     "of each task `rollout-maxrl` is {over_a} and {over_p}, and no pass@8",
     "row, not planned, it is {fixed_pass} (p {fixed_p}).",
