@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import linear_logprob
-from sharding import fill, full
+from ranks import fill, full
 
 QK_NORM = {"qwen3": True, "qwen2": False, "llama": False}
 QKV_BIAS = {"qwen3": False, "qwen2": True, "llama": False}

@@ -22,8 +22,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-import logs
-from logs import (
+from study import logs
+from study.logs import (
     MODES,
     Missing,
     Run,
@@ -39,8 +39,8 @@ from logs import (
     sweeps,
     tail,
 )
-from study import ASKED_AGAIN, BOTH_TASKS, FRESH, LONGER, PARTS, written
-from tables import mean_success, run_table, sample_page, tables
+from study.rows import ASKED_AGAIN, BOTH_TASKS, FRESH, LONGER, PARTS, written
+from study.tables import mean_success, run_table, sample_page, tables
 
 matplotlib.use("Agg")
 FIGURES = Path(__file__).parent / "figures"

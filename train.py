@@ -34,12 +34,11 @@ from metrics import Evaluation, table
 from model import Transformer
 from plan import check_memory
 from policy import Policy
-from ranks import Ranks, RunError, deal_rows, say
+from ranks import Ranks, RunError, deal_rows, full, reshard, say, shard
 from reward import Grade, Grader, check_golds, extract
 from rollout import Batch, Part, Sampling, choose_engine, draw_part, make_engine, rollout_seed
 from rules import RULES
 from runfolder import RunFolder, Tracker, jsonable, portable, write_json
-from sharding import full, reshard, shard
 from watchdog import progress, watching
 
 DIVERGED = ("the weights are those before this update. --resume goes on from the last checkpoint, with a lower "

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-import sharding
+import ranks as processes
 from config import parse_args
 from ranks import Ranks
 from train import Trainer
@@ -24,13 +24,13 @@ def adversaries(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def masters(trainer: Trainer) -> torch.Tensor:
-    return torch.cat([sharding.full(p).flatten() for p in trainer.model.parameters()])
+    return torch.cat([processes.full(p).flatten() for p in trainer.model.parameters()])
 
 
 def main() -> None:
     out, how, *words = sys.argv[1:]
     if how == "compiled":  # a lone float32 process is sharded, too
-        sharding.is_sharded = lambda *_: True
+        processes.is_sharded = lambda *_: True
     ranks, found = Ranks(), {}
     while words:
         case, *flags = words[: words.index("+")] if "+" in words else words

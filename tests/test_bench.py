@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-import bench
-import kernels.bench
+import bench.__main__ as bench
 import plan
+from bench import kernels as bench_kernels
 from config import parse_args
 from model import Transformer
 from ranks import Ranks
@@ -28,7 +28,7 @@ def compiled_for_sm90(*operations: str) -> list[dict]:
     triton = importlib.util.find_spec("triton")
     if triton is None or not (Path(triton.origin).parent / "backends/nvidia/bin/nvdisasm").exists():
         pytest.skip("needs Triton with its NVIDIA tools")
-    code = f"import json, kernels.bench as b; print(json.dumps(b.compile_for_sm90({operations!r})))"
+    code = f"import json, bench.kernels as b; print(json.dumps(b.compile_for_sm90({operations!r})))"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -45,18 +45,18 @@ def test_linear_logprob_in_bf16_uses_wgmma_and_tma_and_spills_nothing_on_sm_90()
         assert row["shared KiB"] < 227, row  # what a block may have
 
 
-CASES = {"linear": functools.partial(kernels.bench.linear_case, 64, 500, 32),
-         "linear, half": functools.partial(kernels.bench.linear_case, 64, 500, 32, live=0.5),
-         "linear, entropy": functools.partial(kernels.bench.linear_case, 64, 500, 32, entropy=True),
-         "advantage": functools.partial(kernels.bench.advantage_case, 8, 40)}
+CASES = {"linear": functools.partial(bench_kernels.linear_case, 64, 500, 32),
+         "linear, half": functools.partial(bench_kernels.linear_case, 64, 500, 32, live=0.5),
+         "linear, entropy": functools.partial(bench_kernels.linear_case, 64, 500, 32, entropy=True),
+         "advantage": functools.partial(bench_kernels.advantage_case, 8, 40)}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_timed_on_cuda_computes_what_it_is_compared_with(monkeypatch, name):
     """Every case on the CPU, where nothing is timed: ours and plain torch give the truth and its gradients."""
     given = {}
-    monkeypatch.setattr(kernels.bench, "DEVICE", "cpu")
-    monkeypatch.setattr(kernels.bench, "compare", lambda operation, case, calls, make, truth, **rest: given.update(
+    monkeypatch.setattr(bench_kernels, "DEVICE", "cpu")
+    monkeypatch.setattr(bench_kernels, "compare", lambda operation, case, calls, make, truth, **rest: given.update(
         calls=calls, make=make, truth=truth, **rest) or [])
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     assert list(CASES[name]()) == []
@@ -68,10 +68,10 @@ def test_what_is_timed_on_cuda_computes_what_it_is_compared_with(monkeypatch, na
         assert truth.out.numpy() == pytest.approx(np.concatenate(exact), abs=1e-12)
     for provider in ("ours", "eager"):
         call = given["calls"][provider]
-        out = kernels.bench.forward(call, inputs)
+        out = bench_kernels.forward(call, inputs)
         assert (out.double() - truth.out).abs().max() < (2e-2 if inputs.arguments[0].dtype == torch.bfloat16 else 1e-6)
         if "both" in given["predicted"]:
-            gradients = kernels.bench.forward_and_backward(call, inputs)
+            gradients = bench_kernels.forward_and_backward(call, inputs)
             for got, expected, rows in zip(gradients, truth.gradients, truth.rows, strict=True):
                 assert (got[rows].double() - expected).norm() / expected.norm() < 1e-2
 
@@ -120,7 +120,7 @@ def test_tables_split_where_columns_change():
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_the_peak_of_memory_is_seen_and_forgotten():
-    held = kernels.bench.forget_peak()
+    held = bench_kernels.forget_peak()
     bytearray(64 << 20)[:] = bytes(64 << 20)
-    assert kernels.bench.resident_mib("VmHWM") - held > 60
-    assert kernels.bench.forget_peak() > 0 and kernels.bench.resident_mib("VmHWM") - held < 60
+    assert bench_kernels.resident_mib("VmHWM") - held > 60
+    assert bench_kernels.forget_peak() > 0 and bench_kernels.resident_mib("VmHWM") - held < 60

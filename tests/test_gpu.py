@@ -12,9 +12,8 @@ import torch
 
 from kernels import group_advantage, linear_logprob
 from model import PackedAttention, Transformer
-from ranks import Ranks
+from ranks import Ranks, full, shard
 from rollout import Sampling, TorchEngine
-from sharding import full, shard
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

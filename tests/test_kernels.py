@@ -17,8 +17,8 @@ from test_train import trainer_of
 from torch import Tensor
 
 import tasks
+from bench.kernels import forget_peak, in_fresh_process, resident_mib
 from kernels import backend, group_advantage, linear_logprob
-from kernels.bench import forget_peak, in_fresh_process, resident_mib
 
 ADVANTAGE, LINEAR = (importlib.import_module(f"kernels.{name}") for name in (
     "group_advantage", "linear_logprob"))  # the package has functions so named

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-import logs
-import study
-from logs import Run
+import study.rows as study
+from study import logs
+from study.logs import Run
 
 NAN = float("nan")
 

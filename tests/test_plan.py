@@ -17,7 +17,7 @@ import plan
 from config import PRESETS, parse_args
 from model import ModelConfig, Transformer
 from plan import CARDS, GIB, QWEN3, activations, cache_tokens, check_memory, known_model, over, phases, sizes
-from sharding import shard
+from ranks import shard
 
 
 class FlashAttention:

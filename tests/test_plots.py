@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from test_logs import a_run, folder_of
 
-import logs
 import plots
-from logs import Missing
+from study import logs
+from study.logs import Missing
 
 
 def models(**kwargs) -> plots.Models:

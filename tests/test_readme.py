@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import logs
 import plan
-import tables as tabulated
 from config import parse_args
 from metrics import Evaluation
-from study import BEST, DIAL, HALF, PARTS
+from study import logs
+from study import tables as tabulated
+from study.rows import BEST, DIAL, HALF, PARTS
 
 ROOT = Path(__file__).parents[1]
 TEXTS = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import study
+import study.rows as study
 import tasks
 from config import PRESETS, Config, check, parse_args
-from study import Row, Run
+from study.rows import Row, Run
 
 RUNS = study.runs("")
 

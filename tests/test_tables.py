@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from test_logs import a_run, folder_of
 
-import logs
-import tables
-from study import Row
+from study import logs, tables
+from study.rows import Row
 
 
 def test_configurations_of_an_exact_budget_are_counted_like_an_enumeration():

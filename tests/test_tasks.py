@@ -17,7 +17,7 @@ import tasks
 from config import PRESETS, RATES
 from data import BUILT_IN, encode_prompts
 from reward import score
-from study import BOTH_TASKS
+from study.rows import BOTH_TASKS
 from tasks import TASKS, BaseSettings
 
 ROOT = Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"""Measurements side by side, in one run: `python bench.py [NAME ...] [--out FILE.json]`.
+"""Measurements side by side, in one run: `python -m bench [NAME ...] [--out FILE.json]`.
 
 Without names the first three, which take about a minute on two CPU cores:
 adversary  bins and adversaries, one step at the paper's size: 256 prompts of 14,116, 10 bins, 11 arms, 1,024 rollouts
@@ -38,16 +38,15 @@ import model
 import plan
 import tasks
 import train
+from bench.kernels import VOCABULARY, bench_kernels, bench_sm90, forget_peak, in_fresh_process, resident_mib
 from config import Config, parse_args
 from data import batch_order
 from gdro import BUDGETS, UTILITIES, DifficultyBins, PromptGDRO, RolloutGDRO
-from kernels.bench import VOCABULARY, bench_kernels, bench_sm90, forget_peak, in_fresh_process, resident_mib
 from metrics import markdown
-from ranks import Ranks
+from ranks import Ranks, fill, shard
 from reward import Grader, Problem
 from rollout import Batch, Sampling, TorchEngine, rollout_seed
 from runfolder import environment
-from sharding import fill, shard
 from train import Clock, Trainer
 
 PEAK_FLOPS = plan.CARDS["80 GB"].flops  # bf16 operations a second of an H100 or H200, for MFU
@@ -301,7 +300,7 @@ def update_rows(ranks: Ranks, name: str, cfg: Config, config: model.ModelConfig,
 def bench_update() -> list[dict]:
     """On one GPU; a size without a share of layers with which it fits is left out and said to be."""
     if not torch.cuda.is_available():
-        sys.exit("bench.py update: needs a GPU")
+        sys.exit("bench update: needs a GPU")
     rows, memory = [], torch.cuda.mem_get_info()
     for size in ("1.7b", "4b"):
         cfg, _, _ = parse_args(["--preset", f"qwen3-{size}", "--kl_beta", "0", "--max_mismatch", "1e9",
@@ -428,7 +427,7 @@ def trl_steps(python: str, steps: int, compiled: bool) -> Iterator[dict]:
     order = [problems[i] for s in range(steps) for i in batch_order(len(problems), cfg.prompts_per_step, cfg.seed, s)]
     setting = {**dataclasses.asdict(cfg), "model": str(tasks.base_model("arithmetic")), "steps": steps,
                "prompts": [p.prompt for p in order], "answers": [p.answer for p in order], "compiled": compiled}
-    pipe, script = subprocess.PIPE, Path(__file__).with_name("bench_trl.py")
+    pipe, script = subprocess.PIPE, Path(__file__).with_name("trl.py")
     with tempfile.TemporaryFile("w+") as said, subprocess.Popen(
             [python, "-I", str(script)], stdin=pipe, stdout=pipe, stderr=said, text=True,  # without our `kernels`
             env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
@@ -437,7 +436,7 @@ def trl_steps(python: str, steps: int, compiled: bool) -> Iterator[dict]:
             process.stdin.flush()
             if not (line := process.stdout.readline()):
                 said.seek(0)
-                sys.exit(f"bench.py trl: {python} {script.name} failed:\n{said.read()[-2000:]}")
+                sys.exit(f"bench trl: {python} {script.name} failed:\n{said.read()[-2000:]}")
             yield json.loads(line)
 
 

@@ -1,8 +1,8 @@
 """The study: every run behind results/study is a row of this file.
 
-    python study.py --list                        what there is, and what is done
-    python study.py                               runs what is missing, two at a time (--jobs), one thread each
-    python study.py --only permutations/maxrl-2e-4   runs whose name contains this; to run them again, delete their file
+    python -m study --list                        what there is, and what is done
+    python -m study                               runs what is missing, two at a time (--jobs), one thread each
+    python -m study --only permutations/maxrl-2e-4   runs whose name contains this; to run them again, delete their file
     python plots.py --table                       what came out
 
 A run is a row at one learning rate from one base model; its seed is the base's number. It goes to
@@ -28,7 +28,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 OUT, RESULTS = HERE / "out" / "study", HERE / "results" / "study"
 DIGITS = 3
 RUNNING: set[subprocess.Popen] = set()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import stdtr, stdtrit
 
-from study import BOTH_TASKS, PARTS, kept_lines, row_file
+from study.rows import BOTH_TASKS, PARTS, kept_lines, row_file
 
 MODES = {"grpo": "GRPO", "prompt": "Prompt-GDRO", "rollout": "Rollout-GDRO", "both": "both"}
 TAIL = 0.6  # tail averages are over the steps at or past this quantile
@@ -120,7 +120,7 @@ def sweeps() -> dict[str, dict[str, Sweep]]:
             if sweep:
                 found.setdefault(task, {})[row.name] = dict(sorted(sweep.items()))
     if not found:
-        raise Missing("results/study holds no complete run; python study.py makes them")
+        raise Missing("results/study holds no complete run; python -m study makes them")
     return found
 
 

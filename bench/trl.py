@@ -1,4 +1,4 @@
-"""TRL's side of `python bench.py trl`, for the interpreter of another environment: it imports nothing from this one.
+"""TRL's side of `python -m bench trl`, for the interpreter of another environment: it imports nothing from this one.
 
 Lines of JSON. Out: what is installed. In: the setting. Then for every empty line that comes in the trainer takes one
 step, a batch of rollouts and its optimiser steps, and says what it took. Between steps it waits for its turn.
@@ -46,7 +46,7 @@ class Turns(TrainerCallback):
 
     def wait(self) -> None:
         if not sys.stdin.readline():
-            sys.exit("bench.py is gone")
+            sys.exit("bench is gone")
         self.seconds.clear()
         self.start, self.cpu = time.perf_counter(), time.process_time()
 

@@ -1,5 +1,5 @@
-"""The kernels timed beside plain torch and beside other projects' (`python bench.py kernels`), and what the compiler
-makes of them for sm_90 (`python bench.py sm90`).
+"""The kernels timed beside plain torch and beside other projects' (`python -m bench kernels`), and what the compiler
+makes of them for sm_90 (`python -m bench sm90`).
 
 On CUDA every operation runs forward and forward+backward against
 
@@ -555,7 +555,7 @@ def compile_for_sm90(operations: tuple[str, ...]) -> list[dict]:
 def bench_sm90() -> list[dict]:
     """Every Triton kernel compiled for sm_90 as a launch on CUDA would: what the machine code needs and contains."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("bench.py sm90: TRITON_INTERPRET is set, and interpreted kernels are not compiled; unset it")
+        sys.exit("bench sm90: TRITON_INTERPRET is set, and interpreted kernels are not compiled; unset it")
     if triton is None:
-        sys.exit("bench.py sm90: Triton is not installed: pip install triton")
+        sys.exit("bench sm90: Triton is not installed: pip install triton")
     return in_fresh_process(compile_for_sm90, OPERATIONS)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-import logs
-from logs import (
+from metrics import markdown
+from study import logs
+from study.logs import (
     Missing,
     Run,
     Sweep,
@@ -31,8 +32,7 @@ from logs import (
     tail,
     whole_lines,
 )
-from metrics import markdown
-from study import ASKED_AGAIN, BEST, DIAL, LONGER, PARTS, Row, written
+from study.rows import ASKED_AGAIN, BEST, DIAL, LONGER, PARTS, Row, written
 
 NOTE = """Figures are of the end of training, in percent, on 600 held-out problems answered 16 times each at
 temperature 1 without truncation. The unit is a base model: means over bases with 95% t-intervals over them, differences

@@ -1,0 +1,3 @@
+from study.rows import main
+
+main()
