@@ -47,16 +47,16 @@ def load_problems(source: str, *, revision: str | None = None) -> tuple[list[Pro
 
     source: a path ending in .jsonl, .json (a list of objects) or .parquet; a key of HUB_SETS; or
         `hub:owner/name[:config[:split]]` (split: train). Columns: PROMPT_COLUMNS and ANSWER_COLUMNS; optional are
-        style, KIND_COLUMNS and ID_COLUMNS.
-    revision: commit, branch or tag of a hub set; a full commit sha needs no network if the set is cached.
+        style, KIND_COLUMNS and ID_COLUMNS. Behind a hub set `@` and its commit, branch or tag may stand.
+    revision: the same, and wins over what `source` says; a full commit sha needs no network if the set is cached.
     Returns the problems in file order, and {source, counts: {rows, merged, conflicting}} with {repo, config, split,
     revision: the commit sha} or {sha256}: no absolute path, so it can be published and compared.
     Raises ValueError for any content that cannot be trained on, with file, row and remedy; FileNotFoundError for a
     missing file; ConnectionError for a hub set that cannot be had.
     """
-    if source in HUB_SETS or source.startswith("hub:"):
-        rows, record = _read_hub(source, revision)
-        name = source
+    name, _, named = source.partition("@")
+    if name in HUB_SETS or name.startswith("hub:"):
+        rows, record = _read_hub(name, revision or named or None)
     elif source and (Path(source).suffix or "/" in source or Path(source).exists()):
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for hub sets; {Path(source).name} is a local file")
@@ -64,8 +64,9 @@ def load_problems(source: str, *, revision: str | None = None) -> tuple[list[Pro
         name = Path(source).name
     else:
         known = (*BUILT_IN, *HUB_SETS)
-        raise ValueError(f"unknown problem set {source!r}{_meant(source, known)} Give a local {', '.join(SUFFIXES)} "
-                         f"file, one of {', '.join(known)}, or hub:owner/name[:config[:split]]")
+        raise ValueError(f"unknown problem set {source!r}{_meant(name, known)} Give a local {', '.join(SUFFIXES)} "
+                         f"file, one of {', '.join(known)}, or hub:owner/name[:config[:split]], and behind a hub set "
+                         "@revision where it matters")
     if not rows:
         raise ValueError(f"{name} has no rows")
     problems, counts = _merge([(where, _problem(row, f"{name}, {where}")) for where, row in rows], name)

@@ -435,7 +435,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     ranks, run = Ranks(), args.run
-    policy = Policy.open(str(run.model) if run else args.model, revision=args.revision, dtype=args.dtype,
+    policy = Policy.open(run.model if run else tasks.model_folder(args.model, args.revision), dtype=args.dtype,
                          device=ranks.device, stop_tokens=args.stop_tokens)
     args.max_prompt_tokens, args.max_response_tokens = policy.config.limits(
         args.max_prompt_tokens, args.max_response_tokens, *([] if run else [(3200, 4096)]))

@@ -405,16 +405,20 @@ def iterate_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def fetch(model: str, revision: str | None = None) -> Path:
-    """The local folder of `model`: a folder as it is, or a hub id downloaded (safetensors, config and tokenizer)."""
+    """The local folder of `model`: a folder as it is, or a hub id downloaded (safetensors, config and tokenizer).
+
+    A hub id may name a commit, branch or tag, owner/name@revision; `revision` wins over it.
+    """
     if Path(model).is_dir():
         return Path(model)
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"no folder {model!r}, and it is not a hub id of the form owner/name")
+    repo, _, named = model.partition("@")
+    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no folder {model!r}, and it is not a hub id of the form owner/name[@revision]")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=WEIGHT_FILES))
+        return Path(snapshot_download(repo, revision=revision or named or None, allow_patterns=WEIGHT_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(f"{model!r} is neither a folder nor to be had from the hub ({error}); log in with "
                                 "`hf auth login` if it is gated, or pass a local folder") from error

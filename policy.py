@@ -1,4 +1,4 @@
-"""A policy as it lies on disk, with its tokenizer and what ends a response: built-in, a local folder or a hub id.
+"""A policy as it lies on disk, with its tokenizer and what ends a response: one folder in the Hugging Face format.
 
 What `train.py` and `eval.py` both need to know of a model before its weights are loaded.
 """
@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-import tasks
 from data import stop_token_ids
-from model import ModelConfig, Transformer, fetch
+from model import ModelConfig, Transformer
 from ranks import say
 
 
@@ -29,13 +28,11 @@ class Policy:
     stored: str | None = None  # dtype of the weights in `folder`, where its config.json names it
 
     @classmethod
-    def open(cls, name: str, *, revision: str | None, dtype: str, device: torch.device,
-             stop_tokens: str = "auto") -> "Policy":
-        """`name`: a key of tasks.TASKS, a folder or a hub id; `dtype`: "auto" = bfloat16 on CUDA, float32 elsewhere.
+    def open(cls, folder: Path, *, dtype: str, device: torch.device, stop_tokens: str = "auto") -> "Policy":
+        """`folder`: of a Hugging Face model; `dtype`: "auto" = bfloat16 on CUDA, float32 elsewhere.
 
-        Raises FileNotFoundError for a model that cannot be had, ValueError for one that this code cannot run.
+        Raises ValueError for a model that this code cannot run.
         """
-        folder = tasks.base_model(name) if tasks.is_base(name) else fetch(name, revision)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         saved = folder / "generation_config.json"
         generation = json.loads(saved.read_text()) if saved.exists() else None

@@ -193,8 +193,9 @@ class Trainer:
 
     def _load_model(self) -> None:
         cfg = self.cfg
-        revision = self.pinned.get("model", {}).get("folder", cfg.model_revision)
-        self.policy = Policy.open(cfg.model, revision=revision, dtype=cfg.dtype, device=self.device,
+        revision = self.pinned.get("model", {}).get("folder") or (
+            None if cfg.model_revision == "main" else cfg.model_revision)
+        self.policy = Policy.open(tasks.model_folder(cfg.model, revision), dtype=cfg.dtype, device=self.device,
                                   stop_tokens=cfg.stop_tokens)
         prompt, response = self.policy.config.limits(cfg.max_prompt_tokens, cfg.max_response_tokens)
         self.cfg = cfg = dataclasses.replace(cfg, max_prompt_tokens=prompt, max_response_tokens=response)

@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 from data import Problem, load_problems
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, fetch
 
 PAD, END = "<pad>", "<end>"
 HELD_BACK = 1200  # problems of each split that the corpus leaves out
@@ -286,6 +286,11 @@ def base_model(name: str, settings: BaseSettings | None = None, *, cache: Path |
             tokenizer(task).save_pretrained(aside)
             aside.rename(folder)
     return folder
+
+
+def model_folder(name: str, revision: str | None = None) -> Path:
+    """The Hugging Face folder of a built-in base, or of what `model.fetch` takes: a folder or a hub id[@revision]."""
+    return base_model(name) if is_base(name) else fetch(name, revision)
 
 
 def _train_base(task: str, settings: BaseSettings) -> Transformer:

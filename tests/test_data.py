@@ -221,6 +221,10 @@ def test_dapo_comes_from_the_resolved_commit(tmp_path, monkeypatch):
     load_problems("hub:me/mine:cfg:test", revision="b" * 40)  # pinned: nothing to resolve
     load_problems("hub:me/mine", revision="main")
     assert seen[1:] == [("me/mine", "cfg", "test", "b" * 40), ("me/mine", None, "train", sha)]
+    _, record = load_problems("hub:me/mine:cfg:test@" + "b" * 40)
+    assert seen.pop() == ("me/mine", "cfg", "test", "b" * 40) and record["source"] == "hub:me/mine:cfg:test"
+    load_problems("dapo@" + "b" * 40, revision="c" * 40)  # the commit that a resumed run had wins
+    assert seen.pop()[-1] == "c" * 40
 
 
 def test_an_unreachable_hub_says_which_set_and_what_to_do(monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -452,6 +453,15 @@ def test_fetch_returns_a_folder_as_it_is(tmp_path):
 def test_fetch_says_that_a_path_is_no_folder(model):
     with pytest.raises(FileNotFoundError, match=f"no folder {re.escape(repr(model))}, and it is not a hub id"):
         fetch(model)
+
+
+def test_a_hub_id_may_name_its_revision_and_one_that_is_given_wins(monkeypatch):
+    asked = []
+    monkeypatch.setattr(hub, "snapshot_download", lambda repo, *, revision, allow_patterns: asked.append(
+        (repo, revision)) or "folder")
+    for model, revision in (("a/b", None), ("a/b@main", None), ("a/b@main", "c0ffee")):
+        assert fetch(model, revision) == Path("folder")
+    assert asked == [("a/b", None), ("a/b", "main"), ("a/b", "c0ffee")]
 
 
 def test_fetch_says_that_a_hub_id_is_not_to_be_had_offline(monkeypatch, tmp_path):

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def opened(folder) -> Policy:
-    return Policy.open(str(folder), revision=None, dtype="float32", device=CPU)
+    return Policy.open(folder, dtype="float32", device=CPU)
 
 
 def test_the_hash_of_weights_is_of_every_byte_of_every_shard_and_of_nothing_else(base, tmp_path):
