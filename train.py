@@ -276,7 +276,7 @@ class Trainer:
             sampling = Sampling(cfg.max_response_tokens, cfg.temperature, stop_ids=self.policy.stop_ids)
             seed_P = [rollout_seed(cfg.seed, step, i) for i in ids_P]
             part = draw_part(self.engine, self.ranks, prompts, decided.n_P, seed_P, sampling,
-                             self.expected_tokens_B[decided.bin_P], ids_P)
+                             self.expected_tokens_B[decided.bin_P])
             self.engine.sleep()
         with clock("reward"):  # while other ranks still decode
             grades = self.grade(part, problems)
@@ -538,7 +538,7 @@ class Trainer:
         seed_P = [rollout_seed(cfg.seed, -1, p.id) for p in problems]
         clock = Clock(self.device)
         part = draw_part(self.engine, self.ranks, prompts, [cfg.eval_rollouts] * len(problems), seed_P, sampling,
-                         ids=[p.id for p in problems], bar=True)
+                         bar=True)
         batch, reward_R, _, _ = self.exchange(part, self.grade(part, problems), clock)
         return Evaluation.of(step, [p.kind for p in problems], reward_R.reshape(len(problems), -1) > 0,
                              float(batch.lengths.mean()), float(batch.truncated.mean()))
@@ -603,9 +603,11 @@ def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, 
     # Collectives outlast the watchdog, which says more than they do when a rank is missing.
     ranks, folder = Ranks(max(900, 2 * cfg.stall_seconds)), RunFolder(cfg)
     ranks.check_work(cfg.prompts_per_step, cfg.minibatch_prompts * cfg.rollouts_per_prompt)
-    loaded = folder.open(resume)
+    loaded = folder.loaded_before(resume)
     folder.assert_shared(ranks)
     trainer = Trainer(cfg, ranks, loaded)
+    record = jsonable(trainer.record)
+    folder.refuse_other(record)
     tensors, evaluations = trainer.tensors(), []
     if saved := folder.load(tensors, ranks):
         evaluations = trainer.restore(*saved)
@@ -613,10 +615,10 @@ def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, 
         say(f"--resume: {folder.path} has no checkpoint yet, starting from the beginning")
     if ranks.rank == 0:
         if saved:
-            folder.go_on(trainer.next_step, jsonable(trainer.record))
+            folder.record_change(trainer.next_step)
             folder.write_evaluations(evaluations)
         else:
-            folder.start(preset, jsonable(trainer.record))
+            folder.start(preset, record)
         folder.forget_after(trainer.next_step)
     trainer.engine.load_weights(trainer.weights())
     return trainer, folder, evaluations
@@ -673,7 +675,7 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
                         mismatch=f"{line['mismatch']['mean']:.0e}")
         progress("save")
         if stopping or last or (cfg.save_every and done % cfg.save_every == 0):
-            folder.save(*trainer.checkpoint(evaluations), cfg.keep, trainer.ranks)
+            folder.save(*trainer.checkpoint(evaluations), trainer.ranks)
     bar.close()
     return trainer.next_step >= cfg.steps
 
