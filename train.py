@@ -143,10 +143,10 @@ def phase(name: str) -> Callable:
 
     def wrap(method: Callable) -> Callable:
         @functools.wraps(method)
-        def timed(self, s: Step, *args) -> None:
+        def timed(self, s: Step, *args, **kwargs) -> None:
             progress(name if s.number >= 0 else "evaluate")
             start = time.perf_counter()
-            method(self, s, *args)
+            method(self, s, *args, **kwargs)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             s.seconds[name] = s.seconds.get(name, 0.0) + time.perf_counter() - start
@@ -309,7 +309,7 @@ class Trainer:
     def draw(self, s: Step, sampling: Sampling, bar: bool = False) -> None:
         """This rank's part of the batch, with its own engine."""
         seed_P = [rollout_seed(self.cfg.seed, s.number, i) for i in s.ids_P]
-        s.part = draw_part(self.engine, self.ranks, s.prompts, s.n_P, seed_P, sampling, ids=s.ids_P, bar=bar)
+        s.part = draw_part(self.engine, self.ranks, s.prompts, s.n_P, seed_P, sampling, bar=bar)
 
     @phase("reward")
     def grade(self, s: Step) -> None:
