@@ -115,14 +115,15 @@ def test_bins_and_estimates_equal_a_naive_loop(edges, history, delta, unseen_rat
 
 
 def test_margins_are_exact_in_decimals():
-    """0.3 + 0.03 and 0.1 - 0.03 are not the floats 0.33 and 0.07 that 33/100 and 7/100 are."""
-    for before, last, left, arrived in (([0] * 67 + [1] * 32, 1, 2, 3), ([1] * 7 + [0] * 93, 0, 1, 0)):
-        bins = DifficultyBins(TENTHS, history=200)
+    """0.4 + 0.03 and 0.2 - 0.05 are not the floats 0.43 and 0.15 that 43/100 and 15/100 are."""
+    up, down = (0.03, [0] * 57 + [1] * 42, 1, 3, 4), (0.05, [1] * 15 + [0] * 85, 0, 2, 1)
+    for delta, before, last, left, arrived in (up, down):
+        bins = DifficultyBins(TENTHS, history=200, hysteresis=delta)
         for c in before:
             bins.update(["x"], [c], [1])
-        assert bins.lookup(["x"]) == left  # 32 of 99, 7 of 100
+        assert bins.lookup(["x"]) == left  # 42 of 99, 15 of 100
         bins.update(["x"], [last], [1])
-        assert bins.lookup(["x"]) == arrived  # 33 of 100, 7 of 101
+        assert bins.lookup(["x"]) == arrived  # 43 of 100, 15 of 101
 
 
 @pytest.mark.parametrize("edges", [[2 / 3], [1 / 7, 2 / 7, 3 / 7, 4 / 7, 5 / 7, 6 / 7]])

@@ -262,27 +262,9 @@ def test_what_cannot_move_the_weights_is_left_out_and_entropy_and_mismatch_are_o
         assert lines[0][key] == pytest.approx(lines[1][key], rel=1e-3, abs=1e-6)
 
 
-def test_micro_batches_hold_every_rollout_once_with_its_own_tokens():
-    rng, cpu = np.random.default_rng(0), torch.device("cpu")
-    n_P = np.array([2, 0, 5, 1])
-    lengths = rng.integers(1, 30, n_P.sum())
-    offsets = np.concatenate(([0], lengths.cumsum()))
-    prompts = [list(range(1, 2 + p)) for p in range(4)]
-    tokens = rng.integers(0, 50, offsets[-1])
-    batch = Batch(prompts, np.repeat(np.arange(4), n_P), offsets, tokens, np.zeros(len(tokens), np.float32),
-                  np.zeros(len(lengths), bool))
-    seen = []
-    (rows,) = deal_rows(batch.cost(), 40, 1)
-    for micro in (pack(batch, row, cpu) for row in rows):
-        assert len(micro.tokens) <= 40 or len(micro.rollouts) == 1
-        assert torch.equal(micro.tokens[micro.targets], torch.from_numpy(tokens[micro.places]))
-        for s, r in enumerate(micro.rollouts):
-            start, end = micro.cu_seqlens[s], micro.cu_seqlens[s + 1]
-            assert micro.tokens[start:end].tolist() == prompts[batch.owner[r]] + batch.response(r).tolist()
-            assert end - start <= micro.max_seqlen and micro.offsets[s + 1] - micro.offsets[s] == lengths[r]
-        seen.extend(micro.rollouts.tolist())
-    assert sorted(seen) == list(range(len(lengths)))
-    nothing = pack(batch, np.zeros(0, int), cpu)
+def test_a_rank_without_work_packs_two_tokens_that_nothing_is_asked_of():
+    """One alone would have torch.compile make graphs for it."""
+    nothing = pack(None, np.zeros(0, int), torch.device("cpu"))
     assert len(nothing.tokens) == 2 and len(nothing.targets) == len(nothing.places) == 0
 
 
