@@ -36,7 +36,7 @@ from plan import check_memory
 from policy import Policy
 from ranks import Ranks, RunError, deal_rows, full, reshard, say, shard
 from reward import Grade, Grader, check_golds, extract
-from rollout import Batch, Part, Sampling, choose_engine, draw_part, make_engine, rollout_seed
+from rollout import Batch, Part, Sampling, choose_engine, draw_part, make_engine, rollout_seed, to_text
 from rules import RULES
 from runfolder import RunFolder, Tracker, jsonable, portable, write_json
 from watchdog import progress, watching
@@ -300,7 +300,7 @@ class Trainer:
                 **batch.stats(), **unclear, **measured, **self.log_line(decided, outcome, update),
                 "ranks": {**load, "tokens_trained": update.tokens}, "eval": None}
         first_P = (decided.n_P.cumsum() - decided.n_P)[:4]  # each prompt's first rollout
-        texts = batch.texts(self.policy.tokenizer, first_P)
+        texts = to_text(self.policy.tokenizer, map(batch.response, first_P))
         samples = [{"step": step, "id": ids_P[p], "bin": decided.bin_P[p], "n": decided.n_P[p],
                     "weight": decided.weight_P[p], "factor": factor_P[p], "answer": problems[p].answer,
                     "found": None if cfg.reward else extract(texts[p], problems[p].style),
@@ -425,7 +425,8 @@ class Trainer:
 
     def grade(self, part: Part, problems: list[Problem]) -> list[Grade]:
         """Of this rank's responses. Not collective."""
-        return self.grader.grade(part.texts(self.policy.tokenizer), [problems[p] for p in part.owner_R[part.mine_R]],
+        return self.grader.grade(to_text(self.policy.tokenizer, [r.tokens for r in part.rollouts]),
+                                 [problems[p] for p in part.owner_R[part.mine_R]],
                                  cut=np.array([r.truncated for r in part.rollouts], bool))
 
     def exchange(self, part: Part, grades: list[Grade], clock: Clock) -> tuple[Batch, np.ndarray, dict, dict]:
