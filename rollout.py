@@ -226,7 +226,7 @@ class VLLMEngine:
             raise RuntimeError("the engine has no weights: call load_weights() after sleep() and before generate()")
         if sampling.max_tokens > self.max_response_tokens:
             raise ValueError(f"max_tokens {sampling.max_tokens} > max_response_tokens {self.max_response_tokens}")
-        asked_of, requests, params = np.flatnonzero(n_P), [], []
+        requests, params = [], []
         for prompt, n, seed in zip(prompts, n_P, seed_P, strict=True):
             if not 0 < len(prompt) <= self.max_prompt_tokens:
                 raise ValueError(f"a prompt has {len(prompt)} tokens; from 1 to {self.max_prompt_tokens} are allowed")
@@ -245,7 +245,7 @@ class VLLMEngine:
                 finished = {int(o.request_id) - first: o for o in self.llm.llm_engine.step() if o.finished}
                 done |= finished
                 shown.update(len(finished))
-                progress(oldest=asked_of[next((i for i in range(len(requests)) if i not in done), -1)])
+                progress()
         return [_to_rollout(response) for i in range(len(requests)) for response in done[i].outputs]
 
     @torch.no_grad()
@@ -330,8 +330,8 @@ class TorchEngine:
         # In tokens, as if all ran to the limit: it moves from the first on, and a rollout that ends jumps ahead.
         with _bar(len(batch.owner_R) * sampling.max_tokens, "token", bar) as shown:
             while batch.refill():
-                progress(oldest=int(batch.owner_R[int(batch.rollout_S.min())]))
                 shown.update(batch.step())
+                progress()
         return batch.rollouts()
 
 
@@ -462,19 +462,16 @@ class Part:
 
 
 def draw_part(engine, ranks: Ranks, prompts: list[list[int]], n_P, seed_P: list[int], sampling: Sampling,
-              expected_P: np.ndarray | None = None, ids: Sequence[str] = (), *, bar: bool = False) -> Part:
+              expected_P: np.ndarray | None = None, *, bar: bool = False) -> Part:
     """This rank's part of a batch, drawn with its own engine.
 
     n_P (P,) rollouts of each prompt; expected_P (P,) response tokens expected of one, to deal out the work evenly;
-    ids (P,): the prompts' names, for the watchdog; bar: the first rank shows how far it is, for a caller that has no
-    progress bar of its own.
+    bar: the first rank shows how far it is, for a caller that has no progress bar of its own.
     """
     expected_P = np.array([len(p) for p in prompts]) + (1 if expected_P is None else expected_P)
     rank_P = deal(np.asarray(n_P) * expected_P, ranks.world)
     owner_R = np.repeat(np.arange(len(prompts)), n_P)
     mine_P, mine_R = np.flatnonzero(rank_P == ranks.rank), np.flatnonzero(rank_P[owner_R] == ranks.rank)
-    progress(prompts=[ids[p] for p in mine_P if ids])
     drawn = engine.generate([prompts[p] for p in mine_P], [int(n_P[p]) for p in mine_P], [seed_P[p] for p in mine_P],
                             sampling, bar and ranks.rank == 0)
-    progress(prompts=())
     return Part(prompts, rank_P, owner_R, mine_R, drawn)

@@ -276,7 +276,7 @@ class Trainer:
             sampling = Sampling(cfg.max_response_tokens, cfg.temperature, stop_ids=self.policy.stop_ids)
             seed_P = [rollout_seed(cfg.seed, step, i) for i in ids_P]
             part = draw_part(self.engine, self.ranks, prompts, decided.n_P, seed_P, sampling,
-                             self.expected_tokens_B[decided.bin_P], ids_P)
+                             self.expected_tokens_B[decided.bin_P])
             self.engine.sleep()
         with clock("reward"):  # while other ranks still decode
             grades = self.grade(part, problems)
@@ -539,7 +539,7 @@ class Trainer:
         seed_P = [rollout_seed(cfg.seed, -1, p.id) for p in problems]
         clock = Clock(self.device)
         part = draw_part(self.engine, self.ranks, prompts, [cfg.eval_rollouts] * len(problems), seed_P, sampling,
-                         ids=[p.id for p in problems], bar=True)
+                         bar=True)
         batch, reward_R, _, _ = self.exchange(part, self.grade(part, problems), clock)
         return Evaluation.of(step, [p.kind for p in problems], reward_R.reshape(len(problems), -1) > 0,
                              float(batch.lengths.mean()), float(batch.truncated.mean()))
