@@ -67,6 +67,10 @@ class ModelConfig:
         values["head_dim"] = values["head_dim"] or values["hidden_size"] // values["num_attention_heads"]
         return cls(**values)
 
+    @classmethod
+    def from_folder(cls, folder: Path) -> "ModelConfig":
+        return cls.from_hf(json.loads((folder / "config.json").read_text()))
+
     def to_hf(self, dtype: torch.dtype) -> dict:
         """A config.json that transformers (both rope spellings) and vLLM read."""
         return {
@@ -327,7 +331,7 @@ class Transformer(nn.Module):
         """Loads a Hugging Face folder (one or many safetensors files). Every name and shape must fit. `shard`, of the
         model before it has memory, says which part of it this process holds."""
         path = Path(path)
-        config = ModelConfig.from_hf(json.loads((path / "config.json").read_text()))
+        config = ModelConfig.from_folder(path)
         with torch.device("meta"):
             model = cls(config).to(dtype)
         shard(model)

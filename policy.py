@@ -37,8 +37,7 @@ class Policy:
         stop_ids = stop_token_ids(tokenizer, generation_config=generation, override=stop_tokens)
         if dtype == "auto":
             dtype = "bfloat16" if device.type == "cuda" else "float32"
-        config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
-        return cls(folder, config, getattr(torch, dtype), tokenizer, stop_ids,
+        return cls(folder, ModelConfig.from_folder(folder), getattr(torch, dtype), tokenizer, stop_ids,
                    generation or {"eos_token_id": list(stop_ids)})
 
     def weights_hash(self) -> str:
