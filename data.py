@@ -262,8 +262,8 @@ def encode_prompts(problems: list[Problem], tokenizer, *, suffix: str, chat_temp
             found = [c for c in dict.fromkeys(problem.prompt + suffix)
                      if tokenizer.unk_token_id in tokenizer(c, add_special_tokens=False)["input_ids"]]
             raise ValueError(
-                f"problem {problem.id}: the tokenizer does not know {found or 'what the chat template adds'}; remove the "
-                "problem, give another --prompt_suffix or --chat_template, or use another tokenizer")
+                f"problem {problem.id}: the tokenizer does not know {found or 'what the chat template adds'}; remove "
+                "the problem, give another --prompt_suffix or --chat_template, or use another tokenizer")
     kept = [(problem, ids) for problem, ids in zip(problems, all_ids, strict=True) if len(ids) <= max_tokens]
     if not kept:
         raise ValueError(f"none of {len(problems)} prompts fits in {max_tokens} tokens; raise the limit")
