@@ -15,9 +15,11 @@ weight is exp(0) = 1) with `RolloutGDRO(n_min=n_max=n_bar)` (one arm).
 Every `state_dict` is a flat dict of numpy arrays without objects, so it survives `np.savez` without pickle.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import comb
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,106 +29,75 @@ class DifficultyBins:
 
     edges:       the B - 1 inner edges, ascending in (0, 1). Bin b holds [a_b, a_{b+1}), the last one also 1.
     history:     H, how many of a prompt's last visits count; all there are while fewer.
-    decay:       what a visit counts of what the next one does. 1 = the paper's plain mean.
     hysteresis:  delta. A prompt leaves its bin upwards when its estimate reaches a_{b+1} + delta, downwards when it
                  falls below a_b - delta, and then goes to the bin of its estimate. The first visit places it freely.
     success:     what a visit with c correct of n rollouts records. "rate" = c/n: its expectation does not depend on
                  n, so that allocation does not move the bins. "any" = (c > 0), the paper's pass@k, which does.
     unseen_rate: the estimate that a prompt has before its first visit (official code: 0, i.e. the hardest bin).
-
-    Only prompts that were seen take memory: 8 `history` bytes each, and a dict entry.
     """
 
-    def __init__(self, edges: Sequence[float], *, history: int = 50, decay: float = 1.0, hysteresis: float = 0.03,
-                 success: str = "rate", unseen_rate: float = 0.5):
+    def __init__(self, edges: Sequence[float], *, history: int = 50, hysteresis: float = 0.03, success: str = "rate",
+                 unseen_rate: float = 0.5):
         # Edges, margins and estimates are compared at 12 decimals, where 0.3 - 0.03 is 27/100.
         self.edges = np.round(np.asarray(edges, dtype=np.float64), 12)
         if self.edges.size and not (np.all(np.diff(self.edges) > 0) and 0 < self.edges[0] and self.edges[-1] < 1):
             raise ValueError(f"bin edges must ascend strictly inside (0, 1), got {list(edges)}")
         if success not in ("rate", "any"):
             raise ValueError(f"success must be 'rate' or 'any', got {success!r}")
-        if history < 1:
-            raise ValueError(f"history must be at least 1, got {history}")
-        if not 0 < decay <= 1:
-            raise ValueError(f"decay must be above 0 and at most 1, got {decay}")
-        if hysteresis < 0:
-            raise ValueError(f"hysteresis must not be negative, got {hysteresis}")
+        if history < 1 or hysteresis < 0:
+            raise ValueError(f"need history >= 1 and hysteresis >= 0, got {history} and {hysteresis}")
         self.num_bins = len(self.edges) + 1
-        self.history, self.decay, self.success = history, decay, success
-        self.unseen_rate = unseen_rate
-        self.unseen_bin = int(np.digitize(unseen_rate, self.edges))
+        self.history, self.success, self.unseen_rate = history, success, unseen_rate
         self._leave_up = np.round(np.append(self.edges, np.inf) + hysteresis, 12)
         self._leave_down = np.round(np.append(-np.inf, self.edges) - hysteresis, 12)
-        self._row_of: dict[str, int] = {}
-        self._visits = np.zeros(0, np.int64)
-        self._bin = np.zeros(0, np.int64)
-        self._record = np.zeros((0, history))  # successes of the last visits, in a ring; NaN where there was none
-
-    def _grow(self, rows: int) -> None:
-        """Makes room for `rows` prompts."""
-        more = rows - len(self._visits)
-        self._visits, self._bin = np.pad(self._visits, (0, more)), np.pad(self._bin, (0, more))
-        self._record = np.pad(self._record, ((0, more), (0, 0)), constant_values=np.nan)
+        self._record: dict[str, deque[float]] = {}  # successes of a prompt's last visits, the newest last
+        self._bin: dict[str, int] = {}
 
     def lookup(self, ids: Sequence[str]) -> np.ndarray:
         """Bins of the prompts, (P,) int64, from what earlier steps saw. Changes nothing."""
-        row_P = np.fromiter((self._row_of.get(i, -1) for i in ids), np.int64, len(ids))
-        bin_P = np.full(len(ids), self.unseen_bin, np.int64)
-        seen = row_P >= 0
-        bin_P[seen] = self._bin[row_P[seen]]
-        return bin_P
+        unseen = int(np.digitize(self.unseen_rate, self.edges))
+        return np.array([self._bin.get(i, unseen) for i in ids], np.int64)
 
-    def rates(self, ids: Sequence[str]) -> np.ndarray:
-        """(10): the estimates of the prompts, (P,), from what earlier steps saw. Changes nothing."""
-        row_P = np.fromiter((self._row_of.get(i, -1) for i in ids), np.int64, len(ids))
-        rate_P = np.full(len(ids), self.unseen_rate, np.float64)
-        rate_P[row_P >= 0] = self._estimate(row_P[row_P >= 0])
-        return rate_P
+    def estimates(self, ids: Sequence[str]) -> np.ndarray:
+        """pass@k_hat of (10) of the prompts, (P,), from what earlier steps saw. Changes nothing."""
+        return np.array([self._estimate(i) if i in self._record else self.unseen_rate for i in ids], np.float64)
+
+    def _estimate(self, prompt: str) -> float:
+        """(10): mean success of the prompt's last H visits."""
+        record = self._record[prompt]
+        return round(sum(record) / len(record), 12)
 
     def update(self, ids: Sequence[str], correct_P: np.ndarray, n_P: np.ndarray) -> None:
-        """Records a visit of each prompt, `correct_P` of `n_P` rollouts right, and moves the prompts between bins."""
+        """Records a visit of each prompt, `correct_P` of `n_P` rollouts right, and moves it between bins, (11)."""
         correct_P, n_P = np.asarray(correct_P, np.int64), np.asarray(n_P, np.int64)
-        if not len(ids) == len(correct_P) == len(n_P):
-            raise ValueError(f"{len(ids)} ids, {len(correct_P)} counts of correct and {len(n_P)} of rollouts")
-        if len(set(ids)) != len(ids):
-            raise ValueError("a prompt id occurs twice in one update: a step visits a prompt once")
+        if not len(ids) == len(set(ids)) == len(correct_P) == len(n_P):
+            raise ValueError(f"{len(set(ids))} different ids of {len(ids)}, {len(correct_P)} counts of correct and "
+                             f"{len(n_P)} of rollouts: a step visits a prompt once")
         if np.any(n_P < 1) or np.any(correct_P < 0) or np.any(correct_P > n_P):
             raise ValueError("every prompt needs 0 <= correct <= n and n >= 1")
-        row_P = np.fromiter((self._row_of.setdefault(i, len(self._row_of)) for i in ids), np.int64, len(ids))
-        if len(self._row_of) > len(self._visits):
-            self._grow(2 * len(self._row_of))
         success_P = correct_P / n_P if self.success == "rate" else correct_P > 0
-        self._record[row_P, self._visits[row_P] % self.history] = success_P
-        self._visits[row_P] += 1
-        self._bin[row_P] = self._moved(row_P)
-
-    def _moved(self, row_P: np.ndarray) -> np.ndarray:
-        """(11) with hysteresis: the bins that the prompts of these rows stand in after their visit."""
-        estimate_P, bin_P = self._estimate(row_P), self._bin[row_P]
-        leaves = (estimate_P >= self._leave_up[bin_P]) | (estimate_P < self._leave_down[bin_P])
-        first = self._visits[row_P] == 1
-        return np.where(leaves | first, np.digitize(estimate_P, self.edges), bin_P)  # digitize: a_b <= x < a_{b+1}
-
-    def _estimate(self, row_P: np.ndarray) -> np.ndarray:
-        """(10): mean success of the last H visits, each counting `decay` times what the next one does."""
-        record_PH = self._record[row_P]
-        age_PH = (self._visits[row_P, None] - 1 - np.arange(self.history)) % self.history
-        weight_PH = np.where(np.isnan(record_PH), 0.0, self.decay**age_PH)
-        return np.round((weight_PH * np.nan_to_num(record_PH)).sum(axis=1) / weight_PH.sum(axis=1), 12)
+        for prompt, success in zip(ids, success_P, strict=True):
+            self._record.setdefault(prompt, deque(maxlen=self.history)).append(float(success))
+            estimate, now = self._estimate(prompt), self._bin.get(prompt)
+            if now is None or estimate >= self._leave_up[now] or estimate < self._leave_down[now]:
+                self._bin[prompt] = int(np.digitize(estimate, self.edges))  # a_b <= estimate < a_{b+1}
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        used = len(self._row_of)
-        return {"ids": np.array(list(self._row_of), dtype=np.str_), "visits": self._visits[:used].copy(),
-                "bin": self._bin[:used].copy(), "record": self._record[:used].copy(),
-                "edges": self.edges.copy(), "success": np.array(self.success)}
+        record = np.full((len(self._record), self.history), np.nan)
+        for row, successes in zip(record, self._record.values(), strict=True):
+            row[: len(successes)] = successes
+        return {"ids": np.array(list(self._record), dtype=np.str_), "bin": np.array(list(self._bin.values()), np.int64),
+                "record": record, "edges": self.edges.copy(), "success": np.array(self.success)}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         if state["record"].shape[1:] != (self.history,) or str(state["success"]) != self.success:
             raise ValueError("the saved bins were made with another `success` or `history`")
         if not np.array_equal(state["edges"], self.edges):
             raise ValueError(f"the saved bins have the edges {state['edges'].tolist()}, not {self.edges.tolist()}")
-        self._row_of = {str(i): row for row, i in enumerate(state["ids"])}
-        self._visits, self._bin, self._record = (state[k].copy() for k in ("visits", "bin", "record"))
+        ids = [str(i) for i in state["ids"]]
+        self._record = {i: deque(row[~np.isnan(row)].tolist(), self.history)
+                        for i, row in zip(ids, state["record"], strict=True)}
+        self._bin = dict(zip(ids, state["bin"].tolist(), strict=True))
 
 
 # What l(x) is in (8), the loss whose bin means the adversaries see: signal(loss_P, reward_P, n_P) -> (P,), with loss_P
@@ -167,22 +138,23 @@ def ema(old: np.ndarray, new: np.ndarray, beta: float) -> np.ndarray:
 class PromptGDRO:
     """The data adversary, (12)-(16): exponential weights over bins, realised by scaling advantages.
 
-    eta, beta, gamma: eta_q of (14), EMA rate of (12), uniform mixing of (15).
-    score_clip:       C of (14). The paper gives none.
-    weight_cap:       omega_max of (16).
-    share_normalize:  divide a bin's loss by max(q_hat(b), share_floor), as the paper's experiments do (13).
-    mean_one:         weigh prompts by q(b), (15), rescaled to mean 1 over the batch, as the official code does, instead
-                      of by omega(b), (16). The overall step size then does not depend on the scores.
+    eta, beta:       eta_q of (14), EMA rate of (12).
+    share_normalize: divide a bin's loss by max(q_hat(b), SHARE_FLOOR), as the paper's experiments do (13).
+    mean_one:        weigh prompts by q(b), (15), rescaled to mean 1 over the batch, as the official code does, instead
+                     of by omega(b), (16). The overall step size then does not depend on the scores.
     """
 
-    def __init__(self, num_bins: int, *, eta: float = 0.65, beta: float = 0.12, gamma: float = 0.01,
-                 score_clip: float = 5.0, weight_cap: float = 15.0, share_normalize: bool = True,
-                 share_floor: float = 0.05, mean_one: bool = False):
-        if eta < 0 or not 0 < beta <= 1 or not 0 <= gamma <= 1 or min(score_clip, weight_cap, share_floor) <= 0:
-            raise ValueError("need eta >= 0, 0 < beta <= 1, 0 <= gamma <= 1, score_clip, weight_cap, share_floor > 0")
-        self.num_bins, self.eta, self.beta, self.gamma = num_bins, eta, beta, gamma
-        self.score_clip, self.weight_cap = score_clip, weight_cap
-        self.share_normalize, self.share_floor, self.mean_one = share_normalize, share_floor, mean_one
+    GAMMA = 0.01  # uniform mixing of (15)
+    SCORE_CLIP = 5.0  # C of (14); the paper gives none
+    WEIGHT_CAP = 15.0  # omega_max of (16)
+    SHARE_FLOOR = 0.05  # of (13)
+
+    def __init__(self, num_bins: int, *, eta: float = 0.65, beta: float = 0.12, share_normalize: bool = True,
+                 mean_one: bool = False):
+        if eta < 0 or not 0 < beta <= 1:
+            raise ValueError(f"need eta >= 0 and 0 < beta <= 1, got {eta} and {beta}")
+        self.num_bins, self.eta, self.beta = num_bins, eta, beta
+        self.share_normalize, self.mean_one = share_normalize, mean_one
         self._score_B = np.full(num_bins, np.nan)  # NaN: the bin was never in a batch
 
     @property
@@ -193,22 +165,22 @@ class PromptGDRO:
     @property
     def omega_B(self) -> np.ndarray:
         """(14): exp(eta * clip(S, -C, C)), (B,)."""
-        return np.exp(self.eta * np.clip(self.score_B, -self.score_clip, self.score_clip))
+        return np.exp(self.eta * np.clip(self.score_B, -self.SCORE_CLIP, self.SCORE_CLIP))
 
     @property
     def q_B(self) -> np.ndarray:
         """(15): (1 - gamma) omega / sum omega + gamma / B, (B,)."""
         omega_B = self.omega_B
-        return (1 - self.gamma) * omega_B / omega_B.sum() + self.gamma / self.num_bins
+        return (1 - self.GAMMA) * omega_B / omega_B.sum() + self.GAMMA / self.num_bins
 
     def weights(self, bin_P: np.ndarray) -> np.ndarray:
         """(16): what multiplies the advantages of each bin's prompts in this batch, (B,) float64. Changes nothing."""
         if not self.mean_one:
-            return np.minimum(self.omega_B, self.weight_cap)
+            return np.minimum(self.omega_B, self.WEIGHT_CAP)
         q_B = self.q_B
         relative_B = q_B / q_B[bin_P].mean()
         relative_B[np.isclose(relative_B, 1, rtol=0, atol=1e-12)] = 1.0  # equal q weigh exactly 1
-        return np.minimum(relative_B, self.weight_cap)
+        return np.minimum(relative_B, self.WEIGHT_CAP)
 
     def update(self, bin_P: np.ndarray, loss_P: np.ndarray) -> None:
         """(13) and (12), with the losses (7) of the step's prompts, (P,), computed from unweighted advantages."""
@@ -216,7 +188,7 @@ class PromptGDRO:
             raise ValueError("a prompt loss is not finite")
         loss_B = means_by(bin_P, loss_P, self.num_bins)
         if self.share_normalize:
-            loss_B = loss_B / np.maximum(bin_shares(bin_P, self.num_bins), self.share_floor)
+            loss_B = loss_B / np.maximum(bin_shares(bin_P, self.num_bins), self.SHARE_FLOOR)
         self._score_B = ema(self._score_B, loss_B, self.beta)
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -253,18 +225,6 @@ def expected_gain(arms_K: np.ndarray, rate_B: np.ndarray, k: int = 8) -> np.ndar
     return k * (1 - rate_B[:, None]) ** (k - 1) * pmf_mass.sum(axis=2)
 
 
-def coverage(arms_K: np.ndarray, rate_B: np.ndarray) -> np.ndarray:
-    """1 - (1 - p)^n, (B, K): the chance that a group holds a right rollout, without which `maxrl` learns nothing."""
-    return 1 - (1 - rate_B[:, None]) ** arms_K
-
-
-def knapsack_value(arms_K: np.ndarray, rate_B: np.ndarray) -> np.ndarray:
-    """(1 - p^n - (1-p)^n) p (1-p)^2, (B, K): a rival rule (Knapsack RL). The chance that a group teaches anything,
-    times what it would then teach."""
-    p = rate_B[:, None]
-    return (1 - p**arms_K - (1 - p) ** arms_K) * p * (1 - p) ** 2
-
-
 def rank_value(arms_K: np.ndarray, rate_B: np.ndarray, n_bar: float) -> np.ndarray:
     """-(n - n_rank)^2, (B, K): a rival rule (E3). n_rank = n_min + 2 (n_bar - n_min) rank, with ranks from 0 for the
     easiest bin of the step to 1 for the hardest."""
@@ -275,31 +235,23 @@ def rank_value(arms_K: np.ndarray, rate_B: np.ndarray, n_bar: float) -> np.ndarr
     return -((arms_K - target_B[:, None]) ** 2.0)
 
 
-@dataclass(frozen=True)
-class Utility:
-    """J_hat_b(n) of (17)-(18) as one function of a step's statistics -> (B, K), NaN where unknown.
+class Utility(NamedTuple):
+    """J_hat_b(n) of (17)-(18): value(a step's statistics) -> (B, K), NaN where it is unknown.
 
-    by_share says what the joint choice maximises. Utilities known for every arm take (19) as it stands, the sum of
-    eta (utility - mu n) over the batch's prompts: nothing needs exploring. Bandit ones take the paper's "highest joint
-    probability", the sum of the bins' log-probabilities, where every bin counts once.
+    One that is known for every arm has nothing to explore: the joint choice takes (19) as it stands, the sum of
+    utility - mu n over the batch's prompts. Else only the arms that were played are known, and it takes the paper's
+    "highest joint probability", the sum of the bins' log-probabilities, where every bin counts once.
     """
 
     value: Callable[[BinStats], np.ndarray]
-    by_share: bool
+    known_for_every_arm: bool
 
 
 UTILITIES = {
-    "surrogate": Utility(lambda s: -s.loss_BK, by_share=False),  # the paper: only the played arm is observed
-    "official": Utility(lambda s: s.loss_BK, by_share=False),  # the official code's sign: prefers arms of high loss
-    "variance": Utility(lambda s: -s.variance_B[:, None] / s.arms_K, by_share=True),  # (28), known for every arm
-    "gain": Utility(lambda s: expected_gain(s.arms_K, s.rate_B), by_share=True),
-    # The same where prompts weigh 1 in the loss, and a rollout of them 1/n.
-    "gain_per_rollout": Utility(lambda s: expected_gain(s.arms_K, s.rate_B) / s.arms_K, by_share=True),
-    "coverage": Utility(lambda s: coverage(s.arms_K, s.rate_B), by_share=True),
-    # Slope in p of the likelihood that MaxRL follows with n rollouts (2602.02710).
-    "likelihood": Utility(lambda s: coverage(s.arms_K, s.rate_B) / s.rate_B[:, None], by_share=True),
-    "rank": Utility(lambda s: rank_value(s.arms_K, s.rate_B, s.n_bar), by_share=True),
-    "knapsack": Utility(lambda s: knapsack_value(s.arms_K, s.rate_B), by_share=True),
+    "surrogate": Utility(lambda s: -s.loss_BK, known_for_every_arm=False),  # the paper
+    "variance": Utility(lambda s: -s.variance_B[:, None] / s.arms_K, known_for_every_arm=True),  # (28)
+    "gain": Utility(lambda s: expected_gain(s.arms_K, s.rate_B), known_for_every_arm=True),
+    "rank": Utility(lambda s: rank_value(s.arms_K, s.rate_B, s.n_bar), known_for_every_arm=True),
 }
 BUDGETS = ("exact", "spread", "dual")
 
@@ -310,7 +262,7 @@ class RolloutGDRO:
     Arm scores are EMAs of `utility` that start at the first visit; L_b(n) = -score + mu n is (20); a bin's arm
     probabilities are (1 - gamma) softmax(-eta L) + gamma / K. EXP3P's importance weights are left out: the joint
     choice is an argmax, so an arm's probability of being played is not the bandit's. Utilities that are known for
-    every arm need no probabilities (see `Utility`) unless the budget is "dual".
+    every arm need no probabilities unless the budget is "dual".
 
     budget "exact":  one count a bin, the best configuration with sum n_P = P n_bar, by dynamic programming (DP).
            "spread": the same total, but counts inside a bin may differ by one (the remainder dealt to the first prompts
@@ -320,18 +272,18 @@ class RolloutGDRO:
     optimum between the nearest feasible totals; None where there is none. With an exact budget mu never moves.
     """
 
+    GAMMA = 0.01  # uniform mixing of EXP3P
+    BETA = 0.4  # EMA rate of the arms' scores
+    ALPHA_MU = 0.05  # step size of (21)
+
     def __init__(self, num_bins: int, *, n_min: int = 2, n_max: int = 12, n_bar: float = 4, eta: float = 0.65,
-                 gamma: float = 0.01, beta: float = 0.4, alpha_mu: float = 0.05, utility: str = "surrogate",
-                 budget: str = "exact", seed: int = 0):
+                 utility: str = "surrogate", budget: str = "exact", seed: int = 0):
         if not 1 <= n_min <= n_bar <= n_max:
             raise ValueError(f"need 1 <= n_min <= n_bar <= n_max, got n_min={n_min}, n_bar={n_bar}, n_max={n_max}")
-        if utility not in UTILITIES or budget not in BUDGETS:
-            raise ValueError(f"utility must be one of {list(UTILITIES)} and budget one of {list(BUDGETS)}, "
-                             f"got {utility!r} and {budget!r}")
-        if eta < 0 or not 0 <= gamma <= 1 or not 0 < beta <= 1:
-            raise ValueError("need eta >= 0, 0 <= gamma <= 1 and 0 < beta <= 1")
-        self.num_bins, self.n_bar, self.arms_K = num_bins, n_bar, np.arange(n_min, n_max + 1)
-        self.eta, self.gamma, self.beta, self.alpha_mu = eta, gamma, beta, alpha_mu
+        if utility not in UTILITIES or budget not in BUDGETS or eta < 0:
+            raise ValueError(f"utility must be one of {list(UTILITIES)}, budget one of {list(BUDGETS)} and eta 0 or "
+                             f"more, got {utility!r}, {budget!r} and {eta}")
+        self.num_bins, self.n_bar, self.arms_K, self.eta = num_bins, n_bar, np.arange(n_min, n_max + 1), eta
         self.utility, self.budget, self.seed = UTILITIES[utility], budget, seed
         self.mu, self.step = 0.0, 0
         self._score_BK = np.full((num_bins, len(self.arms_K)), np.nan)  # NaN: the arm was never observed
@@ -347,7 +299,7 @@ class RolloutGDRO:
         p_BK = np.exp(logit_BK - logit_BK.max(axis=1, keepdims=True))
         p_BK /= p_BK.sum(axis=1, keepdims=True)
         # The floor only keeps log() finite where gamma = 0 and an arm's probability underflows.
-        return np.log(np.maximum((1 - self.gamma) * p_BK + self.gamma / len(self.arms_K), 1e-300))
+        return np.log(np.maximum((1 - self.GAMMA) * p_BK + self.GAMMA / len(self.arms_K), 1e-300))
 
     def allocate(self, bin_P: np.ndarray) -> np.ndarray:
         """(19): rollout counts of the batch's prompts, (P,) int64. Changes no state but sets the diagnostic
@@ -362,7 +314,7 @@ class RolloutGDRO:
         total = round(self.n_bar * len(bin_P))
         if abs(total - self.n_bar * len(bin_P)) > 1e-6:
             raise ValueError(f"{len(bin_P)} prompts of {self.n_bar} rollouts on average are not a whole number")
-        if self.utility.by_share:
+        if self.utility.known_for_every_arm:
             value = self.eta * self.penalised_BK()[present] * count[:, None]
         else:
             value = self.log_prob_BK()[present]  # (bins present, K)
@@ -387,8 +339,8 @@ class RolloutGDRO:
         if not np.all(np.isin(n_P, self.arms_K)):
             raise ValueError(f"rollout counts must be arms {self.arms_K[0]}..{self.arms_K[-1]}, got {set(n_P)}")
         stats = self._stats(bin_P, np.asarray(n_P), loss_P, np.asarray(correct_P))
-        self._score_BK = ema(self._score_BK, self.utility.value(stats), self.beta)
-        self.mu += self.alpha_mu * (float(np.mean(n_P)) - self.n_bar)
+        self._score_BK = ema(self._score_BK, self.utility.value(stats), self.BETA)
+        self.mu += self.ALPHA_MU * (float(np.mean(n_P)) - self.n_bar)
         self.step += 1
 
     def _stats(self, bin_P: np.ndarray, n_P: np.ndarray, loss_P: np.ndarray, correct_P: np.ndarray) -> BinStats:
@@ -463,3 +415,40 @@ class JointChoice:
             t = np.arange(max(0, left - len(before) + 1), min(left, len(self.worth[b]) - 1) + 1)
             taken[b] = t[np.argmax(before[left - t] + self.worth[b][t])]
         return taken // self.count, taken % self.count
+
+
+# ------------------------------------------------------------------------------------------------ fixed rules
+#
+# What a prompt's advantages are multiplied by for its own successes, whatever the adversaries do. With rewards of two
+# values every centred advantage is f(c, n) times GRPO's standardised one, where c of a prompt's n rollouts are right;
+# so one factor a prompt holds them all. Where all or none are right the advantages are 0 anyway.
+
+TILT = 4.0  # the exponent that Prompt-GDRO's weights have with the signal `reward` and eta_q = 2
+
+
+def _among_mixed(factor: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray, np.ndarray, np.ndarray],
+                                                                        np.ndarray]:
+    """A rule of p = c / n where 0 < p < 1, and 0 elsewhere."""
+
+    def rule(correct_P: np.ndarray, n_P: np.ndarray, estimate_P: np.ndarray) -> np.ndarray:
+        p = correct_P / n_P
+        mixed = (p > 0) & (p < 1)
+        return np.where(mixed, factor(np.where(mixed, p, 0.5)), 0.0)
+
+    return rule
+
+
+def tilt(correct_P: np.ndarray, n_P: np.ndarray, estimate_P: np.ndarray) -> np.ndarray:
+    """exp(-TILT pass@k_hat) at mean 1: the weights that Prompt-GDRO tends to when nothing changes."""
+    factor_P = np.exp(-TILT * estimate_P)
+    return factor_P / factor_P.mean()
+
+
+# name -> rule(correct_P, n_P, estimate_P) -> (P,): of a prompt's n_P rollouts correct_P are right; estimate_P is (10),
+# what earlier visits say of it.
+RULES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
+    "grpo": lambda correct_P, n_P, estimate_P: np.ones(len(n_P)),
+    "dr_grpo": _among_mixed(lambda p: 2 * np.sqrt(p * (1 - p))),  # 2503.20783: +-1 rewards, centred and no more
+    "maxrl": _among_mixed(lambda p: np.sqrt((1 - p) / p)),  # 2602.02710: 0/1 rewards over their mean, minus 1
+    "tilt": tilt,
+}

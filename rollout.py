@@ -461,15 +461,11 @@ class Part:
         return Batch(self.prompts, self.owner_R, offsets, ranks.merge(tokens), ranks.merge(logp), truncated_R)
 
 
-def draw_part(engine, ranks: Ranks, prompts: list[list[int]], n_P, seed_P: list[int], sampling: Sampling,
-              expected_P: np.ndarray | None = None, *, bar: bool = False) -> Part:
-    """This rank's part of a batch, drawn with its own engine.
-
-    n_P (P,) rollouts of each prompt; expected_P (P,) response tokens expected of one, to deal out the work evenly;
-    bar: the first rank shows how far it is, for a caller that has no progress bar of its own.
-    """
-    expected_P = np.array([len(p) for p in prompts]) + (1 if expected_P is None else expected_P)
-    rank_P = deal(np.asarray(n_P) * expected_P, ranks.world)
+def draw_part(engine, ranks: Ranks, prompts: list[list[int]], n_P, seed_P: list[int], sampling: Sampling, *,
+              bar: bool = False) -> Part:
+    """This rank's part of a batch, n_P (P,) rollouts of each prompt, drawn with its own engine. bar: the first rank
+    shows how far it is, for a caller that has no progress bar of its own."""
+    rank_P = deal(np.asarray(n_P), ranks.world)
     owner_R = np.repeat(np.arange(len(prompts)), n_P)
     mine_P, mine_R = np.flatnonzero(rank_P == ranks.rank), np.flatnonzero(rank_P[owner_R] == ranks.rank)
     drawn = engine.generate([prompts[p] for p in mine_P], [int(n_P[p]) for p in mine_P], [seed_P[p] for p in mine_P],

@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,7 +21,7 @@ from pathlib import Path
 
 POLL_SECONDS = 5.0  # at most, between two looks; a tenth of the limit where that is less
 STDERR = 2  # the descriptor: trackers put objects of their own into sys.stderr
-WRITE_SECONDS = 10.0  # for the file, which may lie on the disk that does not answer
+LATER = 10.0  # seconds after which the timer in C ends what the watching thread could not
 
 
 @dataclass
@@ -30,26 +30,19 @@ class Work:
 
     phase: str = "start"
     step: int | None = None
-    prompts: Sequence[str] = ()  # ids that this rank samples from, in order
-    oldest: int = 0              # place in `prompts` of the first that is not done
-    moves: int = 0               # calls of `progress`
-    moved: float = 0.0           # monotonic time of the last one
+    moves: int = 0      # calls of `progress`
+    moved: float = 0.0  # monotonic time of the last one
 
 
 _work = Work()
 
 
-def progress(phase: str | None = None, *, step: int | None = None, prompts: Sequence[str] | None = None,
-             oldest: int | None = None) -> None:
-    """Says that this process moves, and what it is at; what isn't given stays. A new phase begins without prompts."""
+def progress(phase: str | None = None, *, step: int | None = None) -> None:
+    """Says that this process moves, and what it is at; what isn't given stays."""
     if phase is not None:
-        _work.phase, _work.prompts, _work.oldest = phase, (), 0
+        _work.phase = phase
     if step is not None:
         _work.step = step
-    if prompts is not None:
-        _work.prompts, _work.oldest = prompts, 0
-    if oldest is not None:
-        _work.oldest = oldest
     _work.moved = time.monotonic()
     _work.moves += 1
 
@@ -82,7 +75,7 @@ class _Watch:
         self.folder, self.seconds, self.remedy = folder, seconds, remedy
         self.poll = min(POLL_SECONDS, seconds / 10)
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.over, self.written, self.others_moved = threading.Event(), threading.Event(), 0.0
+        self.over, self.others_moved = threading.Event(), 0.0
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
         if self.world > 1:
@@ -93,18 +86,17 @@ class _Watch:
         return time.monotonic() - max(_work.moved, self.others_moved) if _work.moves else 0.0
 
     def _watch(self) -> None:
-        while True:
+        while self.silence() <= self.seconds:
             # Where the main thread hangs and keeps Python's lock, this one never runs again: then a timer in C writes
-            # all stacks to stderr and ends the process.
-            faulthandler.dump_traceback_later(self.seconds + WRITE_SECONDS, exit=True, file=STDERR)
+            # all stacks to stderr and ends the process. So it does if the disk for the report does not answer.
+            faulthandler.dump_traceback_later(self.seconds + LATER, exit=True, file=STDERR)
             if self.over.wait(self.poll):
                 return
-            if self.silence() > self.seconds:
-                threading.Thread(target=self._report, daemon=True).start()
-                if not self.written.wait(WRITE_SECONDS):
-                    faulthandler.dump_traceback(STDERR)
-                time.sleep(3 * self.poll)  # a rank that goes breaks the others' collectives: let them write first
-                os._exit(1)
+        faulthandler.dump_traceback_later(LATER, exit=True, file=STDERR)
+        self._report()
+        faulthandler.cancel_dump_traceback_later()
+        time.sleep(3 * self.poll)  # a rank that goes breaks the others' collectives: let them write first
+        os._exit(1)
 
     def _listen(self) -> None:
         """Adds this rank's moves to a sum of all ranks' in the launcher's store: while it grows, some rank moves."""
@@ -130,9 +122,5 @@ class _Watch:
         with open(path, "w", encoding="utf-8") as file:
             print(f"rank {self.rank} of {self.world}, {datetime.now():%Y-%m-%d %H:%M:%S}", where,
                   f"this rank last moved {own:.1f} seconds ago, some rank {silence:.1f}", sep="\n", file=file)
-            if work.prompts:
-                print(f"oldest prompt {work.prompts[work.oldest]}, {work.oldest + 1} of {len(work.prompts)}", file=file)
             print(file=file, flush=True)
             faulthandler.dump_traceback(file)
-        sys.stdout.flush()
-        self.written.set()
