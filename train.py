@@ -315,7 +315,8 @@ class Trainer:
     def grade(self, s: Step) -> None:
         """This rank's responses, while other ranks still decode."""
         s.grades = self.grader.grade(
-            to_text(self.policy.tokenizer, [r.tokens for r in s.part.rollouts]), [s.problems[p] for p in s.part.owner_R[s.part.mine_R]],
+            to_text(self.policy.tokenizer, [r.tokens for r in s.part.rollouts]),
+            [s.problems[p] for p in s.part.owner_R[s.part.mine_R]],
             cut=np.array([r.truncated for r in s.part.rollouts], bool))
 
     @phase("exchange")
