@@ -442,7 +442,6 @@ class Part:
     """A rank's rollouts of a batch, all of the prompts that are its own, before the other ranks know of them."""
 
     prompts: list[list[int]]  # the batch's P token lists
-    rank_P: np.ndarray  # whose each prompt is
     owner_R: np.ndarray  # (R,) prompt of each rollout of the batch
     mine_R: np.ndarray  # which of them are here, indices into R
     rollouts: list[Rollout]  # these
@@ -470,4 +469,4 @@ def draw_part(engine, ranks: Ranks, prompts: list[list[int]], n_P, seed_P: list[
     mine_P, mine_R = np.flatnonzero(rank_P == ranks.rank), np.flatnonzero(rank_P[owner_R] == ranks.rank)
     drawn = engine.generate([prompts[p] for p in mine_P], [int(n_P[p]) for p in mine_P], [seed_P[p] for p in mine_P],
                             sampling, bar and ranks.rank == 0)
-    return Part(prompts, rank_P, owner_R, mine_R, drawn)
+    return Part(prompts, owner_R, mine_R, drawn)
