@@ -15,7 +15,7 @@ pytest.importorskip("vllm", reason="vllm isn't installed", exc_type=ImportError)
 transformers = pytest.importorskip("transformers", reason="transformers makes the reference model")
 
 import rollout  # noqa: E402  (after the skips)
-from rollout import Sampling, VLLMEngine, choose_engine, rollout_seed  # noqa: E402
+from rollout import Sampling, VLLMEngine, choose_engine, make_engine, rollout_seed  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 try:
@@ -65,7 +65,7 @@ def setup(request, tmp_path_factory):
                 sorted(os.sched_getaffinity(0)), torch.set_num_threads is set_num_threads)
 
     before = state()
-    engine = VLLMEngine(path, **SIZES)
+    engine = make_engine("vllm", path, device=DEVICE, **SIZES)
     kept = state() == before
     policy = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
     yield engine, policy, kept
@@ -213,37 +213,6 @@ def test_engine_choice_says_why():
             choose_engine(name, other)
     if other.type == "cpu":
         assert choose_engine("auto", other) == ("torch", why)
-
-
-SPOKEN = """
-import sys, torch
-from model import Transformer
-from rollout import Sampling, choose_engine, make_engine
-
-folder, device = sys.argv[1], torch.device("cpu")
-sizes = dict(dtype=torch.float32, device=device, max_response_tokens=24, max_rollouts=64, seed=7,
-             gpu_memory_utilization=0.1)
-kind = choose_engine("vllm", device)[0]
-engine = make_engine(kind, folder, max_prompt_tokens=160, **sizes)
-for _ in range(2):
-    engine.generate([[5, 6, 7], [9] * 20], [3, 8], [1, 2], Sampling(24, 0.7, stop_ids=(1,)))
-    engine.sleep()
-    engine.load_weights(Transformer.from_pretrained(folder, dtype=torch.float32).named_parameters())
-engine.close()
-print("so far", flush=True)
-make_engine(kind, folder, max_prompt_tokens=10_000, **sizes)
-"""
-
-
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="what vLLM says on GPUs has not been listened to")
-def test_a_process_with_an_engine_says_nothing_of_its_own_but_errors(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "TRITON_"))}
-    ended = subprocess.run([sys.executable, "-c", SPOKEN, save_tiny(tmp_path / "model", True)], text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT,
-                           env=environment)
-    before, errors = ended.stdout.split("so far\n")
-    assert before == ""
-    assert ended.returncode == 1 and "max_model_len (10024) is greater than" in errors
 
 
 # ---- what is passed to vLLM on CUDA, and in which order it is called
