@@ -36,7 +36,7 @@ from metrics import by_kind, figures, headline
 from policy import Policy
 from ranks import Ranks, RunError, say
 from reward import Grader, check_golds
-from rollout import Sampling, choose_engine, draw_part, make_engine, rollout_seed
+from rollout import Sampling, choose_engine, draw_part, make_engine, rollout_seed, to_text
 from runfolder import environment, portable, replace_text, write_json
 from watchdog import progress, watching
 
@@ -278,7 +278,7 @@ def draw_samples(benchmarks: list[Benchmark], path: Path, engine, ranks: Ranks, 
         batch = draw_part(engine, ranks, [b.prompts[p] for b, p in part], [k] * len(part), seed_P,
                           sampling).exchange(ranks)
         if ranks.rank == 0:
-            responses = batch.texts(tokenizer, range(len(batch.owner)))
+            responses = to_text(tokenizer, map(batch.response, range(len(batch.owner))))
             drawn = [Sample(name, p.id, j, p.answer, p.style, responses[r], None, False, False, int(batch.lengths[r]),
                             "length" if batch.truncated[r] else "stop", False, p.prompt, p.kind)
                      for r, (name, p, j) in enumerate((b.name, b.problems[p], j) for b, p in part for j in range(k))]

@@ -42,7 +42,7 @@ from model import Transformer
 from policy import Policy
 from ranks import Ranks, RunError, deal_rows, full, reshard, say, shard
 from reward import Grader, check_golds, extract
-from rollout import Batch, Sampling, choose_engine, draw_part, make_engine, rollout_seed
+from rollout import Batch, Sampling, choose_engine, draw_part, make_engine, rollout_seed, to_text
 from runfolder import RunFolder, Tracker, jsonable, portable, write_json
 from watchdog import progress, watching
 
@@ -300,7 +300,8 @@ class Trainer:
     def grade(self, s: Step) -> None:
         """This rank's responses, while other ranks still decode."""
         s.grades = self.grader.grade(
-            s.part.texts(self.policy.tokenizer), [s.problems[p] for p in s.part.owner_R[s.part.mine_R]],
+            to_text(self.policy.tokenizer, [r.tokens for r in s.part.rollouts]),
+            [s.problems[p] for p in s.part.owner_R[s.part.mine_R]],
             cut=np.array([r.truncated for r in s.part.rollouts], bool))
 
     def exchange(self, s: Step) -> None:
@@ -447,7 +448,7 @@ class Trainer:
     def samples(self, s: Step) -> list[dict]:
         """Lines of samples.jsonl: the first rollout of the batch's first prompts."""
         first_P = np.unique(s.batch.owner, return_index=True)[1][:4]
-        texts = s.batch.texts(self.policy.tokenizer, first_P)
+        texts = to_text(self.policy.tokenizer, map(s.batch.response, first_P))
         return jsonable([{
             "step": s.number, "id": s.ids_P[p], "bin": s.bin_P[p], "n": s.n_P[p], "weight": s.weight_P[p],
             "factor": s.factor_P[p], "answer": s.problems[p].answer,
