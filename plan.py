@@ -157,8 +157,8 @@ def check_memory(model: ModelConfig, cfg: Config, world: int, per_node: int, mem
         raise ValueError(
             f"{sizes(model)[0] / 1e9:.1f}B parameters do not fit {world} x {total / GIB:.1f} GiB, by estimate: "
             + ", ".join(f"{what} needs {need}" for what, need in found.items())
-            + f". On each {free / GIB:.1f} GiB are free, {USABLE * free / GIB:.1f} of them usable. Try more GPUs in a node, "
-            "--kl_beta 0, --gradient_checkpointing 1, a lower --gpu_memory_utilization or --microbatch_tokens")
+            + f". On each {free / GIB:.1f} GiB are free, {USABLE * free / GIB:.1f} of them usable. Try --kl_beta 0, "
+            "more GPUs in a node, --gradient_checkpointing 1, a lower --gpu_memory_utilization or --microbatch_tokens")
 
 
 def mean_tokens(model: ModelConfig, cfg: Config) -> tuple[int, int]:
