@@ -35,7 +35,7 @@ from model import ModelConfig, Transformer
 from ranks import Ranks, fill, shard
 from rollout import Batch
 from runfolder import environment
-from train import Trainer
+from train import GRAD_CLIP, WEIGHT_DECAY, Step, Trainer
 
 PEAK_FLOPS = plan.CARDS["80 GB"].flops  # bf16 operations a second of an H100 or H200, for MFU
 
@@ -118,11 +118,10 @@ def update_rows(cfg: Config, config: ModelConfig, shares: tuple[float, ...], rol
     after a first one. MFU: of the operations that the model needs, recomputed ones left out. GiB: torch's peak."""
     ranks, rows = Ranks(), []
     trainer, batch = RandomTrainer(cfg, ranks, config), random_batch(config.vocab_size, rollouts, prompt, response)
-    advantage_R, n_P = np.tile([1.0, -1.0, 0.5, -0.5], rollouts // 4), np.full(len(batch.prompts), 4)
-    acts_R, tokens = advantage_R != 0, int(batch.cost().sum())
-    old_N, _, _ = trainer.behaviour(batch, acts_R, 0)  # others would clip tokens, whose gradient costs nothing
-    calls = {"log-probs": lambda: trainer.behaviour(batch, acts_R, 0),
-             "training": lambda: trainer.update(batch, n_P, advantage_R, acts_R, old_N, None, 0)}
+    s = Step(number=0, seconds={}, batch=batch, n_P=np.full(rollouts // 4, 4), weight_P=np.ones(rollouts // 4),
+             advantage_R=np.tile([1.0, -1.0, 0.5, -0.5], rollouts // 4), acts_R=np.ones(rollouts, bool))
+    calls = {"log-probs": partial(trainer.behaviour, s), "training": partial(trainer.update, s)}
+    tokens = int(batch.cost().sum())
     work = [("log-probs", 0.0), *(("training", share) for share in shares)]
     for compiled, (phase, share) in itertools.product((False, True), work):
         if compiled and phase == "log-probs":
@@ -166,7 +165,8 @@ def trl_steps(python: str, steps: int, compiled: bool) -> list[dict]:
     cfg, problems = parse_args(["--preset", "arithmetic"])[0], tasks.problems("arithmetic", "train", 640)
     order = [problems[i] for s in range(steps) for i in batch_order(len(problems), cfg.prompts_per_step, cfg.seed, s)]
     setting = {**dataclasses.asdict(cfg), "model": str(tasks.base_model("arithmetic")), "steps": steps,
-               "prompts": [p.prompt for p in order], "answers": [p.answer for p in order], "compiled": compiled}
+               "prompts": [p.prompt for p in order], "answers": [p.answer for p in order], "compiled": compiled,
+               "weight_decay": WEIGHT_DECAY, "grad_clip": GRAD_CLIP}
     done = subprocess.run([python, "-I", str(Path(__file__).with_name("trl.py"))], input=json.dumps(setting),
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -60,7 +61,7 @@ def test_update_runs_both_phases_with_a_gradient_for_every_token(monkeypatch):
     """Of a tiny model on the CPU, without the compiler."""
     calls, update = [], bench.Trainer.update
     monkeypatch.setattr(Transformer, "compile_blocks", lambda model: calls.append("compiled"))
-    monkeypatch.setattr(bench.Trainer, "update", lambda *given: calls.append(update(*given)) or calls[-1])
+    monkeypatch.setattr(bench.Trainer, "update", lambda trainer, s: update(trainer, s) or calls.append(vars(s).copy()))
     cfg = parse_args(["--preset", "qwen3-1.7b", "--kl_beta", "0", "--max_mismatch", "1e9", "--prompts_per_step", "4",
                       "--minibatch_prompts", "4", "--microbatch_tokens", "64"])[0]
     tiny = dataclasses.replace(plan.known_model(cfg.model), vocab_size=300, hidden_size=32, intermediate_size=64,
@@ -70,7 +71,7 @@ def test_update_runs_both_phases_with_a_gradient_for_every_token(monkeypatch):
         (phase, compiled, share) for compiled in (False, True)
         for phase, share in (("log-probs", 0.0), ("update", 0.0), ("update", 1.0))]
     assert calls.count("compiled") == 1 and all(r["tokens"] == 16 * 16 and r["s"] > 0 for r in rows)
-    assert all(c.idle_frac == 0 and c.grad_norm > 0 for c in calls if c != "compiled")
+    assert all(c["idle_frac"] == 0 and c["grad_norm"] > 0 for c in calls if c != "compiled")
 
 
 def test_the_command_writes_what_it_measured_and_trl_says_what_to_install(tmp_path, capsys, monkeypatch):
@@ -92,3 +93,36 @@ def test_the_peak_of_memory_is_seen_and_forgotten():
     bytearray(64 << 20)[:] = bytes(64 << 20)
     assert kernels.resident_mib("VmHWM") - held > 60
     assert kernels.forget_peak() > 0 and kernels.resident_mib("VmHWM") - held < 60
+
+
+# ------------------------------------------------------------------------------------------------ docs/speed.md
+
+
+def table_after(head: str) -> list[list[str]]:
+    """Cells of the table of docs/speed.md that begins with `head`, without its two first lines."""
+    text = (ROOT / "docs" / "speed.md").read_text()
+    rows = itertools.takewhile(lambda line: line.startswith("|"), text[text.index(head):].splitlines())
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in rows][2:]
+
+
+def test_milliseconds_and_memory_of_the_head_are_those_of_the_file():
+    rows = json.loads((ROOT / "results" / "kernels" / "h200.json").read_text())["kernels"]
+    rows = {(r["case"], r["direction"], r["provider"]): f"{r['ms']:.1f} ({r['MiB']:,.0f})"
+            for r in rows if r["operation"] == "linear_logprob"}
+    tokens = width = None
+    for what, direction, *cells in table_after("| tokens x width |"):
+        tokens, width = (tokens, width) if what.startswith("the same") else what.replace(",", "").split(" x ")
+        case = f"T {tokens}, V 151936, D {width}" + what.removeprefix("the same") * what.startswith("the same")
+        providers = "ours", "eager", "compile", "liger", "liger, chunk_mem_const 16", "cce"
+        assert cells == [rows[case, direction.replace("and backward", "both"), p] for p in providers], (what, direction)
+
+
+def test_what_one_gpu_took_is_what_the_file_has():
+    rows = json.loads((ROOT / "results" / "bench" / "h200.json").read_text())["update"]
+    rows = {(r["model"][11:-5], r["phase"], r["compiled"], r["recomputed"]): r for r in rows}
+    for size, compiled, share, *cells in table_after("| | blocks compiled |"):
+        row, logprobs = (rows[size, phase, compiled == "yes", x] for phase, x in (("update", float(share)),
+                                                                                  ("log-probs", 0)))
+        said = [f"{row['s']:.2f}", f"{row['MFU %']:.1f}%", f"{row['GiB']:.1f}", f"{row['planned GiB']:.1f}"]
+        said += [f"{logprobs['s']:.2f}", f"{logprobs['MFU %']:.1f}%"] if share != "1" else ["", ""]
+        assert cells == said, (size, compiled, share)
