@@ -115,8 +115,8 @@ def test_a_killed_rank_ends_one_that_hears_nothing_of_it_within_the_limit(tmp_pa
 def training(base: Path, out: Path, *extra) -> subprocess.Popen:
     sums = base.parent / "sums.jsonl"
     values = {"model": base, "out_dir": out, "engine": "torch", "prompts_per_step": 24, "minibatch_prompts": 12,
-              "train_problems": 72, "eval_problems": 6, "train_data": sums, "eval_data": sums, "eval_first": "false",
-              "max_response_tokens": 8, "save_every": 0, "steps": 500}
+              "train_problems": 72, "eval_problems": 6, "train_data": sums, "eval_data": sums, "max_response_tokens": 8,
+              "save_every": 0, "steps": 500}
     return start(["train.py", "--preset", "arithmetic", *(x for k, v in values.items() for x in (f"--{k}", v)), *extra])
 
 
@@ -136,7 +136,7 @@ def test_a_run_that_hangs_in_a_phase_ends_and_says_which(base, tmp_path):
 
 def test_an_evaluation_that_hangs_ends_too_and_says_how_it_goes_on(base, tmp_path):
     (tmp_path / "slow.py").write_text("import time\n\ndef slow(response, problem):\n    return time.sleep(600)\n")
-    process = start(["eval.py", "--model", base, "--benchmarks", "arithmetic", "--problems", 4, "--k", 1, "--out",
+    process = start(["eval.py", "--model", base, "--benchmarks", "arithmetic", "--eval_problems", 4, "--out",
                      tmp_path / "out", "--reward", f"{tmp_path}/slow.py:slow", "--grader_timeout", 600, "--engine",
                      "torch", "--max_response_tokens", 8, "--stall_seconds", 2], processes=1)
     output, _ = process.communicate(timeout=100)
