@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 import torch.distributed as dist
 from conftest import gloo
@@ -25,6 +26,7 @@ from model import ModelConfig, Transformer
 from ranks import Ranks, RunError
 from runfolder import RunFolder
 
+ROOT = Path(__file__).parents[1]
 TINY = ModelConfig("qwen3", vocab_size=13, hidden_size=6, intermediate_size=7, num_hidden_layers=2,
                    num_attention_heads=3, num_key_value_heads=1, head_dim=2, rope_theta=1e4, rms_norm_eps=1e-6,
                    tie_word_embeddings=False, max_position_embeddings=16)  # some tensors have fewer rows than ranks
@@ -100,11 +102,15 @@ def test_as_many_ranks_as_there_are_read_bit_for_bit_what_others_wrote(writers, 
             np.testing.assert_array_equal(arrays[k], array, strict=True)
 
 
-def test_a_checkpoint_is_in_files_that_are_no_pickles(two_steps):
-    for step in ("step_4", "step_5"):
-        files = sorted((two_steps / "checkpoint" / step).iterdir())
-        assert [p.name for p in files] == sorted([*SHARDS, "adversaries.npz", "state.json"])
-    json.loads((two_steps / "checkpoint" / "step_5" / "state.json").read_text())
+@pytest.mark.parametrize("writers", [1, 2])
+def test_the_lines_of_the_docs_read_a_checkpoint_without_our_code(writers, tmp_path, monkeypatch):
+    gloo(writers, save, tmp_path, [50])
+    lines = re.search("```python\n(.*?)```", (ROOT / "docs" / "log.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    read = {"json": json, "np": np, "Path": Path, "safetensors": safetensors}
+    exec(lines, read)
+    assert {k: v.tobytes() for k, v in read["tensors"].items()} == content(live(50))
+    assert set(read["arrays"]) == set(ARRAYS)
 
 
 def read_files(path: Path) -> list[str]:
