@@ -341,9 +341,6 @@ def settings_beside(samples: Path) -> dict:
 def regrade(args: argparse.Namespace) -> None:
     cfg = args.cfg
     path = args.regrade / "eval_samples.jsonl" if args.regrade.is_dir() else args.regrade
-    if not path.exists():
-        raise ValueError(f"--regrade {args.regrade}: there is no {path}; an evaluation has one, a run has none: first "
-                         "eval.py --model RUN")
     old = read_samples(path)
     asked = old if cfg.answer_style == "auto" else [dataclasses.replace(s, style=cfg.answer_style) for s in old]
     with Grader(workers=cfg.grader_workers, timeout=cfg.grader_timeout, reward=cfg.reward) as grader:
