@@ -1,6 +1,7 @@
 """An evaluation is the same however it was interrupted or shared out, and that of a run's model is the run's own; what
 was made of other weights, data or settings is refused."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -92,16 +93,14 @@ def test_two_processes_evaluate_alike(base, evaluated, tmp_path):
 
 
 def test_other_weights_are_refused_wherever_they_lie(base, evaluated, tmp_path):
-    same, other = tmp_path / "same", tmp_path / "model"
-    shutil.copytree(base, same)
-    shutil.copytree(base, other)
+    same, other = shutil.copytree(base, tmp_path / "same"), shutil.copytree(base, tmp_path / "model")
     model = Transformer.from_pretrained(base, dtype=torch.float32)
     with torch.no_grad():
         next(model.parameters())[0, 0] += 1e-3
     model.save_pretrained(other)
-    again, figures = tmp_path / "out", json.loads((evaluated / "eval.json").read_text())["figures"]
-    shutil.copytree(evaluated, again)
-    assert run(base, again, "--model", str(same))["figures"] == figures
+    again = shutil.copytree(evaluated, tmp_path / "out")
+    assert run(base, again, "--model", str(same))["figures"] == json.loads(
+        (evaluated / "eval.json").read_text())["figures"]
     with pytest.raises(FileExistsError, match="other weights; choose another --out or delete it"):
         run(base, again, "--model", str(other))
     (again / "eval.json").unlink()  # responses that nothing speaks for
@@ -110,11 +109,9 @@ def test_other_weights_are_refused_wherever_they_lie(base, evaluated, tmp_path):
 
 
 def test_the_same_weights_with_another_tokenizer_are_refused(base, evaluated, tmp_path):
-    shutil.copytree(base, tmp_path / "model")
-    file = tmp_path / "model" / "tokenizer.json"
+    file = shutil.copytree(base, tmp_path / "model") / "tokenizer.json"
     words = json.loads(file.read_text())
-    vocabulary = words["model"]["vocab"]
-    vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
+    words["model"]["vocab"] |= {"1": words["model"]["vocab"]["2"], "2": words["model"]["vocab"]["1"]}
     file.write_text(json.dumps(words))
     with pytest.raises(FileExistsError, match="sums asked"):
         run(base, evaluated, "--model", str(tmp_path / "model"))
@@ -176,19 +173,25 @@ def test_a_run_is_evaluated_again_as_it_evaluated_itself(trained, tmp_path, caps
         evaluate(parse_args(["--model", str(trained), "--out", str(tmp_path), "--eval_rollouts", "2"]))
 
 
-def test_a_run_whose_data_are_gone_or_changed_says_so_and_takes_others(trained, base, tmp_path):
-    moved = tmp_path / "mine"
-    shutil.copytree(trained, moved)
+def test_a_run_whose_data_are_gone_or_changed_says_so_and_takes_others(trained, base, tmp_path, monkeypatch):
+    moved = shutil.copytree(trained, tmp_path / "mine")
     (moved / "paths.json").unlink()  # as on another machine: config.json names the file and not its folder
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="sums.jsonl"):
-        evaluate(parse_args(["--model", str(moved), "--out", str(tmp_path / "a")]))
-    with pytest.MonkeyPatch.context() as there:
-        there.chdir(tmp_path)
-        Path("sums.jsonl").write_text('{"question": "1s1=", "answer": 2}\n' * 2)
-        with pytest.raises(ValueError, match="sums.jsonl.* has changed since"):
-            evaluate(parse_args(["--model", str(moved), "--out", "b"]))
-        evaluate(parse_args(["--model", str(moved), "--benchmarks", "sums.jsonl", "--out", "c"]))
-    assert json.loads((tmp_path / "c" / "eval.json").read_text())["figures"]["sums"]["problems"] == 1
+        evaluate(parse_args(["--model", "mine", "--out", "a"]))
+    Path("sums.jsonl").write_text('{"question": "1s1=", "answer": 2}\n' * 2)
+    with pytest.raises(ValueError, match="sums.jsonl.* has changed since: name the problems .* with --benchmarks"):
+        evaluate(parse_args(["--model", "mine", "--out", "b"]))
+    evaluate(parse_args(["--model", "mine", "--benchmarks", "sums.jsonl", "--out", "c"]))
+    assert json.loads(Path("c/eval.json").read_text())["figures"]["sums"]["problems"] == 1
+
+
+def test_settings_that_went_are_no_obstacle_to_an_older_run(trained, tmp_path):
+    config = json.loads((trained / "config.json").read_text()) | {"weight_cap": 5.0, "rollout_utility": "coverage"}
+    older = shutil.copytree(trained, tmp_path / "older")
+    (older / "config.json").write_text(json.dumps(config))
+    evaluate(parse_args(["--model", str(older), "--out", str(tmp_path / "out")]))
+    assert (tmp_path / "out" / "eval_samples.jsonl").read_text()
 
 
 def test_the_hub_set_of_a_run_is_taken_at_the_commit_that_it_had(trained, tmp_path, monkeypatch):
@@ -222,37 +225,37 @@ def test_evaluations_have_folders_of_their_own(trained):
 
 # ---- grading
 
+def regraded(samples: Path, *more: str) -> list[Sample]:
+    """What --regrade makes of an evaluation: its folder is then samples.parent / "again"."""
+    out = samples.parent / "again"
+    eval_module.regrade(parse_args(["--regrade", str(samples), "--out", str(out), *more]))
+    return eval_module.read_samples(out / "eval_samples.jsonl")
+
+
 def test_regrading_gives_the_same_table_and_counts_changed_verdicts(evaluated, tmp_path, capsys):
-    rows = json.loads((evaluated / "eval.json").read_text())["figures"]
-    lines = (evaluated / "eval_samples.jsonl").read_text().splitlines()
-    wrong = next(i for i, x in enumerate(lines) if json.loads(x)["finish"] == "stop" and not json.loads(x)["right"])
-    lines[wrong] = json.dumps({**json.loads(lines[wrong]), "right": True})
-    (tmp_path / "s.jsonl").write_text("\n".join(lines) + "\n")
+    old = eval_module.read_samples(evaluated / "eval_samples.jsonl")
+    wrong = next(i for i, s in enumerate(old) if s.finish == "stop" and not s.right)
+    changed = [*old[:wrong], dataclasses.replace(old[wrong], right=True), *old[wrong + 1 :]]
+    (tmp_path / "s.jsonl").write_text(eval_module.lines_of(changed))
     (tmp_path / "eval.json").write_text(json.dumps({"settings": {"model": "me/Qwen3-8B-mine"}}))
-    eval_module.regrade(parse_args(["--regrade", str(tmp_path / "s.jsonl"), "--out", str(tmp_path / "again")]))
-    printed = capsys.readouterr().out
+    assert regraded(tmp_path / "s.jsonl") == old
+    printed, rows = capsys.readouterr().out, json.loads((evaluated / "eval.json").read_text())["figures"]
     assert markdown(rows, "me/Qwen3-8B-mine") in printed and "1 of 800 verdicts changed" in printed
-    assert "paper, GRPO" in printed
     assert json.loads((tmp_path / "again" / "eval.json").read_text())["figures"] == rows
-    assert (tmp_path / "again" / "eval_samples.jsonl").read_text() == (evaluated / "eval_samples.jsonl").read_text()
 
 
 def test_regrading_takes_a_folder_another_style_and_another_reward(evaluated, tmp_path, capsys):
     old = eval_module.read_samples(evaluated / "eval_samples.jsonl")
-    eval_module.regrade(parse_args(["--regrade", str(evaluated)]))
-    assert "\n0 of 800 verdicts changed" in capsys.readouterr().out
-    eval_module.regrade(parse_args(["--regrade", str(evaluated), "--answer_style", "dapo"]))  # nobody writes "Answer:"
+    samples = shutil.copytree(evaluated, tmp_path / "out")
+    assert not any(s.right for s in regraded(samples, "--answer_style", "dapo"))  # nobody writes "Answer:"
     assert f"\n{sum(s.right for s in old)} of 800 verdicts changed" in capsys.readouterr().out
     (tmp_path / "mine.py").write_text("def asks_for_zero(response, problem):\n"
                                       "    return 0.5 if problem.prompt.startswith('0s') else -0.5\n")
-    reward = f"{tmp_path}/mine.py:asks_for_zero"
-    out = tmp_path / "out"
-    eval_module.regrade(parse_args(["--regrade", str(evaluated), "--reward", reward, "--out", str(out)]))
-    new = eval_module.read_samples(out / "eval_samples.jsonl")
+    new = regraded(samples, "--reward", f"{tmp_path}/mine.py:asks_for_zero")
     assert [s.right for s in new] == [s.prompt.startswith("0s") and s.finish == "stop" for s in old]
     with pytest.MonkeyPatch.context() as there:  # what was graded so is graded so again
         there.chdir(tmp_path)
-        eval_module.regrade(parse_args(["--regrade", "out"]))
+        eval_module.regrade(parse_args(["--regrade", "again"]))
     assert "\n0 of 800 verdicts changed" in capsys.readouterr().out
 
 
