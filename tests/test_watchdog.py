@@ -83,13 +83,10 @@ def test_a_disk_that_does_not_answer_costs_the_file_and_not_the_end(tmp_path):
     assert status == 1 and " in work\n" in output
 
 
-def test_a_rank_may_wait_as_long_as_another_one_moves(tmp_path):
-    status, output, _ = meeting(tmp_path, "for _ in range(12): time.sleep(0.5); progress()", 2)
-    assert status == 0 and not (tmp_path / "run").exists(), output
-
-
-def test_0_seconds_are_no_limit(tmp_path):
-    status, output, _ = meeting(tmp_path, "time.sleep(3)", 0)
+@pytest.mark.parametrize("body, seconds", [("for _ in range(12): time.sleep(0.5); progress()", 2), ("time.sleep(3)", 0)],
+                         ids=["", "where 0 seconds are no limit"])
+def test_a_rank_may_wait_as_long_as_another_one_moves(tmp_path, body, seconds):
+    status, output, _ = meeting(tmp_path, body, seconds)
     assert status == 0 and not (tmp_path / "run").exists(), output
 
 
