@@ -83,13 +83,10 @@ def test_a_disk_that_does_not_answer_costs_the_file_and_not_the_end(tmp_path):
     assert status == 1 and " in work\n" in output
 
 
-def test_a_rank_may_wait_as_long_as_another_one_moves(tmp_path):
-    status, output, _ = meeting(tmp_path, "for _ in range(12): time.sleep(0.5); progress()", 2)
-    assert status == 0 and not (tmp_path / "run").exists(), output
-
-
-def test_0_seconds_are_no_limit(tmp_path):
-    status, output, _ = meeting(tmp_path, "time.sleep(3)", 0)
+@pytest.mark.parametrize("body, seconds", [("for _ in range(12): time.sleep(0.5); progress()", 2), ("time.sleep(3)", 0)],
+                         ids=["", "where 0 seconds are no limit"])
+def test_a_rank_may_wait_as_long_as_another_one_moves(tmp_path, body, seconds):
+    status, output, _ = meeting(tmp_path, body, seconds)
     assert status == 0 and not (tmp_path / "run").exists(), output
 
 
@@ -115,7 +112,7 @@ def test_a_killed_rank_ends_one_that_hears_nothing_of_it_within_the_limit(tmp_pa
 def training(base: Path, out: Path, *extra) -> subprocess.Popen:
     sums = base.parent / "sums.jsonl"
     values = {"model": base, "out_dir": out, "engine": "torch", "prompts_per_step": 24, "minibatch_prompts": 12,
-              "train_problems": 72, "eval_problems": 6, "train_data": sums, "eval_data": sums, "eval_first": "false",
+              "train_problems": 72, "eval_problems": 6, "train_data": sums, "eval_data": sums, "eval_every": 0,
               "max_response_tokens": 8, "save_every": 0, "steps": 500}
     return start(["train.py", "--preset", "arithmetic", *(x for k, v in values.items() for x in (f"--{k}", v)), *extra])
 
@@ -136,7 +133,7 @@ def test_a_run_that_hangs_in_a_phase_ends_and_says_which(base, tmp_path):
 
 def test_an_evaluation_that_hangs_ends_too_and_says_how_it_goes_on(base, tmp_path):
     (tmp_path / "slow.py").write_text("import time\n\ndef slow(response, problem):\n    return time.sleep(600)\n")
-    process = start(["eval.py", "--model", base, "--benchmarks", "arithmetic", "--problems", 4, "--k", 1, "--out",
+    process = start(["eval.py", "--model", base, "--benchmarks", "arithmetic", "--eval_problems", 4, "--out",
                      tmp_path / "out", "--reward", f"{tmp_path}/slow.py:slow", "--grader_timeout", 600, "--engine",
                      "torch", "--max_response_tokens", 8, "--stall_seconds", 2], processes=1)
     output, _ = process.communicate(timeout=100)
