@@ -64,7 +64,7 @@ ROLLOUT_MAXRL = {"mode": "rollout", "rule": "maxrl"}
 RANK_MAXRL = {**ROLLOUT_MAXRL, "rollout_utility": "rank"}
 BOTH_MAXRL = {"mode": "both", "rule": "maxrl", "averaging": "prompt"}
 PAPER = {"adversary": "paper", "kl_beta": 0.001}
-MEMORIES = {"h1": {"bin_history": 1}, "h2": {"bin_history": 2}, "decay": {"bin_decay": 0.5},
+MEMORIES = {"h1": {"bin_history": 1}, "h2": {"bin_history": 2},
             "fine": {"bin_edges": "0.02,0.05,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9"}}
 COMMON = {"engine": "torch", "eval_problems": 600, "eval_every": 0, "eval_first": False, "save_every": 0}
 DIAL = ("0", "0.5")  # shares of the textbook under any sign, beside 1 (Row.disguised)
@@ -92,12 +92,6 @@ PARTS = {
         at_best(f"{row}-{name}", {**flags, **memory}, row)
         for row, flags in (("rollout-maxrl", ROLLOUT_MAXRL), ("both-maxrl", BOTH_MAXRL))
         for name, memory in MEMORIES.items()),
-    "Utilities beside gain": (
-        at_best("coverage-maxrl", {**ROLLOUT_MAXRL, "rollout_utility": "coverage"}, "rollout-maxrl"),
-        at_best("likelihood-maxrl", {**ROLLOUT_MAXRL, "rollout_utility": "likelihood"}, "rollout-maxrl"),
-        at_best("per-rollout-maxrl", {**ROLLOUT_MAXRL, "rollout_utility": "gain_per_rollout", "averaging": "prompt"},
-                "rollout-maxrl"),
-    ),
     "The paper's settings": (
         Row("paper-grpo", {"mode": "grpo", **PAPER}, "paper-grpo", further={}, bases=4),
         Row("paper-prompt", {"mode": "prompt", **PAPER}, "paper-grpo", further={}, bases=4),
@@ -120,12 +114,11 @@ PARTS = {
             ("weights-maxrl", {**ROLLOUT_MAXRL, "allocation": "weights"}, "maxrl"),
             ("grpo", {"mode": "grpo"}, "grpo"))),
     "Rivals": (
-        at_best("pass-at-k", {"mode": "grpo", "rule": "pass_at_k"}),
         at_best("dr-grpo", {"mode": "grpo", "rule": "dr_grpo"}),
         *(at_best(f"rollout-{utility}{suffix}", {"mode": "rollout", "rule": rule, "rollout_utility": utility}, against,
                   8 if utility == "rank" and rule == "maxrl" else 4)  # no worse than gain on four
           for rule, suffix, against in (("grpo", "", "rollout"), ("maxrl", "-maxrl", "rollout-maxrl"))
-          for utility in ("knapsack", "rank", "variance", "surrogate")),
+          for utility in ("rank", "variance", "surrogate")),
         at_best("rollout-maxrl-32", {**ROLLOUT_MAXRL, "n_max": 32}, "rollout-maxrl"),
     ),
     "The dial: skills that spread between kinds": tuple(
