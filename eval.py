@@ -32,7 +32,7 @@ import metrics
 import tasks
 from config import PROMPT_SUFFIX, Config, add_flag, check_bounds, of_run
 from data import HUB_SETS, SUFFIXES, Problem, encode_prompts
-from metrics import by_kind, figures, headline
+from metrics import by_kind, figures, headline_k
 from policy import Policy
 from ranks import Ranks, RunError, say
 from reward import Grader, check_golds
@@ -137,7 +137,7 @@ def markdown(rows: dict[str, dict], model: str) -> str:
     blocks = [[head, *lines]]
     for benchmark, row in rows.items():
         if kinds := row.get("by_kind"):
-            head = [f"{benchmark}, by kind", "problems", "pass@1", f"pass@{headline(row['responses'])}"]
+            head = [f"{benchmark}, by kind", "problems", "pass@1", f"pass@{headline_k(row['responses'])}"]
             blocks.append([head, *([kind, str(n), f"{100 * mean:.1f}", f"{100 * passed:.1f}"]
                                    for kind, (n, mean, passed) in kinds.items())])
     pages = [metrics.markdown(head, lines) for head, *lines in blocks]

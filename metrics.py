@@ -49,14 +49,14 @@ def figures(strata: list[np.ndarray]) -> dict[str, list[float]]:
             zip([f"mean@{drawn}", *(f"pass@{k}" for k in powers)], values, low, high, strict=True)}
 
 
-def headline(drawn: int) -> int:
+def headline_k(drawn: int) -> int:
     """The k of the one pass@k that is shown first: 8 as in the paper, or the largest power of two up to `drawn`."""
     return min(8, 1 << drawn.bit_length() - 1)
 
 
 def by_kind(kinds: list[str], right: np.ndarray) -> dict[str, list[float]]:
-    """kind -> [problems, mean, pass@k] with the headline's k. kinds: (P,), "" = "all"; right: (P, m) bool."""
-    passed_P = pass_at_k(right.sum(axis=1), right.shape[1], headline(right.shape[1]))
+    """kind -> [problems, mean, pass@k] with k of `headline_k`. kinds: (P,), "" = "all"; right: (P, m) bool."""
+    passed_P = pass_at_k(right.sum(axis=1), right.shape[1], headline_k(right.shape[1]))
     kind_P = np.array([kind or "all" for kind in kinds])
     return {str(kind): [int((kind_P == kind).sum()), float(right[kind_P == kind].mean()),
                         float(passed_P[kind_P == kind].mean())] for kind in dict.fromkeys(kind_P)}
@@ -78,7 +78,7 @@ class Evaluation:
 
     @property
     def k(self) -> int:
-        return headline(self.rollouts)
+        return headline_k(self.rollouts)
 
     @classmethod
     def of(cls, step: int, kinds: list[str], right: np.ndarray, response_tokens_mean: float,

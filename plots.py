@@ -8,8 +8,8 @@
     python plots.py --table RUN ...    one line a run
     python plots.py --samples RUN ...  rollouts to read, of the start, middle and end of training
 
-One function a figure; numbers and titles of figures are the paper's. The numbers come from logs.py, tables and samples
-from tables.py.
+One function a figure; numbers and titles of figures are the paper's. The values come from study/logs.py, the study's
+own figures from study/figures.py, tables and samples from study/tables.py.
 """
 
 import argparse
@@ -22,39 +22,13 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from study import logs
-from study.logs import (
-    MODES,
-    Missing,
-    Run,
-    Sweep,
-    headline,
-    headline_k,
-    interval,
-    paired,
-    present,
-    square_root_law,
-    stages,
-    study,
-    sweeps,
-    tail,
-)
-from study.rows import ASKED_AGAIN, BOTH_TASKS, FRESH, LONGER, PARTS, written
-from study.tables import mean_success, run_table, sample_page, tables
+from metrics import headline_k
+from study import figures, logs
+from study.figures import COLOURS, PAGE, legend, panel, rows_of
+from study.logs import BOTH_TASKS, MODES, Missing, Run, headline, present, stages, tail
+from study.tables import run_table, sample_page, tables
 
-matplotlib.use("Agg")
 FIGURES = Path(__file__).parent / "figures"
-# Okabe and Ito's palette: told apart by colour-blind eyes and, by lightness, in print
-COLOURS = {"grpo": "#666666", "prompt": "#0072B2", "rollout": "#D55E00", "both": "#009E73", "uniform": "#000000",
-           "law": "#CC79A7"}
-ROW_COLOURS = {"grpo": "#666666", "maxrl": "#E69F00", "rollout-maxrl": "#D55E00", "weights-maxrl": "#CC79A7",
-               "rollout": "#F0A58F", "prompt": "#0072B2", "tilt": "#56B4E9", "both-maxrl": "#009E73",
-               "rank-maxrl": "#332288", "rank-weights-maxrl": "#AA99DD"}
-PAGE = 7.0  # inches: the width of a paper's page
-plt.rcParams.update({"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7,
-                     "xtick.labelsize": 7, "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False,
-                     "pdf.fonttype": 42, "figure.constrained_layout.use": True, "legend.frameon": False,
-                     "lines.linewidth": 1.2})
 
 # ------------------------------------------------------------------------------------------------ runs
 
@@ -68,7 +42,8 @@ def by_model(runs: list[Run]) -> Models:
     model in what was loaded, in the number of rollouts or in how they were evaluated."""
     models: Models = {}
     for run in sorted(runs, key=lambda r: r.seed):
-        name = run.subject if run.rule == "grpo" else f"{run.subject}, {run.rule}"
+        rule = run.config["rule"]
+        name = run.subject if rule == "grpo" else f"{run.subject}, {rule}"
         models.setdefault(name, {}).setdefault(run.mode, []).append(run)
     for name, modes in models.items():
         first = next(iter(modes.values()))[0]
@@ -115,23 +90,6 @@ def of_mode(models: Models, *modes: str) -> Models:
 
 
 # ------------------------------------------------------------------------------------------------ drawing
-
-
-def rows_of(models: Models, columns: int, *, width: float = PAGE, height: float = 1.9, **kwargs):
-    """A figure of one row a model: (figure, axes of shape (models, columns))."""
-    return plt.subplots(len(models), columns, figsize=(width, height * len(models) + 0.35), squeeze=False, **kwargs)
-
-
-def panel(ax, title: str = "", x: str = "", y: str = "") -> None:
-    ax.set_title(title, loc="left")
-    ax.set_xlabel(x)
-    ax.set_ylabel(y)
-
-
-def legend(figure, *axes, columns: int = 4) -> None:
-    """One legend for the whole figure, above it; each label once."""
-    entries = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
 
 
 def band(ax, runs: list[Run], values: list[np.ndarray], colour: str, label: str, style: str = "-", *,
@@ -201,17 +159,16 @@ def benchmarks(ax, name: str, modes: dict[str, list[Run]]) -> None:
     shown = [m for m in MODES if m in modes and all(r.evaluations for r in modes[m])]
     if not shown:
         raise Missing(f"{name}: no run has an eval.json")
-    kinds = list(modes[shown[0]][0].last()["by_kind"])
-    kinds = kinds if len(kinds) > 1 else []
-    groups = {"all": headline, **{k: of_kind(k, 2) for k in kinds}}
-    width = 0.8 / len(shown)
+    first, width = modes[shown[0]][0].last(), 0.8 / len(shown)
+    kinds = list(first["by_kind"]) if len(first["by_kind"]) > 1 else []
     for i, mode in enumerate(shown):
-        centres = np.arange(len(groups)) + (i - (len(shown) - 1) / 2) * width
-        found = np.array([[100 * g(r.last()) for r in modes[mode]] for g in groups.values()])  # (groups, S)
+        centres = np.arange(1 + len(kinds)) + (i - (len(shown) - 1) / 2) * width
+        found = 100 * np.array([[headline(e), *(e["by_kind"][kind][2] for kind in kinds)]
+                                for e in (r.last() for r in modes[mode])]).T  # (all and kinds, S)
         ax.bar(centres, found.mean(axis=1), width, color=COLOURS[mode], label=MODES[mode], alpha=0.75)
         ax.plot(np.repeat(centres, found.shape[1]), found.ravel(), ".", color="black", markersize=1.5)
-    ax.set_xticks(range(len(groups)), [g.replace("_", " ") for g in groups], rotation=25, ha="right")
-    panel(ax, f"{name}\ndots: runs", y=f"pass@{headline_k(modes[shown[0]][0].last())}, %")
+    ax.set_xticks(range(1 + len(kinds)), ["all", *(k.replace("_", " ") for k in kinds)], rotation=25, ha="right")
+    panel(ax, f"{name}\ndots: runs", y=f"pass@{headline_k(first['rollouts'])}, %")
 
 
 def bars(ax, values: list[np.ndarray], colour: str, start: float = 0) -> None:
@@ -336,7 +293,7 @@ def figure_6(models: Models):
         share = [r.series("bins", "share") for r in runs]
         choices = (("uniform", [np.full_like(q, n_bar) for q in share], "--"),
                    ("rollout", [r.series("bins", "rollouts") for r in runs], "-"),
-                   ("law", [np.maximum(square_root_law(q, sigma, n_bar), 1e-9) for q in share], ":"))
+                   ("law", [np.maximum(logs.square_root_law(q, sigma, n_bar), 1e-9) for q in share], ":"))
         for key, rollouts, style in choices:
             values = [logs.wse(q, np.nan_to_num(sigma), n) for q, n in zip(share, rollouts, strict=True)]
             band(right, runs, values, COLOURS[key], labels[key], style, spread=key == "rollout")
@@ -367,173 +324,6 @@ def figure_9(models: Models):
                                           "rollouts": (COLOURS["rollout"], budget)})
 
 
-# ------------------------------------------------------------------------------------------------ more figures
-
-
-def figure_outcomes(tasks: dict[str, dict[str, list[Run]]]):
-    """The arena, and the questions at 300 steps and on fresh bases: paired difference in pass@8 to the row that each is
-    held against; bases are ticks, bars are 95% intervals."""
-    against = {row.name: row.against for part in ("The arena", ASKED_AGAIN, FRESH) for row in PARTS[part]
-               if row.name != row.against}
-    names = [n for n in against if any(len(differences(rows, n, against[n])) > 1 for rows in tasks.values())]
-    if not names:
-        raise Missing("no two rows of results/study have two bases in common")
-    figure, axes = plt.subplots(1, len(tasks), figsize=(PAGE, 0.16 * len(names) + 0.9), squeeze=False, sharey=True)
-    for ax, (task, rows) in zip(axes[0], tasks.items(), strict=True):
-        for y, name in enumerate(names):
-            values = differences(rows, name, against[name])
-            if not len(values):
-                continue
-            mean, low, high = interval(values)
-            ax.plot(values, np.full(len(values), y), "|", color=colour(name), alpha=0.5, markersize=5)
-            ax.errorbar(mean, y, xerr=None if np.isnan(low) else [[mean - low], [high - mean]], fmt="o",
-                        color=colour(name), markersize=3.5, elinewidth=1.2)
-        ax.axvline(0, color=COLOURS["uniform"], linewidth=0.8)
-        panel(ax, task, x="pass@8, points")
-        ax.set_yticks(range(len(names)), [f"{n} - {against[n]}" for n in names])
-        ax.grid(axis="x", alpha=0.3, linewidth=0.5)
-    axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
-    return figure
-
-
-def differences(rows: dict[str, list[Run]], name: str, other: str) -> np.ndarray:
-    """Of two rows in pass@8, in points, base by base."""
-    return 100 * paired(rows.get(name, []), rows.get(other, []), headline)
-
-
-def colour(row: str) -> str:
-    """Of a row of the arena, or of one that trains it longer."""
-    return ROW_COLOURS.get(row.removesuffix("-long").removesuffix("-300").removesuffix("-fresh"), COLOURS["uniform"])
-
-
-def line_and_error(ax, row: str, x: list, values: np.ndarray, of_base: np.ndarray) -> None:
-    """The mean of a row's values (bases, x); as a band the standard error, over bases, of what a base has above its own
-    mean over all rows, of_base (bases, 1): bases differ by more than rows do."""
-    mean = values.mean(axis=0)
-    ax.plot(x, mean, ".-", color=colour(row), label=row)
-    if len(values) > 1:
-        error = (values - of_base).std(axis=0, ddof=1) / np.sqrt(len(values))
-        ax.fill_between(x, mean - error, mean + error, color=colour(row), alpha=0.12, linewidth=0)
-
-
-def figure_rates(tasks: dict[str, dict[str, Sweep]]):
-    """The arena: pass@8 against the learning rate, one line a row, with standard errors (`line_and_error`)."""
-    figure, axes = plt.subplots(1, len(tasks), figsize=(PAGE, 2.9), squeeze=False, sharey=True)
-    for ax, (task, rows) in zip(axes[0], tasks.items(), strict=True):
-        swept = {row.name: rows[row.name] for row in PARTS["The arena"] if len(rows.get(row.name, ())) > 1}
-        bases = set.intersection(*({r.seed for r in runs} for sweep in swept.values() for runs in sweep.values()))
-        at_rates = {name: [[headline(r.last()) for r in runs if r.seed in bases] for runs in sweep.values()]
-                    for name, sweep in swept.items()}
-        found = {name: 100 * np.array(values).T for name, values in at_rates.items()}  # (bases, rates)
-        of_base = np.concatenate(list(found.values()), axis=1).mean(axis=1, keepdims=True)
-        for name, sweep in swept.items():
-            line_and_error(ax, name, list(sweep), found[name], of_base)
-        ax.set_xscale("log")
-        rates = sorted({rate for sweep in swept.values() for rate in sweep})
-        ax.set_xticks(rates, [written(r) for r in rates])
-        ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-        panel(ax, task, x="learning rate", y="pass@8, %" if ax is axes[0, 0] else "")
-    legend(figure, *axes[0])
-    return figure
-
-
-def figure_curves(tasks: dict[str, dict[str, list[Run]]]):
-    """Longer training: pass@8 and mean@16 against the step, one line a row, with standard errors
-    (`line_and_error`)."""
-    names = [row.name for row in PARTS[LONGER] if any(row.name in rows for rows in tasks.values())]
-    if not names:
-        raise Missing(f"results/study has no run of the part {LONGER!r}")
-    tasks = {task: rows for task, rows in tasks.items() if rows.keys() & set(names)}
-    figure, axes = rows_of(tasks, 2, height=2.2)
-    for row, (task, rows) in zip(axes, tasks.items(), strict=True):
-        runs = {name: rows[name] for name in names if name in rows}
-        bases = set.intersection(*({r.seed for r in group} for group in runs.values()))
-        for ax, figure_of, label in zip(row, (headline, mean_success), ("pass@8", "mean@16"), strict=True):
-            found = {name: 100 * np.array([[figure_of(e) for e in r.evaluations] for r in group if r.seed in bases])
-                     for name, group in runs.items()}  # (bases, evaluations)
-            of_base = np.concatenate(list(found.values()), axis=1).mean(axis=1, keepdims=True)
-            for name, values in found.items():
-                line_and_error(ax, name, [e["step"] for e in runs[name][0].evaluations], values, of_base)
-            panel(ax, f"{task}: {label}", x="step", y="%")
-    legend(figure, axes[0, 0])
-    return figure
-
-
-def of_kind(kind: str, place: int) -> Callable[[dict], float]:
-    """The figure that an evaluation has of a kind of problem: 1 pass@1, 2 pass@8."""
-    return lambda evaluation: evaluation["by_kind"][kind][place]
-
-
-def figure_kinds(tasks: dict[str, dict[str, list[Run]]]):
-    """The arena by kind of problem, from the most to the least often worked: pass@8 and pass@1 minus those of grpo."""
-    tasks = {task: rows for task, rows in tasks.items() if "grpo" in rows}
-    if not tasks:
-        raise Missing("no task of results/study has runs of GRPO")
-    figure, axes = rows_of(tasks, 2, height=2.2)
-    for row, (task, rows) in zip(axes, tasks.items(), strict=True):
-        kinds = list(rows["grpo"][0].last()["by_kind"])
-        names = [r.name for r in PARTS["The arena"] if r.name in rows and r.name not in ("base", "grpo")]
-        for ax, place, tries in ((row[0], 2, 8), (row[1], 1, 1)):
-            for i, name in enumerate(names):
-                change = [100 * np.mean(paired(rows[name], rows["grpo"], of_kind(kind, place))) for kind in kinds]
-                ax.plot(np.arange(len(kinds)) + 0.08 * (i - len(names) / 2), change, "o", markersize=3,
-                        color=colour(name), label=name)
-            ax.axhline(0, color=COLOURS["uniform"], linewidth=0.8)
-            ax.set_xticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds], rotation=35, ha="right")
-            ax.grid(axis="x", alpha=0.3, linewidth=0.5)
-            panel(ax, f"{task}: pass@{tries}", y="points against grpo")
-    legend(figure, axes[0, 0])
-    return figure
-
-
-def figure_signals(tasks: dict[str, dict[str, list[Run]]]):
-    """What the adversary could see in the runs of GRPO: size of each signal by bin, and spread over noise by step."""
-    tasks = {task: rows for task, rows in tasks.items() if "grpo" in rows}
-    if not tasks:
-        raise Missing("no task of results/study has runs of GRPO")
-    figure, axes = rows_of(tasks, 2)
-    colours = {"surrogate": COLOURS["rollout"], "reward": COLOURS["prompt"], "variance": COLOURS["both"]}
-    for (left, right), (task, rows) in zip(axes, tasks.items(), strict=True):
-        runs = rows["grpo"]
-        for name, colour in colours.items():
-            mean = np.concatenate([r.series("signals", name, "mean") for r in runs])
-            bins = np.flatnonzero(np.isfinite(mean).any(axis=0))
-            quartiles = np.nanpercentile(mean[:, bins], (25, 50, 75), axis=0)
-            left.plot(bins, quartiles[1], ".-", color=colour, label=name)
-            left.fill_between(bins, quartiles[0], quartiles[2], color=colour, alpha=0.2, linewidth=0)
-            found = [np.array(logs.noise_ratios(r, name)) for r in runs]
-            band(right, runs, [running_median(f) for f in found], colour, name)
-        right.axhline(1, color=COLOURS["uniform"], linestyle=":", label="noise alone")
-        right.set_yscale("log")
-        panel(left, f"{task}: bin loss, median and quartiles of steps", y="signal")
-        panel(right, "spread of bins over noise, running median", x="step", y="signal to noise")
-        bin_ticks(left, mean.shape[1])
-    legend(figure, axes[0, 0], axes[0, 1])
-    return figure
-
-
-def running_median(x_T: np.ndarray, reach: int = 5) -> np.ndarray:
-    """Median over the steps within `reach` of each, without those that are NaN; NaN where all are."""
-    parts = [x_T[max(0, t - reach) : t + reach + 1] for t in range(len(x_T))]
-    return np.array([np.median(p[np.isfinite(p)]) if np.isfinite(p).any() else np.nan for p in parts])
-
-
-def figure_learning(models: Models):
-    """Reward of the training batches and pass@8 on held-out problems, by mode."""
-    figure, axes = rows_of(models, 2)
-    for (left, right), (name, modes) in zip(axes, models.items(), strict=True):
-        for mode in (m for m in MODES if m in modes):
-            runs = modes[mode]
-            band(left, runs, [running_median(r.series("reward_mean")) for r in runs], COLOURS[mode], MODES[mode])
-            for run in runs:
-                right.plot([e["step"] for e in run.evaluations], [100 * headline(e) for e in run.evaluations], ".-",
-                           color=COLOURS[mode], alpha=0.6, linewidth=0.8)
-        panel(left, f"{name}\ntraining batches, running median", x="step", y="mean reward")
-        panel(right, "held-out problems, each seed", x="step", y="pass@k, %")
-    legend(figure, axes[0, 0])
-    return figure
-
-
 def figure_overview(run: Run):
     """One run at a glance, finished or not. Of its reward it asks no more than to lie in [-1, 1]."""
     figure, axes = plt.subplots(2, 3, figsize=(PAGE + 1, 4.4))
@@ -544,7 +334,7 @@ def figure_overview(run: Run):
         right = reward.twinx()
         right.plot([e["step"] for e in run.evaluations], [100 * headline(e) for e in run.evaluations], "o",
                    color="black", markersize=3)
-        right.set_ylabel(f"held-out pass@{headline_k(run.last())}, % (dots)")
+        right.set_ylabel(f"held-out pass@{headline_k(run.last()['rollouts'])}, % (dots)")
         right.spines["right"].set_visible(True)
     panel(reward, f"{run.name}: {run.subject}\nreward", x="step", y="mean reward")
     reward_map(figure, by_bin, run)
@@ -570,9 +360,7 @@ def figure_overview(run: Run):
 # ------------------------------------------------------------------------------------------------ the command
 
 PAPER_FIGURES = {"1": figure_1, "3": figure_3, "4": figure_4, "5": figure_5, "6": figure_6, "7": figure_7,
-                 "8": figure_8, "9": figure_9, "learning": figure_learning}
-STUDY_FIGURES = {"outcomes": figure_outcomes, "kinds": figure_kinds, "curves": figure_curves,
-                 "signals": figure_signals}
+                 "8": figure_8, "9": figure_9}
 
 
 def save(figure, name: str, folder: Path) -> None:
@@ -584,18 +372,16 @@ def save(figure, name: str, folder: Path) -> None:
     print(folder / f"{name}.png")
 
 
-def draw(figures: dict[str, Callable], data, folder: Path) -> bool:
+def draw(functions: dict[str, Callable], data, folder: Path) -> bool:
     """Draws what the logs have data for, and says of the rest what is missing; False if any is."""
     complete = True
-    for name, function in figures.items():
+    for name, function in functions.items():
         try:
-            figure = function(data)
+            save(function(data), f"figure_{name}", folder)
         except Missing as missing:
             plt.close("all")
             print(f"figure {name} left out: {missing}", file=sys.stderr)
             complete = False
-            continue
-        save(figure, f"figure_{name}", folder)
     return complete
 
 
@@ -631,11 +417,9 @@ def main() -> None:
         elif runs:
             sys.exit(not draw(PAPER_FIGURES, by_model(runs), args.out or own_folder(runs)))
         else:
-            parts, out = study(), args.out or FIGURES
-            modes = {task: {m: rows[m] for m in MODES if m in rows} for task, rows in parts.items()}
-            complete = draw(PAPER_FIGURES, modes, out)
-            complete = draw(STUDY_FIGURES, parts, out) and complete
-            sys.exit(not (draw({"rates": figure_rates}, sweeps(), out) and complete))
+            modes = {task: {m: rows[m] for m in MODES if m in rows} for task, rows in logs.study().items()}
+            sets = ((PAPER_FIGURES, modes), (figures.OF_ROWS, logs.study()), (figures.OF_SWEEPS, logs.sweeps()))
+            sys.exit(not all([draw(functions, data, args.out or FIGURES) for functions, data in sets]))
     except ValueError as error:
         sys.exit(f"plots.py: {error}")
 

@@ -5,6 +5,7 @@ S seeds.
 """
 
 import functools
+import gzip
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ from pathlib import Path
 import numpy as np
 from scipy.special import stdtr, stdtrit
 
-from study.rows import BOTH_TASKS, PARTS, kept_lines, row_file
+from metrics import headline_k
+from study.rows import BOTH_TASKS, HERE, PARTS
 
+RESULTS = HERE / "results" / "study"
 MODES = {"grpo": "GRPO", "prompt": "Prompt-GDRO", "rollout": "Rollout-GDRO", "both": "both"}
 TAIL = 0.6  # tail averages are over the steps at or past this quantile
 
@@ -48,10 +51,6 @@ class Run:
         """What was trained on what: "Qwen3-1.7B-Base on dapo", or "arithmetic", a task's own base on the task."""
         model, data = last_name(self.config["model"]), last_name(self.config["train_data"])
         return model if model == data else f"{model} on {data}"
-
-    @property
-    def rule(self) -> str:
-        return self.config["rule"]
 
     @property
     def mode(self) -> str:
@@ -97,25 +96,39 @@ def last_name(source: str) -> str:
     return task if task in BOTH_TASKS else path.stem if path.suffix in (".jsonl", ".json", ".parquet") else path.name
 
 
+# ------------------------------------------------------------------------------------------------ the study's
+
 Sweep = dict[float, list[Run]]  # learning rate -> the runs at it, by base model
+
+
+def row_file(task: str, row: str) -> Path:
+    return RESULTS / task / f"{row}.jsonl.gz"
+
+
+def kept_lines(file: Path) -> dict[str, str]:
+    """Name of a run -> its line, of all that a row's file holds. Names come first: none is parsed for them."""
+    if not file.exists():
+        return {}
+    with gzip.open(file, "rt") as lines:
+        return {line.split('"', 4)[3]: line for line in lines}
 
 
 @functools.cache
 def sweeps() -> dict[str, dict[str, Sweep]]:
-    """task -> row -> its complete runs, in the order of study.py; a task or row without any is left out.
+    """task -> row -> its complete runs, in the order of rows.py; a task or row without any is left out.
 
-    Raises ValueError for a run in which a flag of its row has another value than in study.py now.
+    Raises ValueError for a run in which a flag of its row has another value than in rows.py now.
     """
     found: dict[str, dict[str, Sweep]] = {}
     for row in (row for part in PARTS.values() for row in part):
-        for task in row.tasks:
+        for task in row.rates:
             sweep: Sweep = {}
             for line in kept_lines(row_file(task, row.name)).values():
                 run = Run(**json.loads(line))
                 other = [f"--{k} {run.config[k]}" for k, v in row.flags.items()
                          if k != "adversary" and run.config[k] != v]
                 if other:
-                    raise ValueError(f"{task}/{run.name} was run with {' '.join(other)}, unlike its row in study.py")
+                    raise ValueError(f"{task}/{run.name} was run with {' '.join(other)}, unlike its row in rows.py")
                 sweep.setdefault(run.config["learning_rate"], []).append(run)
             if sweep:
                 found.setdefault(task, {})[row.name] = dict(sorted(sweep.items()))
@@ -209,21 +222,6 @@ def present(run: Run, x_TB: np.ndarray) -> np.ndarray:
     return np.where(run.series("bins", "share") > 0, x_TB, np.nan)
 
 
-def signal_to_noise(mean_B: np.ndarray, error_B: np.ndarray, share_B: np.ndarray) -> float:
-    """Spread of the bins' means over what their standard errors alone would make it, both weighted by share.
-
-    Bins of one and the same loss show about 1: their means spread by e^2 (1 - sum q^2) when each has the error e. NaN
-    with fewer than two bins.
-    """
-    known = np.isfinite(mean_B) & np.isfinite(error_B) & (share_B > 0)
-    if known.sum() < 2:
-        return float("nan")
-    q = share_B[known] / share_B[known].sum()
-    spread = np.sqrt(q @ (mean_B[known] - q @ mean_B[known]) ** 2)
-    noise = np.sqrt(q @ error_B[known] ** 2 * (1 - q @ q))
-    return float(spread / noise) if noise > 0 else float("nan")
-
-
 def interval(x_S: np.ndarray) -> tuple[float, float, float]:
     """Mean over seeds and its 95% t-interval; without an interval (NaN) for one seed."""
     mean = float(np.mean(x_S))
@@ -247,14 +245,14 @@ def holm(p_M: list[float]) -> list[float]:
     return list(adjusted.values())
 
 
-def headline_k(evaluation: dict) -> int:
-    """8, or the largest k that enough responses were drawn for."""
-    return max(k for name in evaluation["passes"] if (k := int(name.removeprefix("pass@"))) <= 8)
-
-
 def headline(evaluation: dict) -> float:
-    """pass@8, or of the largest k that there is."""
-    return evaluation["passes"][f"pass@{headline_k(evaluation)}"]
+    """pass@8, or that of the largest k that there is."""
+    return evaluation["passes"][f"pass@{headline_k(evaluation['rollouts'])}"]
+
+
+def mean_success(evaluation: dict) -> float:
+    """pass@1, from all that were drawn."""
+    return evaluation["mean"]
 
 
 def cross_fitted(sweep: Sweep) -> list[Run]:
@@ -271,25 +269,12 @@ def cross_fitted(sweep: Sweep) -> list[Run]:
     return [at[max(at, key=lambda rate: elsewhere(rate, base))][base] for base in bases]
 
 
-def pairs(runs: list[Run], baseline: list[Run]) -> tuple[list[Run], list[Run]]:
-    """The runs of both whose seeds (in the study: base models) are in both, in the same order."""
-    other = {r.seed: r for r in baseline}
-    kept = [r for r in runs if r.seed in other]
-    return kept, [other[r.seed] for r in kept]
-
-
 def paired(runs: list[Run], baseline: list[Run], figure: Callable[[dict], float]) -> np.ndarray:
-    """Differences of a figure of the last evaluations, seed by seed, (S,). Raises ValueError for runs that began from
-    different base models: a base moves the figures as much as a mode."""
-    kept, other = pairs(runs, baseline)
-    for a, b in zip(kept, other, strict=True):
+    """Differences in points of a figure of the last evaluations, by the seeds (the study's base models) in both, (S,).
+    Raises ValueError for runs that began from different base models: a base moves the figures as much as a mode."""
+    other = {r.seed: r for r in baseline}
+    pairs = [(r, other[r.seed]) for r in runs if r.seed in other]
+    for a, b in pairs:
         if a.config["loaded"]["model"] != b.config["loaded"]["model"]:
             raise ValueError(f"{a.name} and {b.name} began from different base models and cannot be compared")
-    return np.array([figure(a.last()) - figure(b.last()) for a, b in zip(kept, other, strict=True)])
-
-
-def noise_ratios(run: Run, signal: str) -> list[float]:
-    """signal_to_noise of every step."""
-    return [signal_to_noise(m, e, q) for m, e, q in zip(run.series("signals", signal, "mean"),
-                                                        run.series("signals", signal, "error"),
-                                                        run.series("bins", "share"), strict=True)]
+    return np.array([100 * (figure(a.last()) - figure(b.last())) for a, b in pairs])
