@@ -25,7 +25,7 @@ import numpy as np
 from metrics import headline_k
 from study import figures, logs
 from study.figures import COLOURS, PAGE, legend, panel, rows_of
-from study.logs import BOTH_TASKS, MODES, Missing, Run, headline, present, stages, tail
+from study.logs import MODES, Missing, Run, headline, stages, tail
 from study.tables import run_table, sample_page, tables
 
 FIGURES = Path(__file__).parent / "figures"
@@ -58,20 +58,10 @@ def by_model(runs: list[Run]) -> Models:
 
 def refuse_difference(a: Run, b: Run, keys: set[str]) -> None:
     differing = [k for k in sorted(keys - {"preset", "seed", "environment", "resumed", "seconds"})
-                 if whatever_base(a.config.get(k)) != whatever_base(b.config.get(k))]
+                 if a.config.get(k) != b.config.get(k)]
     if differing:
         raise ValueError(f"{a.subject}: {a.name} and {b.name} differ in {', '.join(differing)}; figures take runs that "
                          "differ in seed and mode, --table RUN ... takes any")
-
-
-def whatever_base(value):
-    """A setting, or a record of what was loaded, without the number of a built-in base model: a base is a random factor
-    as a seed is. (Runs of two modes are paired by seed, and `logs.paired` refuses two bases.)"""
-    if isinstance(value, dict) and "model" in value:
-        name = whatever_base(value["model"].get("name"))
-        return {**value, "model": name} if name in BOTH_TASKS else value
-    task = value.partition(":")[0] if isinstance(value, str) else None
-    return task if task in BOTH_TASKS else value
 
 
 def of_mode(models: Models, *modes: str) -> Models:
@@ -103,19 +93,18 @@ def band(ax, runs: list[Run], values: list[np.ndarray], colour: str, label: str,
         ax.fill_between(steps, stack.min(axis=0), stack.max(axis=0), color=colour, alpha=0.15, linewidth=0)
 
 
-def heatmap(figure, ax, run: Run, x_TB: np.ndarray, *, low: float = 0.0, high: float | None = None, gamma: float = 1.0,
-            centre: float | None = None) -> None:
-    """Steps to the right, bins upwards (hardest at the bottom); hatched where the bin is absent.
-
-    With `centre` the scale is logarithmic and white there; else from low to high, gamma < 1 spreading small values.
-    """
-    if centre is None:
-        norm, colours, ticks = matplotlib.colors.PowerNorm(gamma, low, high), "viridis", None
+def heatmap(figure, ax, run: Run, key: str) -> None:
+    """What the log has of bins under `key`: steps to the right, bins upwards (hardest at the bottom); hatched where the
+    bin is absent. Weights and rollouts are on a logarithmic scale, white where they are uniform."""
+    x_TB, steps = run.bins(key), run.steps
+    uniform = {"weight": 1.0, "rollouts": run.n_bar}.get(key)
+    if uniform:
+        reach = max(float(np.nanmax(np.abs(np.log2(x_TB / uniform)))), 0.1)
+        norm, colours = matplotlib.colors.LogNorm(uniform * 2**-reach, uniform * 2**reach), "RdBu_r"
+        ticks = uniform * 2.0 ** np.arange(-np.floor(reach), np.floor(reach) + 1)
     else:
-        reach = max(float(np.nanmax(np.abs(np.log2(x_TB / centre)))), 0.1)
-        norm, colours = matplotlib.colors.LogNorm(centre * 2**-reach, centre * 2**reach), "RdBu_r"
-        ticks = centre * 2.0 ** np.arange(-np.floor(reach), np.floor(reach) + 1)
-    steps = run.steps
+        low, high, gamma = (-1, 1, 1) if key == "reward" else (0, None, 0.5)  # below 1 it spreads small shares
+        norm, colours, ticks = matplotlib.colors.PowerNorm(gamma, low, high), "viridis", None
     ax.patch.set(hatch="////", facecolor="#EEEEEE", edgecolor="#BBBBBB")
     image = ax.imshow(np.ma.masked_invalid(x_TB.T), aspect="auto", origin="lower", interpolation="nearest",
                       cmap=colours, norm=norm, extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, x_TB.shape[1] - 0.5))
@@ -140,16 +129,16 @@ def figure_1(models: Models):
     for (left, centre, right), (name, modes) in zip(axes, models.items(), strict=True):
         benchmarks(left, name, {m: runs for m, runs in modes.items() if runs[0].mode == m})
         prompt, rollout = modes["prompt"], modes["rollout"]
-        bars(centre, [tail(present(r, r.series("bins", "weight"))) for r in prompt], COLOURS["prompt"], start=1)
+        bars(centre, [tail(r.bins("weight")) for r in prompt], COLOURS["prompt"], start=1)
         centre.axhline(1, color=COLOURS["uniform"], linestyle="--", label="uniform")
         centre.set_yscale("log")
         centre.yaxis.set_major_formatter("{x:g}")
         panel(centre, "Prompt-GDRO", y="weight, tail average")
-        bars(right, [tail(r.series("bins", "rollouts")) for r in rollout], COLOURS["rollout"])
+        bars(right, [tail(r.bins("rollouts")) for r in rollout], COLOURS["rollout"])
         right.axhline(rollout[0].n_bar, color=COLOURS["uniform"], linestyle="--", label="uniform")
         panel(right, "Rollout-GDRO", y="rollouts, tail average")
         for ax, run in ((centre, prompt[0]), (right, rollout[0])):
-            bin_ticks(ax, len(run.log[0]["bins"]["share"]))
+            bin_ticks(ax, len(run.share[0]))
     legend(figure, axes[0, 0], axes[0, 1], columns=5)
     return figure
 
@@ -182,38 +171,24 @@ def bars(ax, values: list[np.ndarray], colour: str, start: float = 0) -> None:
         ax.plot(np.tile(range(len(mean)), len(values)), stack.ravel(), ".", color="black", markersize=2)
 
 
-def share_and(models: Models, mode: str, others: dict[str, Callable]):
-    """Prompt share beside other maps of step by bin, the first seed of each model: title -> draw(figure, ax, run)."""
+def maps(models: Models, mode: str, shown: dict[str, str]):
+    """Maps of step by bin, of the first seed of each model. shown: title -> key of the log's bins."""
     models = of_mode(models, mode)
-    figure, axes = rows_of(models, 1 + len(others))
+    figure, axes = rows_of(models, len(shown))
     for row, (name, modes) in zip(axes, models.items(), strict=True):
         run = modes[mode][0]
-        share = run.series("bins", "share")
-        heatmap(figure, row[0], run, np.where(share > 0, share, np.nan), gamma=0.5)
-        panel(row[0], f"{name}\nprompt share, seed {run.seed}", y="bin (0 = hardest)")
-        for ax, (title, draw_map) in zip(row[1:], others.items(), strict=True):
-            draw_map(figure, ax, run)
+        for ax, (title, key) in zip(row, shown.items(), strict=True):
+            heatmap(figure, ax, run, key)
             panel(ax, title)
+        panel(row[0], f"{name}\n{next(iter(shown))}, seed {run.seed}", y="bin (0 = hardest)")
     for ax in axes[-1]:
         ax.set_xlabel("step (hatched: bin absent)")
     return figure
 
 
-def weight_map(figure, ax, run: Run) -> None:
-    heatmap(figure, ax, run, present(run, run.series("bins", "weight")), centre=1.0)
-
-
-def reward_map(figure, ax, run: Run) -> None:
-    heatmap(figure, ax, run, run.series("bins", "reward"), low=-1, high=1)
-
-
-def rollouts_map(figure, ax, run: Run) -> None:
-    heatmap(figure, ax, run, run.series("bins", "rollouts"), centre=run.n_bar)
-
-
 def figure_3(models: Models):
     """Prompt share, adversary weight and realised reward, step by bin."""
-    return share_and(models, "prompt", {"adversary weight": weight_map, "realised reward": reward_map})
+    return maps(models, "prompt", {"prompt share": "share", "adversary weight": "weight", "realised reward": "reward"})
 
 
 def dynamics(models: Models, mode: str, acted: Callable[[Run], np.ndarray], what: str):
@@ -222,13 +197,13 @@ def dynamics(models: Models, mode: str, acted: Callable[[Run], np.ndarray], what
     figure, axes = rows_of(models, 3)
     for row, (name, modes) in zip(axes, models.items(), strict=True):
         runs = modes[mode]
-        for values, colour, label in (([r.series("bins", "share") for r in runs], COLOURS["grpo"], "prompts"),
+        for values, colour, label in (([r.share for r in runs], COLOURS["grpo"], "prompts"),
                                       ([acted(r) for r in runs], COLOURS[mode], what)):
             band(row[0], runs, [logs.mean_bin(v) for v in values], colour, label)
             for low, style in ((3, "-"), (8, "--")):
                 band(row[1], runs, [logs.mass_from(v, low) for v in values], colour, "", style)
             band(row[2], runs, [logs.entropy(v) for v in values], colour, label)
-        bins = len(runs[0].log[0]["bins"]["share"])
+        bins = len(runs[0].share[0])
         row[2].axhline(np.log(bins), color=COLOURS["uniform"], linestyle=":", label="uniform over bins")
         panel(row[0], f"{name}\nmean bin", y="bin (0 = hardest)")
         panel(row[1], "bins >= 3 (solid), >= 8 (dashed)", y="mass")
@@ -244,10 +219,6 @@ def figure_4(models: Models):
     return dynamics(models, "prompt", lambda r: r.series("bins", "weight"), "weights")
 
 
-def prompt_share(run: Run) -> np.ndarray:
-    return run.series("bins", "share")
-
-
 def stage_bars(models: Models, mode: str, shown: dict[str, tuple[str, Callable[[Run], np.ndarray]]]):
     """Bars by bin at four stages: label -> (colour, values of a run, (T, B)). A stage is the mean over seeds and the
     steps around it, a twentieth of the run each way: a single batch is too noisy."""
@@ -259,7 +230,7 @@ def stage_bars(models: Models, mode: str, shown: dict[str, tuple[str, Callable[[
         steps = len(runs[0].log)
         for ax, at in zip(row, stages(steps), strict=False):
             around = slice(max(0, at - steps // 20), at + steps // 20 + 1)
-            share = np.concatenate([r.series("bins", "share")[around] for r in runs]).mean(axis=0)
+            share = np.concatenate([r.share[around] for r in runs]).mean(axis=0)
             for i, (label, (colour, of)) in enumerate(shown.items()):
                 mean = np.concatenate([of(r)[around] for r in runs]).mean(axis=0)
                 places = np.arange(len(share)) + (i - (len(shown) - 1) / 2) * width
@@ -273,7 +244,7 @@ def stage_bars(models: Models, mode: str, shown: dict[str, tuple[str, Callable[[
 
 def figure_5(models: Models):
     """Prompt share over bins at four stages."""
-    return stage_bars(models, "prompt", {"prompts": (COLOURS["prompt"], prompt_share)})
+    return stage_bars(models, "prompt", {"prompts": (COLOURS["prompt"], lambda r: r.share)})
 
 
 def figure_6(models: Models):
@@ -283,16 +254,16 @@ def figure_6(models: Models):
     labels = {"uniform": "uniform", "rollout": "Rollout-GDRO", "law": "square-root law (30), best for (28)"}
     for (left, right), (name, modes) in zip(axes, models.items(), strict=True):
         runs = modes["prompt"]
-        gap = [logs.lead_lag(r.series("bins", "weight"), r.series("bins", "share")) for r in runs]
-        even = [logs.lead_lag(np.ones_like(x), x) for x in (r.series("bins", "share") for r in runs)]
+        gap = [logs.lead_lag(r.series("bins", "weight"), r.share) for r in runs]
+        even = [logs.lead_lag(np.ones_like(x), x) for x in (r.share for r in runs)]
         band(left, runs, gap, COLOURS["prompt"], "Prompt-GDRO")
         band(left, runs, even, COLOURS["uniform"], "uniform", "--", spread=False)
         panel(left, f"{name}\nlead-lag (32)", y="bins (lower: on harder ones)")
         runs = modes["rollout"]
         sigma, n_bar = logs.bin_sigma(runs), runs[0].n_bar
-        share = [r.series("bins", "share") for r in runs]
+        share = [r.share for r in runs]
         choices = (("uniform", [np.full_like(q, n_bar) for q in share], "--"),
-                   ("rollout", [r.series("bins", "rollouts") for r in runs], "-"),
+                   ("rollout", [r.bins("rollouts") for r in runs], "-"),
                    ("law", [np.maximum(logs.square_root_law(q, sigma, n_bar), 1e-9) for q in share], ":"))
         for key, rollouts, style in choices:
             values = [logs.wse(q, np.nan_to_num(sigma), n) for q, n in zip(share, rollouts, strict=True)]
@@ -306,22 +277,18 @@ def figure_6(models: Models):
 
 def figure_7(models: Models):
     """Prompt share beside rollouts per prompt, step by bin."""
-    return share_and(models, "rollout", {"rollouts per prompt": rollouts_map})
-
-
-def budget(run: Run) -> np.ndarray:
-    return logs.budget_share(run.series("bins", "share"), run.series("bins", "rollouts"))
+    return maps(models, "rollout", {"prompt share": "share", "rollouts per prompt": "rollouts"})
 
 
 def figure_8(models: Models):
     """Dynamics of Rollout-GDRO: where the prompts are and where the rollouts."""
-    return dynamics(models, "rollout", budget, "rollouts")
+    return dynamics(models, "rollout", logs.budget_share, "rollouts")
 
 
 def figure_9(models: Models):
     """Prompt share against rollout-budget share by bin at four stages."""
-    return stage_bars(models, "rollout", {"prompts": (COLOURS["grpo"], prompt_share),
-                                          "rollouts": (COLOURS["rollout"], budget)})
+    return stage_bars(models, "rollout", {"prompts": (COLOURS["grpo"], lambda r: r.share),
+                                          "rollouts": (COLOURS["rollout"], logs.budget_share)})
 
 
 def figure_overview(run: Run):
@@ -337,11 +304,11 @@ def figure_overview(run: Run):
         right.set_ylabel(f"held-out pass@{headline_k(run.last()['rollouts'])}, % (dots)")
         right.spines["right"].set_visible(True)
     panel(reward, f"{run.name}: {run.subject}\nreward", x="step", y="mean reward")
-    reward_map(figure, by_bin, run)
+    heatmap(figure, by_bin, run, "reward")
     panel(by_bin, "reward by bin", x="step", y="bin (0 = hardest)")
-    weight_map(figure, weight, run)
+    heatmap(figure, weight, run, "weight")
     panel(weight, "weight by bin", x="step")
-    rollouts_map(figure, rollouts, run)
+    heatmap(figure, rollouts, run, "rollouts")
     panel(rollouts, "rollouts by bin", x="step", y="bin (0 = hardest)")
     price.plot(steps, run.series("shadow_price"), color=COLOURS["uniform"], linestyle="--", label="mu (21)")
     price.plot(steps, run.series("shadow_price_dp"), color=colour, label="marginal value of the DP")

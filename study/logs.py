@@ -68,6 +68,15 @@ class Run:
     def n_bar(self) -> float:
         return self.config["rollouts_per_prompt"]
 
+    @property
+    def share(self) -> np.ndarray:
+        """Of a batch's prompts, by bin, (T, B): 0 where the bin is absent."""
+        return self.series("bins", "share")
+
+    def bins(self, key: str) -> np.ndarray:
+        """What the log has of bins under a key, (T, B): NaN where the bin is absent from the step."""
+        return np.where(self.share > 0, self.series("bins", key), np.nan)
+
     def series(self, *path: str) -> np.ndarray:
         """The values of one key of every line, e.g. series("bins", "share"): (T,) or (T, B), NaN for null."""
         if not self.log:
@@ -155,9 +164,8 @@ def stages(steps: int, count: int = 4) -> np.ndarray:
 def tail(x_T: np.ndarray) -> np.ndarray:
     """Mean over the steps from the 60th percentile on; NaN only where a bin was absent from all of them."""
     late = x_T[int(np.ceil(TAIL * (len(x_T) - 1))):]
-    seen = np.isfinite(late)
-    count = seen.sum(axis=0)
-    return np.where(count > 0, np.where(seen, late, 0).sum(axis=0) / np.maximum(count, 1), np.nan)
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        return np.nansum(late, axis=0) / np.isfinite(late).sum(axis=0)
 
 
 def normalised(x_TB: np.ndarray) -> np.ndarray:
@@ -190,20 +198,18 @@ def lead_lag(weight_TB: np.ndarray, share_TB: np.ndarray) -> np.ndarray:
     return mean_bin(weight_TB) - mean_bin(share_TB)
 
 
-def budget_share(share_TB: np.ndarray, rollouts_TB: np.ndarray) -> np.ndarray:
+def budget_share(run: Run) -> np.ndarray:
     """Share of a step's rollouts that each bin was given, (T, B)."""
-    return normalised(share_TB * np.nan_to_num(rollouts_TB))
+    return normalised(run.share * np.nan_to_num(run.bins("rollouts")))
 
 
 def bin_sigma(runs: list[Run]) -> np.ndarray:
     """sigma_b of (33), (B,): root of the mean within-prompt variance of the reward, once for all steps and runs; NaN
     for a bin never seen."""
-    share = np.concatenate([r.series("bins", "share") for r in runs])
+    share = np.concatenate([r.share for r in runs])
     variance = np.concatenate([r.series("signals", "variance", "mean") for r in runs])
-    weight = np.where(np.isfinite(variance), share, 0)
-    total = weight.sum(axis=0)
-    return np.sqrt(np.divide((weight * np.nan_to_num(variance)).sum(axis=0), total, out=np.full(share.shape[1], np.nan),
-                             where=total > 0))
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        return np.sqrt(np.nansum(share * variance, axis=0) / (share * np.isfinite(variance)).sum(axis=0))
 
 
 def wse(share_TB: np.ndarray, sigma_B: np.ndarray, rollouts_TB: np.ndarray) -> np.ndarray:
@@ -215,11 +221,6 @@ def square_root_law(share_TB: np.ndarray, sigma_B: np.ndarray, n_bar: float) -> 
     """(30) with the variances known: n_b = n_bar sigma_b / sum_j q_j sigma_j, not rounded, (T, B)."""
     sigma_B = np.nan_to_num(sigma_B)
     return n_bar * sigma_B / (share_TB * sigma_B).sum(axis=-1, keepdims=True)
-
-
-def present(run: Run, x_TB: np.ndarray) -> np.ndarray:
-    """The values with NaN where the bin is absent from the step."""
-    return np.where(run.series("bins", "share") > 0, x_TB, np.nan)
 
 
 def interval(x_S: np.ndarray) -> tuple[float, float, float]:

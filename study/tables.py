@@ -8,25 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from metrics import headline_k, markdown
-from study.logs import (
-    Missing,
-    Run,
-    bin_sigma,
-    headline,
-    holm,
-    interval,
-    last_name,
-    mean_success,
-    p_value,
-    paired,
-    present,
-    stages,
-    study,
-    sweeps,
-    tail,
-    whole_lines,
-    wse,
-)
+from study import logs
+from study.logs import Missing, Run, headline, mean_success, study, sweeps
 from study.rows import BOTH_TASKS, PARTS, Row, written
 
 NOTE = """Figures are of the end of training, in percent, on 600 held-out problems answered 16 times each at
@@ -71,20 +54,19 @@ def difference(task: str, pair: Pair, figure: Callable[[dict], float]) -> np.nda
     rates = list(sweeps().get(task, {}).get(pair[0], ()))
     if len(rates) == 1:
         theirs = sweeps()[task].get(pair[1], {}).get(rates[0], theirs)
-    return paired(ours, theirs, figure)
+    return logs.paired(ours, theirs, figure)
 
 
-def pooled(pairs: list[Pair], figure: Callable[[dict], float] = headline) -> np.ndarray:
+def pooled(pairs: Iterable[Pair], figure: Callable[[dict], float] = headline) -> np.ndarray:
     """Their differences on all bases of both tasks."""
-    found = [difference(task, pair, figure) for pair in pairs for task in BOTH_TASKS]
-    return np.concatenate([np.zeros(0), *found])
+    return np.concatenate([difference(task, pair, figure) for pair in pairs for task in BOTH_TASKS])
 
 
 def spread(values: np.ndarray) -> str:
     """Mean and 95% interval: +8.2 [+5.2, +11.1]; empty for no values."""
     if not len(values):
         return ""
-    mean, low, high = interval(values)
+    mean, low, high = logs.interval(values)
     return f"{mean:+.1f}" if len(values) < 2 else f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
@@ -92,11 +74,16 @@ def percent(values: Iterable[float]) -> str:
     return f"{100 * np.mean(list(values)):.1f}"
 
 
-def cells(pair: Pair) -> dict[str, str]:
-    """What the study's tables say of a comparison: column -> cell."""
-    by_task = {task: spread(difference(task, pair, headline)) for task in BOTH_TASKS}
-    return {"pairs": str(len(pooled([pair]))), "pass@8": spread(pooled([pair])), **by_task,
-            "pass@1": spread(pooled([pair], mean_success)), "three rarest kinds": spread(pooled([pair], rarest_kinds))}
+def cells(*pairs: Pair) -> dict[str, str]:
+    """What tables say of a comparison: column -> cell."""
+    return {"pairs": str(len(pooled(pairs))), "pass@8": spread(pooled(pairs)),
+            "pass@1": spread(pooled(pairs, mean_success))}
+
+
+def detailed(pair: Pair) -> dict[str, str]:
+    """The same with pass@8 by task and of rare kinds."""
+    return {**cells(pair), **{f"pass@8, {task}": spread(difference(task, pair, headline)) for task in BOTH_TASKS},
+            "pass@8, three rarest kinds": spread(pooled([pair], rarest_kinds))}
 
 
 def table(title: str, lines: list[dict[str, str]]) -> str:
@@ -109,24 +96,23 @@ def adjusted() -> dict[Pair, float]:
     """p of each pair of QUESTIONS, by Holm over those of its table."""
     out: dict[Pair, float] = {}
     for pairs in QUESTIONS.values():
-        out |= zip(pairs, holm([p_value(pooled([pair])) for pair in pairs]), strict=True)
+        out |= zip(pairs, logs.holm([logs.p_value(pooled([pair])) for pair in pairs]), strict=True)
     return out
 
 
 def readme_table() -> str:
-    holms, lines = adjusted(), []
+    """p is Holm's where the line is one question, else that of its own t-test."""
+    lines, holms = [], adjusted()
     for name, pairs in README.items():
-        asked = len(pairs) == 1 and pairs[0] in holms
-        p = f"{holms[pairs[0]]:.2g}" if asked else f"{p_value(pooled(pairs)):.2g}, unadjusted"
-        lines.append({"rows": name, "pairs": str(len(pooled(pairs))), "pass@8": spread(pooled(pairs)),
-                      "pass@1": spread(pooled(pairs, mean_success)), "p": p})
+        plain = f"{logs.p_value(pooled(pairs)):.2g}, unadjusted"
+        p = f"{holms[pairs[0]]:.2g}" if len(pairs) == 1 and pairs[0] in holms else plain
+        lines.append({"rows": name, **cells(*pairs), "p": p})
     return table("README", lines)
 
 
 def question_tables() -> list[str]:
-    holms = adjusted()
-    return [table(title, [{"rows": " - ".join(pair), **cells(pair), "p (Holm)": f"{holms[pair]:.2g}"}
-                          for pair in pairs])
+    p = adjusted()
+    return [table(title, [{"rows": " - ".join(pair), **detailed(pair), "p (Holm)": f"{p[pair]:.2g}"} for pair in pairs])
             for title, pairs in QUESTIONS.items()]
 
 
@@ -137,10 +123,10 @@ def outcome_table(title: str, rows: tuple[Row, ...], against: str = "") -> str:
         line, pair = {"row": row.name}, (row.name, against or row.against)
         for task, runs in ((task, found[row.name]) for task, found in study().items() if row.name in found):
             rates = Counter(r.config["learning_rate"] for r in runs)
-            line |= {f"{task}, rates": ", ".join(f"{written(rate)} ({rates[rate]})" for rate in sorted(rates)),
-                     f"{task}, pass@8": percent(headline(r.last()) for r in runs),
-                     f"{task}, pass@1": percent(mean_success(r.last()) for r in runs)}
-        lines.append({**line, "minus": pair[1], **cells(pair)} if row.name not in (pair[1], "base") else line)
+            line |= {f"{task}: rates": ", ".join(f"{written(rate)} ({rates[rate]})" for rate in sorted(rates)),
+                     f"{task}: pass@8": percent(headline(r.last()) for r in runs),
+                     f"{task}: pass@1": percent(mean_success(r.last()) for r in runs)}
+        lines.append({**line, "minus": pair[1], **detailed(pair)} if row.name not in (pair[1], "base") else line)
     return table(title, lines)
 
 
@@ -152,10 +138,10 @@ def weight_table() -> str:
         runs = study()[task][row]
         line = {"row": f"{row}, {task}"}
         for which, group in (("reported", runs), ("all rates", sum(sweeps()[task][row].values(), []))):
-            weights = [present(r, r.series("bins", "weight")) for r in group]
+            weights = [r.bins("weight") for r in group]
             line |= {f"runs, {which}": str(len(group)), f"least weight, {which}": f"{min(map(np.nanmin, weights)):.3f}",
                      f"greatest weight, {which}": f"{max(map(np.nanmax, weights)):.3f}"}
-        outer = [tail(r.series("bins", "share"))[[0, -1]].sum() for r in runs]
+        outer = [logs.tail(r.share)[[0, -1]].sum() for r in runs]
         losses = np.mean([r.series("surrogate_abs").mean(axis=0) for r in runs], axis=0)
         lines.append({**line, "prompts in outer two bins": f"{100 * np.mean(outer):.0f}%",
                       "prompt loss by optimiser step": " ".join(f"{x:.0e}" for x in losses)})
@@ -168,10 +154,10 @@ def allocation_table() -> str:
     rows = ("rollout", "rollout-maxrl", "rollout-rank", "rollout-variance", "paper-rollout")
     for task, row in ((task, row) for row in rows for task in BOTH_TASKS):
         runs = study()[task][row]
-        sigma, error, variance = np.nan_to_num(bin_sigma(runs)), [], []
+        sigma, error, variance = np.nan_to_num(logs.bin_sigma(runs)), [], []
         for r in runs:
-            q, n = r.series("bins", "share"), np.nan_to_num(r.series("bins", "rollouts"), nan=1.0)
-            error.append(wse(q, sigma, n).sum() / wse(q, sigma, np.full_like(q, r.n_bar)).sum())
+            q, n = r.share, np.nan_to_num(r.bins("rollouts"), nan=1.0)
+            error.append(logs.wse(q, sigma, n).sum() / logs.wse(q, sigma, np.full_like(q, r.n_bar)).sum())
             variance.append((q * sigma**2 / n).sum() / (q * sigma**2 / r.n_bar).sum())
         lines.append({"row": f"{row}, {task}", "runs": str(len(runs)),
                       "WSE (33)": f"{100 * (np.mean(error) - 1):+.1f}%",
@@ -181,10 +167,9 @@ def allocation_table() -> str:
 
 def tables() -> str:
     """All of the study, as results/TABLES.md holds it."""
-    arena = PARTS["The arena"]
-    return "\n\n".join([NOTE, readme_table(), *question_tables(), outcome_table("The arena against grpo", arena, "grpo"),
-                        *(outcome_table(part, rows) for part, rows in PARTS.items()), weight_table(),
-                        allocation_table()])
+    parts = [outcome_table("The arena against grpo", PARTS["The arena"], "grpo"),
+             *(outcome_table(part, rows) for part, rows in PARTS.items())]
+    return "\n\n".join([NOTE, readme_table(), *question_tables(), *parts, weight_table(), allocation_table()])
 
 
 # ------------------------------------------------------------------------------------------------ any runs
@@ -197,30 +182,26 @@ def run_table(runs: list[Run]) -> str:
 
 def run_line(run: Run) -> dict[str, str]:
     """Column -> cell; without evaluations there are no columns for them."""
-    tokens, seconds = (run.series(*path).sum() if run.log else 0
-                       for path in (("tokens_generated",), ("seconds", "total")))
+    tokens = sum(line["tokens_generated"] for line in run.log)
+    seconds = sum(line["seconds"]["total"] for line in run.log)
     line = {"run": run.name, "trained": run.subject, "mode": run.mode, "rule": run.config["rule"],
-            "seed": str(run.seed), "steps": str(len(run.log)), "tokens": f"{tokens:,.0f}",
-            "hours": f"{seconds / 3600:.3g}"}
-    if run.evaluations:
-        last = run.last()
-        line["evaluated on"] = (f"{last['problems']} of {last_name(run.config['eval_data']) or 'those held out'}, "
-                                f"temperature {run.config['eval_temperature']:g}")
-        for name, e in (("last", last), ("best", max(run.evaluations, key=headline))):
-            line |= {f"{name} at step": str(e["step"]),
-                     f"{name} pass@{headline_k(e['rollouts'])}": percent([headline(e)]),
-                     f"{name} mean@{e['rollouts']}": percent([mean_success(e)])}
+            "seed": str(run.seed), "evaluated on": logs.last_name(run.config["eval_data"]) or "those held out",
+            "steps": str(len(run.log)), "tokens": f"{tokens:,.0f}", "hours": f"{seconds / 3600:.3g}"}
+    evaluations = {"last": run.last(), "best": max(run.evaluations, key=headline)} if run.evaluations else {}
+    for name, e in evaluations.items():
+        line |= {f"{name} at step": str(e["step"]), f"{name} pass@{headline_k(e['rollouts'])}": percent([headline(e)]),
+                 f"{name} mean@{e['rollouts']}": percent([mean_success(e)])}
     return line
 
 
 def sample_page(folder: Path) -> str:
     """Rollouts of a run to read, of evenly spaced steps. Raises Missing for a run that has none."""
-    run, samples = Run.load(folder), whole_lines(folder / "samples.jsonl")
+    run, samples = Run.load(folder), logs.whole_lines(folder / "samples.jsonl")
     if not samples:
         raise Missing(f"{folder}: samples.jsonl is missing or empty; train.py writes it with the first step")
     steps = sorted({s["step"] for s in samples})
     page = [f"# {run.name}: {run.subject}, mode {run.mode}"]
-    for step in (steps[i] for i in stages(len(steps), STAGES)):
+    for step in (steps[i] for i in logs.stages(len(steps), STAGES)):
         page.append(f"## step {step}, of 0 to {steps[-1]}")
         page += [sample_text(s, own_reward=bool(run.config.get("reward"))) for s in samples if s["step"] == step]
     return "\n\n".join(page)
