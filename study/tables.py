@@ -12,10 +12,11 @@ from study import logs
 from study.logs import Missing, Run, headline, mean_success, study, sweeps
 from study.rows import BOTH_TASKS, PARTS, Row, written
 
-NOTE = """Figures are of the end of training, in percent, on 600 held-out problems answered 16 times each at
-temperature 1 without truncation; pass@1 is the mean over the 16. The unit is a base model: differences are in points,
-paired by base, the pairs of both tasks together where no task is named, with 95% t-intervals over pairs. A base reports
-at the learning rate that is best for its row in the mean over the other bases of its task."""
+NOTE = """All {runs} runs took {hours:.0f} hours in sum, one thread each. Figures are of the end of training, in
+percent, on 600 held-out problems answered 16 times each at temperature 1 without truncation; pass@1 is the mean over
+the 16. The unit is a base model: differences are in points, paired by base, the pairs of both tasks together where no
+task is named, with 95% t-intervals over pairs. A base reports at the learning rate that is best for its row in the mean
+over the other bases of its task."""
 RAREST = 3  # of the kinds of a task, which come from the most to the least often worked
 Pair = tuple[str, str]  # a row and the one that it is held against
 # What was asked before its rows ran, by table: is the first row of a pair better? Holm adjusts the p of a table.
@@ -167,9 +168,11 @@ def allocation_table() -> str:
 
 def tables() -> str:
     """All of the study, as results/TABLES.md holds it."""
+    runs = [run for rows in sweeps().values() for sweep in rows.values() for group in sweep.values() for run in group]
+    note = NOTE.format(runs=len(runs), hours=sum(run.config.get("seconds", 0) for run in runs) / 3600)
     parts = [outcome_table("The arena against grpo", PARTS["The arena"], "grpo"),
              *(outcome_table(part, rows) for part, rows in PARTS.items())]
-    return "\n\n".join([NOTE, readme_table(), *question_tables(), *parts, weight_table(), allocation_table()])
+    return "\n\n".join([note, readme_table(), *question_tables(), *parts, weight_table(), allocation_table()])
 
 
 # ------------------------------------------------------------------------------------------------ any runs
