@@ -24,7 +24,7 @@ import numpy as np
 
 from metrics import headline_k
 from study import figures, logs
-from study.figures import COLOURS, PAGE, legend, panel, rows_of
+from study.figures import COLOURS, PAGE, legend, rows_of
 from study.logs import MODES, Missing, Run, headline, stages, tail
 from study.tables import run_table, sample_page, tables
 
@@ -133,10 +133,10 @@ def figure_1(models: Models):
         centre.axhline(1, color=COLOURS["uniform"], linestyle="--", label="uniform")
         centre.set_yscale("log")
         centre.yaxis.set_major_formatter("{x:g}")
-        panel(centre, "Prompt-GDRO", y="weight, tail average")
+        centre.set(title="Prompt-GDRO", ylabel="weight, tail average")
         bars(right, [tail(r.bins("rollouts")) for r in rollout], COLOURS["rollout"])
         right.axhline(rollout[0].n_bar, color=COLOURS["uniform"], linestyle="--", label="uniform")
-        panel(right, "Rollout-GDRO", y="rollouts, tail average")
+        right.set(title="Rollout-GDRO", ylabel="rollouts, tail average")
         for ax, run in ((centre, prompt[0]), (right, rollout[0])):
             bin_ticks(ax, len(run.share[0]))
     legend(figure, axes[0, 0], axes[0, 1], columns=5)
@@ -157,7 +157,7 @@ def benchmarks(ax, name: str, modes: dict[str, list[Run]]) -> None:
         ax.bar(centres, found.mean(axis=1), width, color=COLOURS[mode], label=MODES[mode], alpha=0.75)
         ax.plot(np.repeat(centres, found.shape[1]), found.ravel(), ".", color="black", markersize=1.5)
     ax.set_xticks(range(1 + len(kinds)), ["all", *(k.replace("_", " ") for k in kinds)], rotation=25, ha="right")
-    panel(ax, f"{name}\ndots: runs", y=f"pass@{headline_k(first['rollouts'])}, %")
+    ax.set(title=f"{name}\ndots: runs", ylabel=f"pass@{headline_k(first['rollouts'])}, %")
 
 
 def bars(ax, values: list[np.ndarray], colour: str, start: float = 0) -> None:
@@ -179,8 +179,8 @@ def maps(models: Models, mode: str, shown: dict[str, str]):
         run = modes[mode][0]
         for ax, (title, key) in zip(row, shown.items(), strict=True):
             heatmap(figure, ax, run, key)
-            panel(ax, title)
-        panel(row[0], f"{name}\n{next(iter(shown))}, seed {run.seed}", y="bin (0 = hardest)")
+            ax.set(title=title)
+        row[0].set(title=f"{name}\n{next(iter(shown))}, seed {run.seed}", ylabel="bin (0 = hardest)")
     for ax in axes[-1]:
         ax.set_xlabel("step (hatched: bin absent)")
     return figure
@@ -205,9 +205,9 @@ def dynamics(models: Models, mode: str, acted: Callable[[Run], np.ndarray], what
             band(row[2], runs, [logs.entropy(v) for v in values], colour, label)
         bins = len(runs[0].share[0])
         row[2].axhline(np.log(bins), color=COLOURS["uniform"], linestyle=":", label="uniform over bins")
-        panel(row[0], f"{name}\nmean bin", y="bin (0 = hardest)")
-        panel(row[1], "bins >= 3 (solid), >= 8 (dashed)", y="mass")
-        panel(row[2], "entropy", y="nats")
+        row[0].set(title=f"{name}\nmean bin", ylabel="bin (0 = hardest)")
+        row[1].set(title="bins >= 3 (solid), >= 8 (dashed)", ylabel="mass")
+        row[2].set(title="entropy", ylabel="nats")
     for ax in axes[-1]:
         ax.set_xlabel("step")
     legend(figure, axes[0, 0], axes[0, 2])
@@ -235,7 +235,7 @@ def stage_bars(models: Models, mode: str, shown: dict[str, tuple[str, Callable[[
                 mean = np.concatenate([of(r)[around] for r in runs]).mean(axis=0)
                 places = np.arange(len(share)) + (i - (len(shown) - 1) / 2) * width
                 ax.bar(places, np.where(share > 0, mean, np.nan), width, color=colour, label=label)
-            panel(ax, f"{name}\nstep {runs[0].steps[at]}" if ax is row[0] else f"step {runs[0].steps[at]}")
+            ax.set(title=f"{name}\nstep {runs[0].steps[at]}" if ax is row[0] else f"step {runs[0].steps[at]}")
             bin_ticks(ax, len(share))
         row[0].set_ylabel("share of the batch")
     legend(figure, axes[0, 0])
@@ -258,7 +258,7 @@ def figure_6(models: Models):
         even = [logs.lead_lag(np.ones_like(x), x) for x in (r.share for r in runs)]
         band(left, runs, gap, COLOURS["prompt"], "Prompt-GDRO")
         band(left, runs, even, COLOURS["uniform"], "uniform", "--", spread=False)
-        panel(left, f"{name}\nlead-lag (32)", y="bins (lower: on harder ones)")
+        left.set(title=f"{name}\nlead-lag (32)", ylabel="bins (lower: on harder ones)")
         runs = modes["rollout"]
         sigma, n_bar = logs.bin_sigma(runs), runs[0].n_bar
         share = [r.share for r in runs]
@@ -268,7 +268,7 @@ def figure_6(models: Models):
         for key, rollouts, style in choices:
             values = [logs.wse(q, np.nan_to_num(sigma), n) for q, n in zip(share, rollouts, strict=True)]
             band(right, runs, values, COLOURS[key], labels[key], style, spread=key == "rollout")
-        panel(right, "weighted standard error (33)", y="reward units")
+        right.set(title="weighted standard error (33)", ylabel="reward units")
     for ax in axes[-1]:
         ax.set_xlabel("step")
     legend(figure, axes[0, 0], axes[0, 1])
@@ -303,24 +303,24 @@ def figure_overview(run: Run):
                    color="black", markersize=3)
         right.set_ylabel(f"held-out pass@{headline_k(run.last()['rollouts'])}, % (dots)")
         right.spines["right"].set_visible(True)
-    panel(reward, f"{run.name}: {run.subject}\nreward", x="step", y="mean reward")
+    reward.set(title=f"{run.name}: {run.subject}\nreward", xlabel="step", ylabel="mean reward")
     heatmap(figure, by_bin, run, "reward")
-    panel(by_bin, "reward by bin", x="step", y="bin (0 = hardest)")
+    by_bin.set(title="reward by bin", xlabel="step", ylabel="bin (0 = hardest)")
     heatmap(figure, weight, run, "weight")
-    panel(weight, "weight by bin", x="step")
+    weight.set(title="weight by bin", xlabel="step")
     heatmap(figure, rollouts, run, "rollouts")
-    panel(rollouts, "rollouts by bin", x="step", y="bin (0 = hardest)")
+    rollouts.set(title="rollouts by bin", xlabel="step", ylabel="bin (0 = hardest)")
     price.plot(steps, run.series("shadow_price"), color=COLOURS["uniform"], linestyle="--", label="mu (21)")
     price.plot(steps, run.series("shadow_price_dp"), color=colour, label="marginal value of the DP")
     price.legend(loc="upper left", fontsize=6)
     price.margins(y=0.4)
-    panel(price, "shadow price of a rollout", x="step")
+    price.set(title="shadow price of a rollout", xlabel="step")
     phases = [k for k in run.log[0]["seconds"] if k != "total"]
     seconds.stackplot(steps, [run.series("seconds", k) for k in phases], labels=phases,
                       colors=plt.get_cmap("cividis")(np.linspace(0, 1, len(phases))))
     seconds.legend(ncols=3, fontsize=5, loc="upper left")
     seconds.set_ylim(0, 1.5 * float(run.series("seconds", "total").max()))
-    panel(seconds, "time by phase", x="step", y="seconds a step")
+    seconds.set(title="time by phase", xlabel="step", ylabel="seconds a step")
     return figure
 
 
@@ -352,11 +352,6 @@ def draw(functions: dict[str, Callable], data, folder: Path) -> bool:
     return complete
 
 
-def own_folder(runs: list[Run]) -> Path:
-    """Where figures of these runs go: the study's, which are tracked, stay as they are."""
-    return FIGURES / (runs[0].name + f"+{len(runs) - 1}" * (len(runs) > 1))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
@@ -374,19 +369,20 @@ def main() -> None:
         parser.error(f"--out {args.out} holds the study's figures; take another folder, or leave --out away")
     try:
         runs = [Run.load(folder) for folder in args.runs]
+        own = FIGURES / (runs[0].name + f"+{len(runs) - 1}" * (len(runs) > 1)) if runs else FIGURES
         if args.table:
             print(run_table(runs) if runs else tables())
         elif args.samples:
             print("\n\n".join(map(sample_page, args.runs)))
         elif args.live:
             for run in runs:
-                save(figure_overview(run), f"overview_{run.name}", args.out or own_folder([run]))
+                save(figure_overview(run), f"overview_{run.name}", args.out or own)
         elif runs:
-            sys.exit(not draw(PAPER_FIGURES, by_model(runs), args.out or own_folder(runs)))
+            sys.exit(not draw(PAPER_FIGURES, by_model(runs), args.out or own))
         else:
             modes = {task: {m: rows[m] for m in MODES if m in rows} for task, rows in logs.study().items()}
             sets = ((PAPER_FIGURES, modes), (figures.OF_ROWS, logs.study()), (figures.OF_SWEEPS, logs.sweeps()))
-            sys.exit(not all([draw(functions, data, args.out or FIGURES) for functions, data in sets]))
+            sys.exit(not all([draw(functions, data, args.out or own) for functions, data in sets]))
     except ValueError as error:
         sys.exit(f"plots.py: {error}")
 

@@ -18,7 +18,7 @@ PAGE = 7.0  # inches: the width of a paper's page
 plt.rcParams.update({"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7,
                      "xtick.labelsize": 7, "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False,
                      "pdf.fonttype": 42, "figure.constrained_layout.use": True, "legend.frameon": False,
-                     "lines.linewidth": 1.2})
+                     "lines.linewidth": 1.2, "axes.titlelocation": "left"})
 
 Rows = dict[str, list[Run]]  # row -> its runs, by base
 
@@ -26,12 +26,6 @@ Rows = dict[str, list[Run]]  # row -> its runs, by base
 def rows_of(subjects, columns: int, *, height: float = 1.9, **kwargs):
     """A figure of one row of panels for each subject: (figure, axes of shape (subjects, columns))."""
     return plt.subplots(len(subjects), columns, figsize=(PAGE, height * len(subjects) + 0.35), squeeze=False, **kwargs)
-
-
-def panel(ax, title: str = "", x: str = "", y: str = "") -> None:
-    ax.set_title(title, loc="left")
-    ax.set_xlabel(x)
-    ax.set_ylabel(y)
 
 
 def legend(figure, *axes, columns: int = 4) -> None:
@@ -65,7 +59,7 @@ def figure_outcomes(tasks: dict[str, Rows]):
             ax.errorbar(mean, y, xerr=None if np.isnan(low) else [[mean - low], [high - mean]], fmt="o",
                         color=colour(row), markersize=3.5, elinewidth=1.2)
         ax.axvline(0, color=COLOURS["uniform"], linewidth=0.8)
-        panel(ax, task, x="pass@8, points")
+        ax.set(title=task, xlabel="pass@8, points")
         ax.set_yticks(range(len(found)), list(found))
         ax.grid(axis="x", alpha=0.3, linewidth=0.5)
     axes[0, 0].set_ylim(len(found) - 0.5, -0.5)
@@ -100,7 +94,7 @@ def figure_rates(tasks: dict[str, dict[str, Sweep]]):
         rates = sorted({rate for sweep in swept.values() for rate in sweep})
         ax.set_xticks(rates, [written(r) for r in rates])
         ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-        panel(ax, task, x="learning rate", y="pass@8, %" if ax is axes[0, 0] else "")
+        ax.set(title=task, xlabel="learning rate", ylabel="pass@8, %" if ax is axes[0, 0] else "")
     legend(figure, *axes[0])
     return figure
 
@@ -120,7 +114,7 @@ def figure_curves(tasks: dict[str, Rows]):
                 [e["step"] for e in group[0].evaluations],
                 100 * np.array([[figure_of(e) for e in r.evaluations] for r in group if r.seed in bases]))
                 for name, group in runs.items()})
-            panel(ax, f"{task}: {label}", x="step", y="%")
+            ax.set(title=f"{task}: {label}", xlabel="step", ylabel="%")
     legend(figure, axes[0, 0])
     return figure
 

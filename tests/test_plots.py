@@ -202,7 +202,7 @@ def test_the_command_draws_given_runs_into_a_folder_of_their_own(tmp_path, monke
     drawn = {str(file.relative_to(tmp_path)) for name in ("figures", "elsewhere") for file in
              (tmp_path / name).rglob("*.*")}
     assert drawn == {f"{folder}/{file}" for folder in ("figures/grpo-0+7", "elsewhere") for file in files} | {
-        f"figures/grpo-{seed}/overview_grpo-{seed}.{suffix}" for seed in range(2) for suffix in ("png", "pdf")}
+        f"figures/grpo-0+1/overview_grpo-{seed}.{suffix}" for seed in range(2) for suffix in ("png", "pdf")}
     assert command(*folders, "--out", tmp_path / "figures") == 2
     assert "holds the study's figures; take another folder" in capsys.readouterr().err
 
