@@ -35,6 +35,7 @@ FIGURES = Path(__file__).parent / "figures"
 Models = dict[str, dict[str, list[Run]]]  # what was trained on what, and the rule -> mode -> its runs by seed
 COMPARABLE = {"loaded", "steps", "prompts_per_step", "rollouts_per_prompt", "eval_rollouts", "eval_temperature",
               "eval_top_p", "eval_top_k"}
+OF_A_RUN = {"preset", "seed", "environment", "resumed", "seconds"}  # settings that runs of one mode may differ in
 
 
 def by_model(runs: list[Run]) -> Models:
@@ -43,25 +44,19 @@ def by_model(runs: list[Run]) -> Models:
     models: Models = {}
     for run in sorted(runs, key=lambda r: r.seed):
         rule = run.config["rule"]
-        name = run.subject if rule == "grpo" else f"{run.subject}, {rule}"
-        models.setdefault(name, {}).setdefault(run.mode, []).append(run)
-    for name, modes in models.items():
+        modes = models.setdefault(run.subject if rule == "grpo" else f"{run.subject}, {rule}", {})
+        group = modes.setdefault(run.mode, [])
+        if run.seed in [r.seed for r in group]:
+            raise ValueError(f"{run.subject}: two runs of mode {run.mode} have seed {run.seed}")
+        group.append(run)
         first = next(iter(modes.values()))[0]
-        for group in modes.values():
-            for run in group[1:]:
-                refuse_difference(group[0], run, set(group[0].config) | set(run.config))
-                if [r.seed for r in group].count(run.seed) > 1:
-                    raise ValueError(f"{name}: two runs of mode {run.mode} have seed {run.seed}")
-            refuse_difference(first, group[0], COMPARABLE)
+        settings = run.config.keys() | group[0].config.keys()
+        for other, keys in ((group[0], settings - OF_A_RUN), (first, COMPARABLE)):
+            differing = [k for k in sorted(keys) if run.config.get(k) != other.config.get(k)]
+            if differing:
+                raise ValueError(f"{run.subject}: {other.name} and {run.name} differ in {', '.join(differing)}; figures "
+                                 "take runs that differ in seed and mode, --table RUN ... takes any")
     return models
-
-
-def refuse_difference(a: Run, b: Run, keys: set[str]) -> None:
-    differing = [k for k in sorted(keys - {"preset", "seed", "environment", "resumed", "seconds"})
-                 if a.config.get(k) != b.config.get(k)]
-    if differing:
-        raise ValueError(f"{a.subject}: {a.name} and {b.name} differ in {', '.join(differing)}; figures take runs that "
-                         "differ in seed and mode, --table RUN ... takes any")
 
 
 def of_mode(models: Models, *modes: str) -> Models:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
+from scipy.stats import ttest_1samp
 
 from metrics import headline_k
 from study.rows import BOTH_TASKS, HERE, PARTS
@@ -225,17 +225,13 @@ def square_root_law(share_TB: np.ndarray, sigma_B: np.ndarray, n_bar: float) -> 
 
 def interval(x_S: np.ndarray) -> tuple[float, float, float]:
     """Mean over seeds and its 95% t-interval; without an interval (NaN) for one seed."""
-    mean = float(np.mean(x_S))
-    if len(x_S) < 2:
-        return mean, float("nan"), float("nan")
-    half = stdtrit(len(x_S) - 1, 0.975) * np.std(x_S, ddof=1) / np.sqrt(len(x_S))
-    return mean, mean - float(half), mean + float(half)
+    low, high = ttest_1samp(x_S, 0).confidence_interval() if len(x_S) > 1 else (np.nan, np.nan)
+    return float(np.mean(x_S)), float(low), float(high)
 
 
 def p_value(x_S: np.ndarray) -> float:
     """Of the two-sided t-test that the mean is 0."""
-    t = np.mean(x_S) / (np.std(x_S, ddof=1) / np.sqrt(len(x_S)))
-    return float(2 * stdtr(len(x_S) - 1, -abs(t)))
+    return float(ttest_1samp(x_S, 0).pvalue)
 
 
 def holm(p_M: list[float]) -> list[float]:
