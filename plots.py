@@ -54,8 +54,8 @@ def by_model(runs: list[Run]) -> Models:
         for other, keys in ((group[0], settings - OF_A_RUN), (first, COMPARABLE)):
             differing = [k for k in sorted(keys) if run.config.get(k) != other.config.get(k)]
             if differing:
-                raise ValueError(f"{run.subject}: {other.name} and {run.name} differ in {', '.join(differing)}; figures "
-                                 "take runs that differ in seed and mode, --table RUN ... takes any")
+                raise ValueError(f"{run.subject}: {other.name} and {run.name} differ in {', '.join(differing)}; "
+                                 "figures take runs that differ in seed and mode, --table RUN ... takes any")
     return models
 
 
@@ -158,9 +158,8 @@ def benchmarks(ax, name: str, modes: dict[str, list[Run]]) -> None:
 def bars(ax, values: list[np.ndarray], colour: str, start: float = 0) -> None:
     """Mean over seeds by bin as bars from `start`, the seeds as dots; an absent bin has neither."""
     stack = np.stack(values)
-    seen = np.isfinite(stack).any(axis=0)
-    mean = np.full(stack.shape[1], np.nan)
-    mean[seen] = np.nanmean(stack[:, seen], axis=0)
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        mean = np.nansum(stack, axis=0) / np.isfinite(stack).sum(axis=0)
     ax.bar(range(len(mean)), mean - start, bottom=start, color=colour, alpha=0.75)
     if len(values) > 1:
         ax.plot(np.tile(range(len(mean)), len(values)), stack.ravel(), ".", color="black", markersize=2)
