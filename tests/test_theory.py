@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize, minimize_scalar
 
-import plots
 from gdro import PromptGDRO, RolloutGDRO
+from study import logs
 
 B, ETA = 10, 0.65  # bins and eta_q of the paper
 
@@ -161,7 +161,7 @@ def problem(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def square_root_law(v_B: np.ndarray, share_B: np.ndarray, n_bar: float) -> np.ndarray:
-    return plots.square_root_law(share_B[None], np.sqrt(v_B), n_bar)[0]
+    return logs.square_root_law(share_B[None], np.sqrt(v_B), n_bar)[0]
 
 
 @pytest.mark.parametrize("seed", range(5))
