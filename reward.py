@@ -184,10 +184,11 @@ def _improper(mixed: re.Match) -> str:
     return rf"\frac{{{whole * bottom + top}}}{{{bottom}}}" if top < bottom else mixed[0]
 
 
-_RAISED = [(re.compile(pattern), new) for pattern, new in [  # what NFKC alone would make 21/2, x2 and 101
-    ("[\u00a0\u2009\u202f]", "~"), (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "),
-    (r"([⁺⁻]?[⁰¹²³⁴-⁹]+)", r"^{\1}"), (r"([₀-₉]+)", r"_{\1}")]]
 _REWRITES = [(re.compile(pattern), new) for pattern, new in [
+    # what NFKC alone would make a gap of any kind, 21/2, x2 and 101
+    ("[\u00a0\u2009\u202f]", "~"), (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "), (r"([⁺⁻]?[⁰¹²³⁴-⁹]+)", r"^{\1}"),
+    (r"([₀-₉]+)", r"_{\1}"), (r"[^\x00-\x7f]+", lambda m: unicodedata.normalize("NFKC", m[0]).translate(_SIGNS)),
+    (r"^\s*\\(?:boxed|fbox)\s*\{([^{}]*|.*\}[^{}]*)\}\s*$", r"\1"),
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])\.?", ""),
     (r"(?<!\\)\\[!,;: ]|~|\\q?quad(?![a-zA-Z])", "\x01"),  # a gap: between digits it groups thousands
     (r"(?<=\d)(?<![_^]\d)(?:,?\x01+|\{,\})(?=\d{3}(?!\d))", ""), (r"[\x01\s]+", " "),
@@ -215,10 +216,6 @@ _REWRITES = [(re.compile(pattern), new) for pattern, new in [
 
 def normalise(text: str) -> str:
     """Text without what LaTeX, style and unicode put around the same mathematics; 1 \\pm 2 is 1 + 2, 1 - 2."""
-    for pattern, new in _RAISED:
-        text = pattern.sub(new, text)
-    text = unicodedata.normalize("NFKC", text).translate(_SIGNS).strip()
-    text = re.sub(r"^\\(?:boxed|fbox)\s*\{([^{}]*|.*\}[^{}]*)\}$", r"\1", text, flags=re.DOTALL)
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text)
     both = [text.strip().replace(r"\pm", sign) for sign in "+-"]
@@ -646,10 +643,6 @@ class Grader:
 
 # how a response that gives the gold answer ends, style by style
 _GIVEN = {"math": r"\boxed{%s}", "dapo": "Answer: %s", "gsm8k": "#### %s", "choice": "Answer: %s"}
-_SENTENCE = re.compile(r"\b(?:is|are|was|were|has|have|had|will|can|so|thus|hence|therefore|because|since|we|he|she|"
-                       r"they|there|this|that)\b", re.IGNORECASE)
-
-
 def bad_golds(problems: Sequence[Problem], grader: Grader) -> list[Problem]:
     """The problems that hardly any response could get right, in their order; none for a reward of one's own.
 
@@ -671,9 +664,9 @@ def _is_text(gold: str) -> bool:
     name. Where there is no number a few words may well be the answer; the limits are from golds of a dozen benchmarks.
     """
     words = re.findall(r"(?<![A-Za-z_^])[A-Za-z]{2,}(?![A-Za-z])", _COMMANDS.sub(" ", gold))
-    sentence = len(words) >= 3 and _SENTENCE.search(gold) and _NUMBER.search(gold)
+    verbs = {"is", "are", "was", "were", "has", "have", "had", "so", "we", "there"} & {word.lower() for word in words}
     stated = boxed(gold) or any(_line_after(gold, pattern) for pattern in (_ANSWER, _HASHES))
-    return bool(len(words) >= 6 or sentence or stated)
+    return len(words) >= 6 or len(words) >= 3 and bool(verbs) and _last_number(gold) is not None or bool(stated)
 
 
 def check_golds(problems: Sequence[Problem], grader: Grader, *, allowed: float, name: str) -> dict[str, int]:
