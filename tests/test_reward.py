@@ -90,6 +90,9 @@ def test_extraction_order(response, answer):
     ("choice", "Let us see.\n\nC", "C"),
     ("choice", "A proton decays.", None),
     ("choice", r"\boxed{12}", None),
+    ("choice", r"\boxed{A, B}", None),
+    ("choice", r"(A) or \boxed{\text{B or C}}", None),
+    ("choice", r"\boxed{\text{a neutron}}", None),
 ])
 def test_styles_look_where_they_say(style, response, answer):
     assert extract(response, style) == answer
@@ -145,6 +148,7 @@ def test_what_a_box_says_in_a_word_problem_counts_as_a_whole(box, right, wrong):
 
 @pytest.mark.parametrize("response, gold, style", [
     (r"<think>maybe \boxed{7}</think> The answer is 8.", "8", "math"), (r"<think>\boxed{7}</think>", "7", "math"),
+    (r"<think>\boxed{7}</think> So it makes 8.", "8", "math"),
     (r"\boxed{3}. Wait. The answer is 5.", "5", "math"), (r"\boxed{3}. So the answer is correct.", "3", "math"),
     ("The answer is **12**.", "12", "math"), ("Answer: **12**.", "12", "dapo"), ("Answer: `13`", "13", "dapo"),
     ("The answer is indeed 12.", "12", "math"), ("The answer is 12, because 3*4=12.", "12", "math"),
@@ -703,6 +707,13 @@ def test_a_reward_that_kills_its_worker_twice_is_given_up(tmp_path):
     with Grader(workers=1, timeout=20, reward=spec) as grader:
         grades = grader.grade(["die", "live"], problems_of("12"))
     assert grades == [Grade(-1.0, None, timed_out=True), Grade(1.0, None)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bounds memory by RLIMIT_AS")
+def test_a_worker_s_memory_is_bounded(tmp_path):
+    spec = write_reward(tmp_path / "r.py", "return len(bytearray(8 << 30 if response == 'much' else 1)) > 0")
+    with Grader(workers=1, timeout=20, reward=spec) as grader:
+        assert [g.timed_out for g in grader.grade(["much", "little"], problems_of("12"))] == [True, False]
 
 
 # ---- golds
