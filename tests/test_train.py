@@ -22,7 +22,7 @@ from kernels import group_advantage
 from model import Transformer
 from ranks import Ranks, RunError, deal, deal_rows
 from rollout import Batch
-from rules import RULES
+
 from runfolder import RunFolder, Tracker, environment, scalars, write_json
 from train import (
     Decision,
