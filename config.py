@@ -216,13 +216,13 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Command]:
     return cfg, Command(preset, resume, plan)
 
 
-def add_flag(parser, setting: dataclasses.Field, *, default, flag: str = "", help: str = "", usual: str = "") -> None:
-    """One setting as a flag. `flag`, `help`, `usual` (the default as it is told): where they are not the setting's."""
+def add_flag(parser, setting: dataclasses.Field, *, default, flag: str = "") -> None:
+    """One setting as a flag, called `flag` where it has another name than the setting."""
     m, flag = setting.metadata, flag or setting.name
     parse = {bool: _boolean, str: str, int: int, float: float}[type(setting.default)]
-    parser.add_argument(f"--{flag}", type=parse, choices=m["choices"], default=default,
+    parser.add_argument(f"--{flag}", dest=setting.name, type=parse, choices=m["choices"], default=default,
                         metavar=None if m["choices"] else flag.upper(),
-                        help=f"{help or m['help']} [{usual or repr(setting.default)}]".replace("%", "%%"))
+                        help=f"{m['help']} [{setting.default!r}]".replace("%", "%%"))
 
 
 def hint(flag: str) -> str:

@@ -271,6 +271,10 @@ DEFAULTS = {"max_prompt_tokens": 0, "max_response_tokens": 0, "prompt_suffix": N
 GPU_SHARE = 0.85  # no optimiser stands beside the engine
 
 
+def flag_of(setting: str) -> str:
+    return "k" if setting == "eval_rollouts" else setting.removeprefix("eval_")
+
+
 def flags() -> argparse.ArgumentParser:
     """The command line. Of FLAGS only those that are given are in what it parses."""
     usage = ("%(prog)s --model RUN|FOLDER|ID [--benchmarks NAME ...] [option ...]\n"
@@ -292,7 +296,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="folder for eval.json and eval_samples.jsonl [out/eval-RUN or -MODEL, "
                                                  "and the benchmarks if given]")
     for name in FLAGS:
-        add_flag(parser, Config.__dataclass_fields__[name], default=argparse.SUPPRESS)
+        add_flag(parser, Config.__dataclass_fields__[name], default=argparse.SUPPRESS, flag=flag_of(name))
     return parser
 
 
@@ -320,9 +324,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         names = [m for n in names or ["paper"] for m in (PAPER_BENCHMARKS if n == "paper" else (n,))]
         args.benchmarks = list(dict.fromkeys(names))
     for name in FLAGS:
-        check_bounds(Config.__dataclass_fields__[name], getattr(args.cfg, name))
+        check_bounds(Config.__dataclass_fields__[name], getattr(args.cfg, name), flag_of(name))
     if args.cfg.eval_temperature == 0 and args.cfg.eval_rollouts > 1:
-        raise ValueError("--eval_temperature 0 gives the same response every time: use it with --eval_rollouts 1")
+        raise ValueError("--temperature 0 gives the same response every time: use it with --k 1")
     if args.out and (args.out / "config.json").exists():
         raise ValueError(f"--out {args.out} holds a run or a model, whose eval.json must stay; choose another")
     return args

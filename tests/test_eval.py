@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[1]
 
 def flags(base: Path, out: Path, *more: str) -> list[str]:
     return ["--model", str(base), "--benchmarks", str(base.parent / "sums.jsonl"), "arithmetic", "--engine", "torch",
-            "--eval_problems", "100", "--eval_rollouts", "4", "--eval_temperature", "1", "--eval_top_p", "1",
-            "--eval_top_k", "0", "--prompt_suffix", "", "--max_prompt_tokens", "32", "--max_response_tokens", "8",
+            "--problems", "100", "--k", "4", "--temperature", "1", "--top_p", "1",
+            "--top_k", "0", "--prompt_suffix", "", "--max_prompt_tokens", "32", "--max_response_tokens", "8",
             "--out", str(out), *more]
 
 
@@ -122,7 +122,7 @@ def test_the_same_weights_with_another_tokenizer_are_refused(base, evaluated, tm
 def test_a_changed_data_file_is_refused(base, tmp_path, change):
     data = tmp_path / "sums.jsonl"
     shutil.copy(base.parent / "sums.jsonl", data)
-    small = ["--benchmarks", str(data), "--eval_problems", "3", "--eval_rollouts", "1"]
+    small = ["--benchmarks", str(data), "--problems", "3", "--k", "1"]
     run(base, tmp_path / "out", *small)
     data.write_text(change(data.read_text()))
     with pytest.raises(FileExistsError, match="sums sha256"):
@@ -130,7 +130,7 @@ def test_a_changed_data_file_is_refused(base, tmp_path, change):
 
 
 @pytest.mark.parametrize("flag, value, was", [
-    ("--stop_tokens", "0,1", r"stop_ids \[1\]"), ("--eval_top_k", "5", "eval_top_k 0"), ("--seed", "1", "seed 0"),
+    ("--stop_tokens", "0,1", r"stop_ids \[1\]"), ("--top_k", "5", "eval_top_k 0"), ("--seed", "1", "seed 0"),
     ("--answer_style", "gsm8k", "answer_style 'auto'"), ("--prompt_suffix", "=", "sums prompt_suffix ''")])
 def test_what_changes_the_question_or_the_answer_is_another_evaluation(base, evaluated, flag, value, was):
     with pytest.raises(FileExistsError, match=was):
@@ -170,7 +170,7 @@ def test_a_run_is_evaluated_again_as_it_evaluated_itself(trained, tmp_path, caps
     evaluate(parse_args(["--model", str(trained / "model"), "--out", str(tmp_path)]))  # finished: as it was
     assert (tmp_path / "eval_samples.jsonl").read_text() == before
     with pytest.raises(FileExistsError, match="eval_rollouts 4"):
-        evaluate(parse_args(["--model", str(trained), "--out", str(tmp_path), "--eval_rollouts", "2"]))
+        evaluate(parse_args(["--model", str(trained), "--out", str(tmp_path), "--k", "2"]))
 
 
 def test_a_run_whose_data_are_gone_or_changed_says_so_and_takes_others(trained, base, tmp_path, monkeypatch):
@@ -201,7 +201,7 @@ def test_the_hub_set_of_a_run_is_taken_at_the_commit_that_it_had(trained, tmp_pa
     config |= {"eval_data": "math500", "loaded": {"eval_data": {"revision": "c0ffee"}}}
     (tmp_path / "mine" / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(tasks, "load_problems", lambda source, revision: ([f"{source} at {revision}"], {}))  # the hub
-    args = parse_args(["--model", str(tmp_path / "mine"), "--eval_problems", "0"])
+    args = parse_args(["--model", str(tmp_path / "mine"), "--problems", "0"])
     assert args.run.held_out(args.cfg)[1] == ["math500 at c0ffee"]
 
 
@@ -262,7 +262,7 @@ def test_regrading_takes_a_folder_another_style_and_another_reward(evaluated, tm
 def test_an_evaluation_with_a_reward_of_ones_own_names_its_content(base, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def short(response, problem):\n    return 0.3 if len(response) == 1 else -1\n")
-    more = ["--benchmarks", "arithmetic", "--eval_problems", "20", "--reward", f"{file}:short"]
+    more = ["--benchmarks", "arithmetic", "--problems", "20", "--reward", f"{file}:short"]
     saved = run(base, tmp_path / "out", *more)
     samples = eval_module.read_samples(tmp_path / "out" / "eval_samples.jsonl")
     assert [s.right for s in samples] == [len(s.response) == 1 and s.finish == "stop" for s in samples]
@@ -325,8 +325,8 @@ def test_kinds_have_rows_of_their_own():
 
 @pytest.mark.parametrize("arguments, message", [
     ([], "--model"), (["--model", "x", "--regrade", "y"], "--regrade"), (["--model", "x", "--bench", "y"], "--bench"),
-    (["--model", "x", "--eval_rollouts", "0"], "--eval_rollouts must be at least 1"),
-    (["--model", "x", "--eval_temperature", "0"], "use it with --eval_rollouts 1")])
+    (["--model", "x", "--k", "0"], "--k must be at least 1"),
+    (["--model", "x", "--temperature", "0"], "use it with --k 1")])
 def test_wrong_flags_are_refused(arguments, message, capsys):
     with pytest.raises((SystemExit, ValueError)) as error:
         parse_args(arguments)
