@@ -1,7 +1,7 @@
 """How good is a policy? mean@k and pass@k with intervals, on the paper's benchmarks or on any file of problems.
 
     python eval.py --model out/arithmetic-prompt-0                   # a run: its last evaluation again, with intervals
-    python eval.py --model out/arithmetic-prompt-0/best --eval_rollouts 64   # one of its models, with another k
+    python eval.py --model out/arithmetic-prompt-0/best --k 64      # one of its models, with another k
     python eval.py --model Qwen/Qwen3-1.7B-Base --benchmarks paper
     python eval.py --regrade out/eval-Qwen3-1.7B-Base
 
@@ -200,12 +200,16 @@ class Benchmark:
 
 
 def load_benchmarks(args: argparse.Namespace, cfg: Config, tokenizer, grader: Grader) -> list[Benchmark]:
-    """Raises ValueError, FileNotFoundError or ConnectionError for one that cannot be had."""
-    if args.benchmarks:
-        sets = [(name, *tasks.load(name, split="heldout", limit=cfg.eval_problems)) for name in args.benchmarks]
-    else:
-        sets = [args.run.held_out(cfg)]
-    found = []
+    """All but hub sets that cannot be had, of which it says so: gpqa wants a login. Raises ValueError or
+    FileNotFoundError for another, and where none is left."""
+    sets, found = [] if args.benchmarks else [args.run.held_out(cfg)], []
+    for name in args.benchmarks or []:
+        try:
+            sets.append((name, *tasks.load(name, split="heldout", limit=cfg.eval_problems)))
+        except ConnectionError as error:
+            say(f"WARNING: {name} is left out. {error}")
+    if not sets:
+        raise ValueError("no benchmark could be loaded")
     for name, problems, record in sets:
         label = Path(name).stem if name.endswith(SUFFIXES) else name
         if label in {b.name for b in found}:

@@ -248,8 +248,8 @@ class Trainer:
         asked = "through the chat template" if data["encoded"]["chat_template"] else "as they are"
         stops = ", ".join(map(repr, self.policy.tokenizer.convert_ids_to_tokens(list(self.policy.stop_ids))))
         return (f"{portable(cfg.model)} on {portable(cfg.train_data)}: prompts go in {asked}, with "
-                f"{cfg.prompt_suffix!r} behind them; {stops} or {cfg.max_response_tokens} tokens end a response; graded "
-                f"by {graded}")
+                f"{cfg.prompt_suffix!r} behind them; {stops} or {cfg.max_response_tokens} tokens end a response, "
+                f"graded by {graded}")
 
     # -- one step
 

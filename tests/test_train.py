@@ -22,7 +22,6 @@ from kernels import group_advantage
 from model import Transformer
 from ranks import Ranks, RunError, deal, deal_rows
 from rollout import Batch
-
 from runfolder import RunFolder, Tracker, environment, scalars, write_json
 from train import (
     Decision,
