@@ -171,7 +171,7 @@ def trl_steps(python: str, steps: int, compiled: bool) -> list[dict]:
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         sys.exit(f"bench trl: {python} trl.py failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])  # libraries print as they are imported
 
 
 def bench_trl(python: str, steps: int = 10, warm: int = 10) -> list[dict]:

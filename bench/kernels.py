@@ -5,12 +5,12 @@ Every operation runs forward and, where it has a backward, with it, in bf16 on C
     eager, compile     plain torch, which holds the whole logits, as it stands and through torch.compile
     liger, cce         liger-kernel and cut-cross-entropy, where they are installed
 
-On a CPU, in float32, `ours` is the torch reference and not the kernel (Linux).
+On a CPU, in float32, `ours` is the torch reference (Linux; MALLOC_MMAP_THRESHOLD_=131072 makes `MiB` exact).
 
-Inputs are N(0, 1)/sqrt(D) numbers, never zeros, which flatter a GPU's clock. Providers take turns: `ms` is
-a median. `MiB` is the most memory that a call needs beyond what was held before it, results included; `error` the
-largest one of the first 512 results of a forward pass, against float64 on the operands as they are. A provider that
-does not import, does not fit or raises stays in the table with its reason.
+Inputs are N(0, 1)/sqrt(D) numbers, never zeros, which flatter a GPU's clock. Providers take turns: `ms` is a median.
+`MiB` is the most memory that a call needs beyond what was held before it, results included; `error` the largest one of
+the first 512 results of a forward pass, against float64 on the operands as they are. A provider that does not import,
+does not fit or raises stays in the table with its reason.
 """
 
 import functools

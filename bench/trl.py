@@ -66,4 +66,4 @@ def train(setting: dict, folder: str) -> list[dict]:
 if __name__ == "__main__":
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not stand before the lines
     with tempfile.TemporaryDirectory() as folder:
-        json.dump(train(json.load(sys.stdin), folder), out)
+        print(json.dumps(train(json.load(sys.stdin), folder)), file=out, flush=True)
