@@ -289,7 +289,7 @@ def idle_settings(cfg: Config) -> dict[str, str]:
     """Settings that can change nothing beside the others -> why."""
     idle = {name: f"in mode {cfg.mode}" for mode, names in OF_ADVERSARY.items() for name in names
             if cfg.mode not in (mode, "both")}
-    if UTILITIES[cfg.rollout_utility].known_for_every_arm and cfg.rollout_budget != "dual":
+    if UTILITIES[cfg.rollout_utility].known_for_every_arm and cfg.rollout_budget != "dual" and cfg.rollout_eta:
         idle.setdefault("rollout_eta", f"with --rollout_utility {cfg.rollout_utility}, whose best choice is the same "
                                        "at any scale")
     if cfg.minibatch_prompts == cfg.prompts_per_step:
