@@ -123,7 +123,7 @@ def test_a_run_that_hangs_in_a_phase_ends_and_says_which(base, tmp_path):
     reward.write_text("import os, time\n\ndef slow(response, problem):\n"
                       "    return time.sleep(600 * int(os.environ['RANK'])) or 1.0\n")
     process = training(base, tmp_path / "run", "--reward", f"{reward}:slow", "--grader_timeout", 600,
-                       "--stall_seconds", 4)
+                       "--stall_seconds", 8)
     output, _ = process.communicate(timeout=100)
     assert process.returncode != 0, output
     waiting, hung = ((tmp_path / "run" / f"stall-rank{rank}.txt").read_text() for rank in (0, 1))
@@ -133,7 +133,7 @@ def test_a_run_that_hangs_in_a_phase_ends_and_says_which(base, tmp_path):
 
 def test_an_evaluation_that_hangs_ends_too_and_says_how_it_goes_on(base, tmp_path):
     (tmp_path / "slow.py").write_text("import time\n\ndef slow(response, problem):\n    return time.sleep(600)\n")
-    process = start(["eval.py", "--model", base, "--benchmarks", "arithmetic", "--eval_problems", 4, "--out",
+    process = start(["eval.py", "--model", base, "--benchmarks", "arithmetic", "--problems", 4, "--out",
                      tmp_path / "out", "--reward", f"{tmp_path}/slow.py:slow", "--grader_timeout", 600, "--engine",
                      "torch", "--max_response_tokens", 8, "--stall_seconds", 2], processes=1)
     output, _ = process.communicate(timeout=100)
