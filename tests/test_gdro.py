@@ -22,7 +22,6 @@ from gdro import (
     JointChoice,
     PromptGDRO,
     RolloutGDRO,
-    expected_gain,
 )
 from kernels import group_advantage
 
@@ -116,14 +115,14 @@ def test_bins_and_estimates_equal_a_naive_loop(edges, history, delta, unseen_rat
 
 
 def test_margins_are_exact_in_decimals():
-    """0.3 + 0.03 and 0.3 - 0.03 are not the floats 0.33 and 0.27 that 33/100 and 27/100 are."""
-    for before, last, left, arrived in (([0] * 67 + [1] * 32, 1, 2, 3), ([1] * 27 + [0] * 73, 0, 3, 2)):
+    """0.3 + 0.03 and 0.1 - 0.03 are not the floats 0.33 and 0.07 that 33/100 and 7/100 are."""
+    for before, last, left, arrived in (([0] * 67 + [1] * 32, 1, 2, 3), ([1] * 7 + [0] * 93, 0, 1, 0)):
         bins = DifficultyBins(TENTHS, history=200)
         for c in before:
             bins.update(["x"], [c], [1])
-        assert bins.lookup(["x"]) == left  # 32 of 99, 27 of 100
+        assert bins.lookup(["x"]) == left  # 32 of 99, 7 of 100
         bins.update(["x"], [last], [1])
-        assert bins.lookup(["x"]) == arrived  # 33 of 100, 27 of 101
+        assert bins.lookup(["x"]) == arrived  # 33 of 100, 7 of 101
 
 
 @pytest.mark.parametrize("edges", [[2 / 3], [1 / 7, 2 / 7, 3 / 7, 4 / 7, 5 / 7, 6 / 7]])
@@ -330,13 +329,6 @@ def test_the_budget_is_spent_exactly_within_bounds_and_by_bin(budget):
     assert fractional == 0 if budget == "exact" else fractional > 240
 
 
-@pytest.mark.parametrize("prompts, total", [(100, 435), (1000, 4001), (7, 29)])
-def test_a_total_that_is_whole_up_to_rounding_is_met(prompts, total):
-    """4.35 * 100 is 434.99999999999994."""
-    compute = RolloutGDRO(2, n_bar=total / prompts, budget="spread")
-    assert compute.allocate(np.arange(prompts) % 2).sum() == total
-
-
 @pytest.mark.parametrize("budget", ["exact", "spread"])
 @pytest.mark.parametrize("utility", UTILITIES)
 def test_allocation_is_the_best_configuration_and_its_price_the_difference_quotient(utility, budget):
@@ -365,16 +357,20 @@ def test_allocation_is_the_best_configuration_and_its_price_the_difference_quoti
         assert compute.shadow_price_dp == pytest.approx((optima[high] - optima[low]) / (high - low), abs=1e-5)
 
 
-@pytest.mark.parametrize("budget", ["exact", "spread"])
+@pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("utility", UTILITIES)
-def test_allocation_is_uniform_when_nothing_was_observed_and_when_eta_is_zero(utility, budget):
-    rng = np.random.default_rng(2)
-    for n_bar in (2, 4, 7, 12):
-        bin_P = rng.integers(0, 6, 40)
-        fresh = RolloutGDRO(6, n_bar=n_bar, utility=utility, budget=budget)
-        assert np.all(fresh.allocate(bin_P) == n_bar)
-        indifferent = compute_with(rng.normal(size=(6, 11)), n_bar=n_bar, utility=utility, budget=budget, eta=0)
-        assert np.all(indifferent.allocate(bin_P) == n_bar)
+def test_allocation_is_uniform_before_anything_was_seen_with_eta_zero_and_with_one_arm(utility, budget):
+    """The last is GRPO, always, and moves no price."""
+    rng, settings = np.random.default_rng(2), dict(utility=utility, budget=budget)
+    for n_bar in (2, 4, 7, 12) if budget != "dual" else ():
+        bin_P, score_BK = rng.integers(0, 6, 40), rng.normal(size=(6, 11))
+        assert np.all(RolloutGDRO(6, n_bar=n_bar, **settings).allocate(bin_P) == n_bar)
+        assert np.all(compute_with(score_BK, n_bar=n_bar, eta=0, **settings).allocate(bin_P) == n_bar)
+    compute = RolloutGDRO(5, n_min=4, n_max=4, n_bar=4, **settings)
+    for bin_P, loss_P in random_batches(rng, 15, 5):
+        n_P = compute.allocate(bin_P)
+        assert np.all(n_P == 4) and compute.shadow_price_dp is None and compute.mu == 0
+        compute.update(bin_P, n_P, loss_P, rng.integers(0, 5, len(bin_P)))
 
 
 @pytest.mark.parametrize("budget", ["exact", "spread"])
@@ -391,30 +387,6 @@ def test_eta_changes_nothing_where_every_arm_is_known(utility, budget):
         for compute in etas:
             compute.update(bin_P, n_P, loss_P, correct_P)
     assert uneven > 30
-
-
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("utility", UTILITIES)
-def test_one_arm_is_grpo_uniform_always(utility, budget):
-    rng = np.random.default_rng(0)
-    compute = RolloutGDRO(5, n_min=4, n_max=4, n_bar=4, utility=utility, budget=budget)
-    for bin_P, loss_P in random_batches(rng, 15, 5):
-        n_P = compute.allocate(bin_P)
-        assert np.all(n_P == 4) and compute.shadow_price_dp is None
-        compute.update(bin_P, n_P, loss_P, rng.integers(0, 5, len(bin_P)))
-    assert compute.state_dict()["mu"] == 0
-
-
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("utility", UTILITIES)
-def test_allocate_changes_no_state_and_repeats_itself(utility, budget):
-    rng = np.random.default_rng(0)
-    score_BK, bin_P = rng.normal(0, 2, (5, 11)), rng.integers(0, 5, 40)
-    compute = compute_with(score_BK, mu=0.2, step=9, utility=utility, budget=budget)
-    before = compute.state_dict()
-    first = compute.allocate(bin_P)
-    assert_same_state(compute.state_dict(), before)
-    np.testing.assert_array_equal(compute.allocate(bin_P), first)
 
 
 # ----------------------------------------------------------------------- Rollout-GDRO: the dual budget, the price
@@ -456,10 +428,10 @@ def test_dual_draws_arms_by_their_probabilities_and_independently_by_bin():
 
 
 def test_mu_moves_by_alpha_times_the_excess_and_never_under_budgets_that_are_met():
-    compute, mu = with_constants(RolloutGDRO(3, budget="dual"), ALPHA_MU=0.5), 0.0
+    compute, mu = RolloutGDRO(3, budget="dual"), 0.0
     for n_P in ([2, 2, 2], [12, 3, 5], [4, 4, 4], [9, 2, 6]):
         compute.update(np.arange(3), np.array(n_P), np.zeros(3), np.zeros(3, int))
-        mu += 0.5 * (sum(n_P) / 3 - 4)
+        mu += 0.05 * (sum(n_P) / 3 - 4)
         assert compute.state_dict()["mu"] == pytest.approx(mu)
     assert compute.state_dict()["step"] == 4
     for budget in ("exact", "spread"):
@@ -485,7 +457,7 @@ def test_the_price_holds_the_mean_near_n_bar_over_time(alpha_mu, low, high):
 # -------------------------------------------------------------------------------------- Rollout-GDRO: the scores
 
 
-def brute_gain(n, p, k):
+def brute_gain(n, p, k=8):
     """Over all 2^n outcomes: k (1-p)^(k-1) E[sum of the positive advantages (3)]."""
     expected = 0.0
     for reward in itertools.product([-1, 1], repeat=n):
@@ -497,14 +469,6 @@ def brute_gain(n, p, k):
     return k * (1 - p) ** (k - 1) * expected
 
 
-@pytest.mark.parametrize("k", [1, 8])
-def test_expected_gain_equals_enumeration_and_is_unknown_where_nothing_was_seen(k):
-    arms_K, rate_B = np.array([1, 2, 3, 5, 8]), np.array([0, 0.02, 0.1, 0.5, 0.93, 1])
-    brute = [[brute_gain(int(n), float(p), k) for n in arms_K] for p in rate_B]
-    np.testing.assert_allclose(expected_gain(arms_K, rate_B, k), brute, rtol=1e-9, atol=1e-15)
-    assert np.all(np.isnan(expected_gain(arms_K, np.array([np.nan]))))
-
-
 def utilities_by_hand(utility, mine, arms):
     """{arm: utility} of a bin whose prompts are [(rollouts, right ones, loss)]; of `rank` the bin's rate."""
     if utility == "surrogate":  # (17)-(18): only arms that were played
@@ -513,7 +477,7 @@ def utilities_by_hand(utility, mine, arms):
         spread = [np.var([1] * c + [-1] * (n - c), ddof=1) for n, c, _ in mine if n > 1]
         return {arm: -np.mean(spread) / arm for arm in arms} if spread else {}
     rate = (sum(c for _, c, _ in mine) + 0.5) / (sum(n for n, _, _ in mine) + 1)
-    return {arm: brute_gain(arm, rate, 8) if utility == "gain" else rate for arm in arms}
+    return {arm: brute_gain(arm, rate) if utility == "gain" else rate for arm in arms}
 
 
 @pytest.mark.filterwarnings("error")
@@ -522,9 +486,7 @@ def utilities_by_hand(utility, mine, arms):
 def test_arm_scores_are_an_ema_of_the_utility_from_its_first_visit(utility, most):
     rng, arms, score = np.random.default_rng(8), range(1, 6), {}
     compute = RolloutGDRO(4, n_min=1, n_max=5, n_bar=3, utility=utility)
-    if most > 1:
-        with_constants(compute, BETA=0.3)
-    beta = compute.BETA
+    beta = 0.4  # of the class
     for bin_P, loss_P in random_batches(rng, 40, 4, prompts=9):
         n_P = rng.integers(1, most + 1, 9)
         correct_P = rng.binomial(n_P, 0.3)
@@ -619,8 +581,11 @@ def test_any_two_adversaries_run_together_and_resume_from_any_step(utility, budg
         ids, noise_P, seed = [f"p{i}" for i in chosen], rng.normal(size=12), int(rng.integers(1 << 30))
         steps = []
         for bins, data, compute in (running, resumed):
+            before = [part.state_dict() for part in (bins, data, compute)]
             bin_P = bins.lookup(ids)
             n_P, weight_P = compute.allocate(bin_P), data.weights(bin_P)[bin_P]
+            for part, state in zip((bins, data, compute), before, strict=True):  # questions change nothing
+                assert_same_state(part.state_dict(), state)
             correct_P = np.random.default_rng(seed).binomial(n_P, skill[chosen])
             loss_P = SIGNALS[signal](0.1 * noise_P, 2 * correct_P / n_P - 1, n_P)
             data.update(bin_P, loss_P)

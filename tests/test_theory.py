@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import minimize, minimize_scalar
 
 from gdro import PromptGDRO, RolloutGDRO
-from study import logs
+from study.logs import square_root_law
 
 B, ETA = 10, 0.65  # bins and eta_q of the paper
 
@@ -17,22 +17,49 @@ def entropic_risk(loss_B: np.ndarray, eta: float) -> float:
     return math.log(np.exp(eta * loss_B).sum()) / eta
 
 
-def softmax(loss_B: np.ndarray, eta: float) -> np.ndarray:
-    """q of (14)-(15) without mixing, by the project's own code."""
-    adversary = PromptGDRO(len(loss_B), eta=eta, gamma=0, score_clip=1e9)
+def adversary_of(loss_B, **settings) -> PromptGDRO:
+    """The project's own, without mixing and clip, its scores these losses."""
+    adversary = PromptGDRO(len(loss_B), **settings)
+    adversary.GAMMA, adversary.SCORE_CLIP = 0.0, np.inf
     adversary.load_state_dict({"score": np.asarray(loss_B, float)})
-    return adversary.q_B
+    return adversary
+
+
+def softmax(loss_B: np.ndarray, eta: float) -> np.ndarray:
+    """q of (14)-(15)."""
+    return adversary_of(loss_B, eta=eta).q_B
+
+
+def ema_play():
+    """The adversary as the paper runs it, with its EMA and mixing: play(losses so far) -> q."""
+    adversary = PromptGDRO(B, share_normalize=False)
+
+    def play(seen: np.ndarray) -> np.ndarray:
+        if len(seen):
+            adversary.update(np.arange(B), seen[-1])
+        return adversary.q_B
+
+    return play
 
 
 # ---------------------------------------------------------------------------------------------- Lemma 4.1, (22)-(26)
 
 
 @pytest.mark.parametrize("eta", [0.1, ETA, 2.0, 20.0])
-def test_the_entropic_risk_lies_between_the_worst_bin_and_log_B_over_eta_above_it(eta):
+def test_q_maximises_mean_loss_plus_entropy_up_to_a_risk_between_the_worst_bin_and_log_B_over_eta_above_it(eta):
     rng = np.random.default_rng(0)
-    for _ in range(200):
+
+    def objective(q, loss_B):  # sum q L + H(q) / eta, (22)
+        return q @ loss_B - np.sum(q * np.log(np.maximum(q, 1e-300)), axis=-1) / eta
+
+    for _ in range(50):
         loss_B = rng.normal(0, 2, B)
-        assert -1e-12 <= entropic_risk(loss_B, eta) - loss_B.max() <= math.log(B) / eta
+        q_B, risk = softmax(loss_B, eta), entropic_risk(loss_B, eta)
+        assert objective(q_B, loss_B) == pytest.approx(risk)
+        near = np.abs(q_B * (1 + 1e-3 * rng.normal(size=(100, B))))
+        for others in (rng.dirichlet(np.full(B, 0.5), 100), near / near.sum(axis=1, keepdims=True)):
+            assert np.all(objective(others, loss_B) <= risk + 1e-12)
+        assert -1e-12 <= risk - loss_B.max() <= math.log(B) / eta
     equal, apart = np.ones(B), np.array([1.0] + [-1e3] * (B - 1))
     assert entropic_risk(equal, eta) == pytest.approx(1 + math.log(B) / eta)  # either bound is attained
     assert entropic_risk(apart, eta) == pytest.approx(1)
@@ -86,16 +113,7 @@ def test_exponential_weights_of_summed_losses_have_regret_below_sqrt_T_log_B(kin
 
 def test_exponential_weights_of_an_ema_as_the_paper_runs_them_have_linear_regret():
     """(12) averages losses instead of summing them: a bin that is worse by 1 for ever gets odds of exp(eta) only."""
-    adversary = PromptGDRO(B, share_normalize=False)  # the paper's eta, EMA and mixing
-    regret = {}
-    for T in (100, 400):
-        def play(seen):
-            if len(seen):
-                adversary.update(np.arange(B), seen[-1])
-            return adversary.q_B
-
-        adversary.load_state_dict({"score": np.full(B, np.nan)})
-        regret[T] = sequence("constant", T, play)
+    regret = {T: sequence("constant", T, ema_play()) for T in (100, 400)}
     per_step = 1 - 0.99 * math.exp(ETA) / (math.exp(ETA) + B - 1) - 0.01 / B
     assert per_step == pytest.approx(0.825, abs=5e-4)  # the figure in docs/disagreements.md
     assert (regret[400] - regret[100]) / 300 == pytest.approx(per_step, abs=1e-6)
@@ -140,53 +158,33 @@ def test_the_duality_gap_of_averaged_iterates_is_at_most_the_mean_regret_of_both
 
 
 def test_an_ema_adversary_does_not_reach_the_saddle_point():
-    ema = PromptGDRO(B, share_normalize=False)  # the paper's
-
-    def play(seen):
-        if len(seen):
-            ema.update(np.arange(B), seen[-1])
-        return ema.q_B
-
-    gap, learner, adversary = game(1000, play)
+    gap, learner, adversary = game(1000, ema_play())
     assert 0.1 < gap <= (learner + adversary) / 1000 + 1e-6  # (27) holds, with a regret that does not vanish
 
 
 # ---------------------------------------------------------------------------------------------- (28)-(31), rollouts
 
 
-def problem(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Variances and numbers of prompts of five bins, 64 prompts in all."""
-    rng = np.random.default_rng(seed)
-    return rng.uniform(0.05, 1, 5), 1 + rng.multinomial(59, np.full(5, 0.2))
-
-
-def square_root_law(v_B: np.ndarray, share_B: np.ndarray, n_bar: float) -> np.ndarray:
-    return logs.square_root_law(share_B[None], np.sqrt(v_B), n_bar)[0]
-
-
 @pytest.mark.parametrize("seed", range(5))
-def test_the_square_root_law_is_the_numerical_optimum_and_answers_its_shadow_price(seed):
-    v_B, count_B = problem(seed)
-    share_B = count_B / count_B.sum()
+def test_the_dp_comes_as_near_the_square_root_law_as_its_arms_are_fine_and_so_does_its_price(seed):
+    """The law, (30), is the numerical optimum and the best response (31) to its shadow price. Arms of 1/m rollout are
+    n_bar 4 m, from 1 to 12 m, with an exact budget, one count a bin."""
+    rng = np.random.default_rng(seed)
+    v_B, count_B = rng.uniform(0.05, 1, 5), 1 + rng.multinomial(59, np.full(5, 0.2))
+    bin_P, share_B, excess = np.repeat(np.arange(5), count_B), count_B / 64, []
+    law = square_root_law(share_B[None], np.sqrt(v_B), 4)[0]
     found = minimize(lambda n: share_B @ (v_B / n), np.full(5, 4.0), bounds=[(0.1, 64)] * 5, method="SLSQP",
                      constraints={"type": "eq", "fun": lambda n: share_B @ n - 4}, options={"ftol": 1e-14})
-    law = square_root_law(v_B, share_B, 4)
     assert found.success and found.x == pytest.approx(law, rel=1e-3)
     assert share_B @ (v_B / law) <= found.fun + 1e-12
     price = (share_B @ np.sqrt(v_B) / 4) ** 2  # the multiplier of the budget
     assert np.sqrt(v_B / price) == pytest.approx(law)  # (31)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_the_dp_comes_as_near_the_law_as_its_arms_are_fine(seed):
-    """Arms of 1/m rollout: n_bar 4 m, from 1 to 12 m, an exact budget, one count a bin."""
-    v_B, count_B = problem(seed)
-    bin_P, share_B, excess = np.repeat(np.arange(5), count_B), count_B / 64, []
     for m in (1, 2, 4, 16):
         compute = RolloutGDRO(5, n_min=1, n_max=12 * m, n_bar=4 * m, utility="variance")
         compute.load_state_dict({"score": -v_B[:, None] / compute.arms_K, "mu": np.array(0.0), "step": np.array(1)})
         n_P = compute.allocate(bin_P)
         assert n_P.sum() == 64 * 4 * m
-        excess.append(np.mean(v_B[bin_P] / n_P) / (share_B @ (v_B / square_root_law(v_B, share_B, 4 * m))) - 1)
+        excess.append(np.mean(v_B[bin_P] / n_P) * m / (share_B @ (v_B / law)) - 1)
     assert all(x > -1e-12 for x in excess) and excess[-1] < 2e-3
     assert excess[-1] <= excess[1] <= excess[0] < 0.2
+    assert np.sqrt(v_B / (compute.shadow_price_dp / ETA)) == pytest.approx(16 * law, rel=0.05)

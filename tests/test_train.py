@@ -178,10 +178,10 @@ def test_prompt_weights_scale_the_gradient_of_their_bin_and_leave_the_adversarys
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_multiplies_clipped_advantages_and_the_adversary_sees_it(base, tmp_path, rule):
-    rng, trainer, P = np.random.default_rng(0), trainer_of(base, tmp_path, rule=rule), 24
+    rng, trainer, P = np.random.default_rng(0), trainer_of(base, tmp_path, rule=rule, kl_beta=0.5), 24
     ids = [p.id for p in trainer.problems[:P]]
     trainer.bins.update(ids[1:4], [4, 1, 0], [4] * 3)
-    s = Step(number=0, ids_P=ids, seconds={})
+    s = Step(number=0, ids_P=ids, seconds={}, grad_norm=1.0)
     trainer.decide(s)
     assert s.estimate_P[:5].tolist() == [0.5, 1, 0.25, 0, 0.5]  # unseen ones are 0.5
     s.n_P = rng.integers(2, 13, P)
@@ -193,16 +193,14 @@ def test_a_rule_multiplies_clipped_advantages_and_the_adversary_sees_it(base, tm
     trainer.advantages(s)
     plain, constant = (x.numpy() for x in group_advantage(*map(torch.from_numpy, (s.reward_R, offsets)), clip=5.0))
     factor_P = RULES[rule](s.correct_P, s.n_P, s.estimate_P)
-    assert s.factor_P.tolist() == factor_P.tolist() and plain.max() == 5
-    assert s.advantage_R == pytest.approx(plain * factor_P[owner], rel=1e-12, abs=0)
-    assert s.constant_P.tolist() == constant.tolist() and s.constant_P[:2].all() and not s.acts_R[:8].any()
-    ratio_R = rng.uniform(0.5, 1.5, len(owner))  # so that the surrogate is not 0
-    s.batch = Batch([[1]] * P, owner, np.arange(len(owner) + 1), np.zeros(len(owner), int),
-                    np.zeros(len(owner), np.float32), np.zeros(len(owner), bool))
-    s.surrogate_R, s.kl_R, s.grad_norm = ratio_R * s.advantage_R, np.zeros(len(owner)), 1.0
+    assert s.advantage_R == pytest.approx(plain * factor_P[owner], rel=1e-12, abs=0) and plain.max() == 5
+    assert s.constant_P.tolist() == constant.tolist() and s.constant_P[:2].all()
+
+    ratio_R, s.kl_R = rng.uniform(0.5, 1.5, len(owner)), rng.random(len(owner))  # so that the surrogate is not 0
+    s.surrogate_R, s.batch = ratio_R * s.advantage_R, Batch([[1]] * P, owner, *[None] * 4)
     trainer.rollout_gdro.update = lambda *report: None  # which would refuse counts that are no arms
     trainer.learn(s)
-    expected = [-(ratio_R * plain)[owner == p].mean() * factor_P[p] for p in range(P)]
+    expected = [(0.5 * s.kl_R - factor_P[p] * ratio_R * plain)[owner == p].mean() for p in range(P)]
     assert s.loss_P == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
@@ -240,19 +238,19 @@ def test_what_cannot_move_the_weights_is_left_out_and_entropy_and_mismatch_are_o
 
     monkeypatch.setattr(train_module, "pack", record)
     for kl_beta in (0.0, 1e-30):  # the second is too small to be felt, yet keeps every rollout
-        trainer = trainer_of(base, tmp_path, kl_beta=kl_beta)
         packed.append(0)
-        steps, behaviour = watch(trainer, "behaviour"), trainer.behaviour
+        trainer = trainer_of(base, tmp_path, kl_beta=kl_beta)
+        steps = watch(trainer, "behaviour")
         gradients.append(gradient(trainer))
         lines.append(trainer.step(1)[0])
         first, s = steps
-        acting.append(s.acts_R.sum())
+        acting.append(first.acts_R.sum())
         everywhere = Step(**{**vars(first), "acts_R": np.ones(96, bool)})
         trainer_of(base, tmp_path).behaviour(everywhere)  # with the weights of step 0
         measured_R = np.isin(np.arange(96), range(0, 96, 8))  # the first of 4 of every second of 24 prompts
         known_N = np.repeat(first.acts_R | measured_R, first.batch.lengths)
         assert np.allclose(first.old_N[known_N], everywhere.old_N[known_N], atol=1e-5)
-        assert not first.old_N[~known_N].any() and behaviour
+        assert not first.old_N[~known_N].any()
         measured_N = np.repeat(measured_R, s.batch.lengths)
         assert lines[-1]["measured"] == {"rollouts": 12, "tokens": measured_N.sum()} and lines[-1]["entropy"] > 0
         mismatch_N = np.abs(s.batch.sampler_logp - s.old_N)[measured_N]
@@ -564,11 +562,6 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(base
     with pytest.raises(RunError, match="step 7: the gradient norm is nan"):
         trainer.optimizer_step(7)
     assert torch.equal(before, weights(trainer))
-
-
-def test_a_diverged_run_stops_with_the_step_and_a_remedy(base, tmp_path):
-    output = main(base, tmp_path / "run", steps=5, learning_rate=1e39)
-    assert re.match(r"train.py: step [01]: .*--", output)
 
 
 @pytest.mark.parametrize("where, message", [
