@@ -89,7 +89,7 @@ class Config:
     bin_success: str = arg("any", "a visit records its success rate, or if any rollout was right", ("rate", "any"))
     unseen_rate: float = arg(0.0, "estimate of a prompt before its first visit (official code: 0)", low=0, high=1)
 
-    prompt_signal: str = arg("surrogate", "bin loss: (5)-(7); minus the mean reward (appendix B); the reward's variance",
+    prompt_signal: str = arg("surrogate", "bin loss: that of (5)-(7); minus the mean reward (appendix B); its variance",
                              tuple(SIGNALS), heading="Prompt-GDRO, (12)-(16)")
     prompt_eta: float = arg(0.65, "eta_q", low=0)
     prompt_ema: float = arg(0.12, "beta, EMA rate of the scores", above=0, high=1)
@@ -169,23 +169,10 @@ class Command(NamedTuple):
     plan: bool
 
 
-class Parser(argparse.ArgumentParser):
-    """Names the flag that an unknown one probably meant."""
-
-    def error(self, message: str):
-        unknown = [word.lstrip("-").partition("=")[0] for word in message.split() if word.startswith("--")]
-        if message.startswith("unrecognized arguments") and unknown:
-            names = {"lr": "learning_rate", "n_bar": "rollouts_per_prompt", "k": "eval_rollouts"} | {
-                f.name: f.name for f in dataclasses.fields(Config)}
-            meant = difflib.get_close_matches(unknown[0].replace("-", "_"), names, 1)
-            message += f"; did you mean --{names[meant[0]]}?" if meant else "; --help lists all flags"
-        super().error(message)
-
-
 def parse_args(argv: list[str] | None = None) -> tuple[Config, Command]:
     """Command line -> settings and what else it asks for. A preset sets fields; flags given override it. With --resume
     the rest comes from the run's own config.json. Raises ValueError for values that cannot be (`check`)."""
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         description="GRPO, Prompt-GDRO and Rollout-GDRO (arXiv 2601.19280). Several GPUs or processes: torchrun.",
         usage="train.py [--preset PRESET] [--adversary paper|tuned] [--mode MODE] [--FLAG VALUE ...]\n"
               "       train.py --out_dir RUN --resume [--FLAG VALUE ...]\n--help lists all flags",
@@ -205,7 +192,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Command]:
     for f in dataclasses.fields(Config):
         group = parser.add_argument_group(f.metadata["heading"]) if f.metadata["heading"] else group
         add_flag(group, f, default=argparse.SUPPRESS)
-    given = vars(parser.parse_args(argv))
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; {hint(unknown[0])}")
+    given = vars(given)
     preset, adversary, resume, plan = (given.pop(name) for name in ("preset", "adversary", "resume", "plan"))
     if resume and (Path(given.get("out_dir", "")) / "config.json").exists():
         chosen = {} if adversary == "auto" else ADVERSARIES[adversary]
@@ -226,13 +216,21 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Command]:
     return cfg, Command(preset, resume, plan)
 
 
-def add_flag(parser, setting: dataclasses.Field, *, default, flag: str = "", help: str = "", usual: str = "") -> None:
-    """One setting as a flag. `flag`, `help`, `usual` (the default as it is told): where they are not the setting's."""
+def add_flag(parser, setting: dataclasses.Field, *, default, flag: str = "") -> None:
+    """One setting as a flag, called `flag` where it has another name than the setting."""
     m, flag = setting.metadata, flag or setting.name
     parse = {bool: _boolean, str: str, int: int, float: float}[type(setting.default)]
-    parser.add_argument(f"--{flag}", type=parse, choices=m["choices"], default=default,
+    parser.add_argument(f"--{flag}", dest=setting.name, type=parse, choices=m["choices"], default=default,
                         metavar=None if m["choices"] else flag.upper(),
-                        help=f"{help or m['help']} [{usual or repr(setting.default)}]".replace("%", "%%"))
+                        help=f"{m['help']} [{setting.default!r}]".replace("%", "%%"))
+
+
+def hint(flag: str) -> str:
+    """What an unknown flag probably meant."""
+    names = {"lr": "learning_rate", "n_bar": "rollouts_per_prompt", "k": "eval_rollouts"} | {
+        f.name: f.name for f in dataclasses.fields(Config)}
+    meant = difflib.get_close_matches(flag.lstrip("-").partition("=")[0].replace("-", "_"), names, 1)
+    return f"did you mean --{names[meant[0]]}?" if meant else "--help lists all flags"
 
 
 def _boolean(text: str) -> bool:

@@ -18,7 +18,7 @@ from reward import STYLES, Problem, boxed
 
 log = logging.getLogger(__name__)
 
-BUILT_IN = ("arithmetic", "permutations")  # which tasks.py answers to
+BUILT_IN = ("arithmetic", "permutations")  # the keys of tasks.TASKS, for what must not import tasks
 # short name -> (repository, config, split); the ids of the paper's training set and benchmarks
 HUB_SETS = {
     "dapo": ("open-r1/DAPO-Math-17k-Processed", "en", "train"),
@@ -48,7 +48,7 @@ def load_problems(source: str, *, revision: str | None = None) -> tuple[list[Pro
     source: a path ending in .jsonl, .json (a list of objects) or .parquet; a key of HUB_SETS; or
         `hub:owner/name[:config[:split]]` (split: train). Columns: PROMPT_COLUMNS and ANSWER_COLUMNS; optional are
         style, KIND_COLUMNS and ID_COLUMNS. Behind a hub set `@` and its commit, branch or tag may stand.
-    revision: the same, and wins over what `source` says; a full commit sha needs no network if the set is cached.
+    revision: it, and wins over what `source` says; a full commit sha needs no network if the set is cached.
     Returns the problems in file order, and {source, counts: {rows, merged, conflicting}} with {repo, config, split,
     revision: the commit sha} or {sha256}: no absolute path, so it can be published and compared.
     Raises ValueError for any content that cannot be trained on, with file, row and remedy; FileNotFoundError for a
@@ -94,13 +94,11 @@ def _read_file(path: Path) -> tuple[list[tuple[str, dict]], dict]:
     content = path.read_bytes()
     record = {"sha256": hashlib.sha256(content).hexdigest()}
     if path.suffix == ".parquet":
-        import io
-
         import pyarrow
         import pyarrow.parquet
 
         try:
-            table = pyarrow.parquet.read_table(io.BytesIO(content))
+            table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
         except pyarrow.ArrowInvalid as error:
             raise ValueError(f"{path.name} is not a parquet file: {error}") from error
         return [(f"row {i}", row) for i, row in enumerate(table.to_pylist(), 1)], record
@@ -198,10 +196,10 @@ def _kind(row: dict) -> str:
 
 
 def _column(row: dict, accepted: tuple[str, ...], where: str):
-    present = [name for name in accepted if name in row]
-    if not present:
-        raise ValueError(f"{where}: none of the columns {', '.join(row)} is called {' or '.join(accepted)}; rename one")
-    return row[present[0]]
+    for name in accepted:
+        if name in row:
+            return row[name]
+    raise ValueError(f"{where}: none of the columns {', '.join(row)} is called {' or '.join(accepted)}; rename one")
 
 
 def _text(value) -> str:
@@ -249,8 +247,6 @@ def encode_prompts(problems: list[Problem], tokenizer, *, suffix: str, chat_temp
     Raises ValueError for a template that is missing, an empty encoding, a character the tokenizer does not know, or
     if nothing fits.
     """
-    if chat_template not in ("auto", "always", "never"):
-        raise ValueError(f"chat_template must be auto, always or never, not {chat_template!r}")
     if chat_template == "always" and not tokenizer.chat_template:
         raise ValueError("chat_template='always', but the tokenizer has none; use 'never' or an instruct model")
     use_template = chat_template != "never" and bool(tokenizer.chat_template)
@@ -263,7 +259,11 @@ def encode_prompts(problems: list[Problem], tokenizer, *, suffix: str, chat_temp
         if not ids or ids == [tokenizer.bos_token_id]:
             raise ValueError(f"problem {problem.id}: the prompt encodes to no tokens")
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-            raise ValueError(f"problem {problem.id}: {_what_is_unknown(problem.prompt, suffix, tokenizer)}")
+            found = [c for c in dict.fromkeys(problem.prompt + suffix)
+                     if tokenizer.unk_token_id in tokenizer(c, add_special_tokens=False)["input_ids"]]
+            raise ValueError(
+                f"problem {problem.id}: the tokenizer does not know {found or 'what the chat template adds'}; remove "
+                "the problem, give another --prompt_suffix or --chat_template, or use another tokenizer")
     kept = [(problem, ids) for problem, ids in zip(problems, all_ids, strict=True) if len(ids) <= max_tokens]
     if not kept:
         raise ValueError(f"none of {len(problems)} prompts fits in {max_tokens} tokens; raise the limit")
@@ -284,20 +284,6 @@ def _encode(texts: list[str], tokenizer, *, special: bool) -> list[list[int]]:
             ids = ids[1:]
         encoded.append(ids)
     return encoded
-
-
-def _what_is_unknown(prompt: str, suffix: str, tokenizer) -> str:
-    """Which characters the tokenizer does not know, who brought them, and what helps."""
-    def unknown(text: str) -> list[str]:
-        return [c for c in dict.fromkeys(text)
-                if tokenizer.unk_token_id in tokenizer(c, add_special_tokens=False)["input_ids"]]
-
-    for what, found, remedy in (
-            ("its prompt", unknown(prompt), "remove the problem or use another tokenizer"),
-            (f"the suffix {suffix!r}", unknown(suffix), "give another --prompt_suffix (\"\" = none)")):
-        if found:
-            return f"the tokenizer does not know {found} of {what}; {remedy}"
-    return "the tokenizer does not know what the chat template adds; use --chat_template never or another tokenizer"
 
 
 def stop_token_ids(tokenizer, *, generation_config: dict | None, override: str = "auto") -> tuple[int, ...]:

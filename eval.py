@@ -1,7 +1,7 @@
 """How good is a policy? mean@k and pass@k with intervals, on the paper's benchmarks or on any file of problems.
 
     python eval.py --model out/arithmetic-prompt-0                   # a run: its last evaluation again, with intervals
-    python eval.py --model out/arithmetic-prompt-0/best --k 64       # one of its models, as the run evaluates but for k
+    python eval.py --model out/arithmetic-prompt-0/best --k 64      # one of its models, with another k
     python eval.py --model Qwen/Qwen3-1.7B-Base --benchmarks paper
     python eval.py --regrade out/eval-Qwen3-1.7B-Base
 
@@ -16,10 +16,7 @@ import dataclasses
 import hashlib
 import json
 import re
-import shlex
 import sys
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -32,18 +29,17 @@ import metrics
 import tasks
 from config import PROMPT_SUFFIX, Config, add_flag, check_bounds, of_run
 from data import HUB_SETS, SUFFIXES, Problem, encode_prompts
-from metrics import by_kind, figures, headline
+from metrics import by_kind, figures, headline_k
 from policy import Policy
 from ranks import Ranks, RunError, say
 from reward import Grader, check_golds
-from rollout import Sampling, choose_engine, draw_part, make_engine, rollout_seed
+from rollout import Sampling, choose_engine, draw_part, make_engine, rollout_seed, to_text
 from runfolder import environment, portable, replace_text, write_json
 from watchdog import progress, watching
 
 PAPER_BENCHMARKS = ("math500", "aime24", "aime25", "amc23", "minerva", "olympiad", "gpqa")
 CHUNK = 64  # problems that a rank draws between two writes to eval_samples.jsonl
 PAPER = Path(__file__).parent / "results" / "paper.json"  # its Table 1
-
 
 # ------------------------------------------------------------------------------------------------ samples
 
@@ -68,18 +64,19 @@ class Sample:
     kind: str  # of the problem
 
 
+def lines_of(samples: list[Sample]) -> str:
+    return "".join(json.dumps(dataclasses.asdict(s)) + "\n" for s in samples)
+
+
 def read_samples(path: Path) -> list[Sample]:
     """The whole lines of `path`; a last one without its newline was cut by a kill and is left out.
 
-    Raises ValueError, naming the line, for one that is not a sample.
+    Raises ValueError for a file that holds something else.
     """
-    samples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
-        try:
-            samples.append(Sample(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path.name}, line {number} is not a sample: {error}") from error
-    return samples
+    try:
+        return [Sample(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path} holds lines that are not samples: {error}") from error
 
 
 def grade(samples: list[Sample], grader: Grader) -> list[Sample]:
@@ -107,8 +104,7 @@ def summary(samples: list[Sample]) -> dict[str, dict]:
         of = [s for s in samples if s.benchmark == name]
         by_problem = [list(group) for _, group in groupby(of, key=lambda s: s.id)]
         if len({len(group) for group in by_problem}) > 1:
-            counts = Counter(map(len, by_problem))
-            raise ValueError(f"{name}: problems with {sorted(counts)} responses; the file is incomplete or mixed")
+            raise ValueError(f"{name}: some problems have more responses than others; the file is incomplete or mixed")
         right[name] = np.array([[s.right for s in group] for group in by_problem])
         add(name, [right[name]], of)
         if any(kinds := [group[0].kind for group in by_problem]):
@@ -121,68 +117,48 @@ def summary(samples: list[Sample]) -> dict[str, dict]:
 
 
 def markdown(rows: dict[str, dict], model: str) -> str:
-    """The table, in percent with intervals; for a model of the paper, its figures beside ours. Then the kinds."""
+    """The table, in percent with intervals; for a model of the paper, its mean@8, and pass@8 over all, beside ours.
+    Then the kinds."""
     names = [n for n in dict.fromkeys(n for row in rows.values() for n in row) if n.startswith(("mean@", "pass@"))]
-    published = json.loads(PAPER.read_text(encoding="utf-8")) if PAPER.exists() else {"table": {}, "columns": []}
+    published = json.loads(PAPER.read_text(encoding="utf-8"))
     methods = next((m for size, m in published["table"].items() if f"-{size}" in model), {})
     columns = published["columns"]
-    head = ["benchmark", "problems", *names, "cut", *(f"paper, {m}" for m in methods)]
     lines = []
     for benchmark, row in rows.items():
         cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in row[n])) if n in row else "" for n in names]
         column = "pass@8" if benchmark == "all" else benchmark
         paper = [f"{m[columns.index(column)]:.2f}" if column in columns else "" for m in methods.values()]
         lines.append([benchmark, str(row["problems"]), *cells, f"{100 * row['truncated_frac']:.1f}%", *paper])
-    note = "\n\npaper: mean@8 of each benchmark, and pass@8 over all" if methods else ""
-    blocks = [[head, *lines]]
+    pages = [metrics.markdown(["benchmark", "problems", *names, "cut", *(f"paper, {m}" for m in methods)], lines)]
     for benchmark, row in rows.items():
         if kinds := row.get("by_kind"):
-            head = [f"{benchmark}, by kind", "problems", "pass@1", f"pass@{headline(row['responses'])}"]
-            blocks.append([head, *([kind, str(n), f"{100 * mean:.1f}", f"{100 * passed:.1f}"]
-                                   for kind, (n, mean, passed) in kinds.items())])
-    pages = [metrics.markdown(head, lines) for head, *lines in blocks]
-    return "\n\n".join([pages[0] + note, *pages[1:]])
+            head = [f"{benchmark}, by kind", "problems", "pass@1", f"pass@{headline_k(row['responses'])}"]
+            pages.append(metrics.markdown(head, [[kind, str(n), f"{100 * mean:.1f}", f"{100 * passed:.1f}"]
+                                                 for kind, (n, mean, passed) in kinds.items()]))
+    return "\n\n".join(pages)
 
 
 # ------------------------------------------------------------------------------------------------ a run's model
 
-# flag -> the setting of a run that it is taken from, if not given
-FROM_RUN = {"k": "eval_rollouts", "temperature": "eval_temperature", "top_p": "eval_top_p", "top_k": "eval_top_k",
-            **{name: name for name in (
-                "seed", "max_prompt_tokens", "max_response_tokens", "prompt_suffix", "chat_template", "stop_tokens",
-                "answer_style", "reward", "allow_bad_golds", "engine", "dtype", "threads", "max_rollouts",
-                "grader_timeout")}}
-OF_MACHINE = ("gpu_memory_utilization", "grader_workers", "stall_seconds")
-SETTINGS = {flag: Config.__dataclass_fields__[name] for flag, name in
-            {**FROM_RUN, **{name: name for name in OF_MACHINE}}.items()}
-# Defaults and help of a flag where they are not the setting's.
-DEFAULTS = {"max_prompt_tokens": 0, "max_response_tokens": 0, "prompt_suffix": None, "gpu_memory_utilization": 0.85}
-HELP = {
-    "k": "responses drawn for each problem", "temperature": "0 = greedy, with --k 1", "seed": "of every response",
-    "max_prompt_tokens": "longer prompts are left out and counted; 0 = a half of the context, at most 3200",
-    "max_response_tokens": "a response cut here counts as wrong; 0 = what the context leaves, at most 4096",
-    "gpu_memory_utilization": "vLLM: share of GPU memory",
-    "stall_seconds": "end an evaluation in which no rank moves for so long; 0 = never"}
-
 
 @dataclass(frozen=True)
-class Run:
+class TrainedRun:
     """A run of train.py, one of whose models is evaluated."""
 
     folder: Path
     model: Path  # a folder in it: model/, best/
-    settings: Config
     loaded: dict  # what it trained and evaluated on, as its config.json has it
 
     @classmethod
-    def find(cls, name: str) -> "Run | None":
+    def find(cls, name: str) -> "TrainedRun | None":
         """The run if `name` is its folder or one of a model in it. Raises FileNotFoundError for one without a model."""
-        for folder, model in ((Path(name), Path(name) / "model"), (Path(name).parent, Path(name))):
+        path = Path(name)
+        for folder, model in ((path, path / "model"), (path.parent, path)):
             config = folder / "config.json"
-            saved = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-            if "loaded" in saved and model.is_dir():
-                return cls(folder, model, of_run(folder, "auto", {})[0], saved["loaded"])
-            if "loaded" in saved and folder == Path(name):
+            loaded = json.loads(config.read_text(encoding="utf-8")).get("loaded") if config.exists() else None
+            if loaded and model.is_dir():
+                return cls(folder, model, loaded)
+            if loaded and folder == path:
                 raise FileNotFoundError(f"{name} has no model/ yet: finish it with train.py --out_dir {name} --resume, "
                                         "or name another model in it")
         return None
@@ -192,24 +168,22 @@ class Run:
         run = self.folder.resolve().name
         return run if self.model.name == "model" else f"{run}-{self.model.name}"
 
-    def held_out(self, limit: int) -> tuple[str, list[Problem], dict]:
-        """What the run evaluates on, its first `limit` (0: all): name, problems, record. Raises ValueError or
+    def held_out(self, cfg: Config) -> tuple[str, list[Problem], dict]:
+        """What the run evaluates on, its first cfg.eval_problems (0: all): name, problems, record. Raises ValueError or
         FileNotFoundError where it cannot be had as it was."""
-        cfg, flag = self.settings, "eval_data" if self.settings.eval_data else "train_data"
-        source, was = getattr(cfg, flag), self.loaded[flag]
-        instead = "name the problems to evaluate on with --benchmarks (and --problems)"
-        try:
-            problems, record = tasks.load(source, split="heldout" if cfg.eval_data else "train",
-                                          limit=limit if cfg.eval_data else cfg.train_problems,
-                                          revision=was.get("revision"))
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{source}, --{flag} of {self.folder}, is not there: {instead}") from error
+        if cfg.eval_data:
+            flag, source, split, limit = "eval_data", cfg.eval_data, "heldout", cfg.eval_problems
+        else:
+            flag, source, split, limit = "train_data", cfg.train_data, "train", cfg.train_problems
+        was = self.loaded[flag]
+        problems, record = tasks.load(source, split=split, limit=limit, revision=was.get("revision"))
         if record.get("sha256") != was.get("sha256"):
-            raise ValueError(f"{source}, --{flag} of {self.folder}, has changed since: {instead}")
+            raise ValueError(f"{source}, --{flag} of {self.folder}, has changed since: name the problems to evaluate "
+                             "on with --benchmarks")
         if cfg.eval_data:
             return source, problems, record
         last = self.loaded["eval_data"]["last"]  # the end of train_data, not trained on
-        return "heldout", problems[-last:][: limit or None], {**record, "last": last}
+        return "heldout", problems[-last:][: cfg.eval_problems or None], {**record, "last": last}
 
 
 # ------------------------------------------------------------------------------------------------ drawing
@@ -225,52 +199,50 @@ class Benchmark:
     record: dict
 
 
-def load_benchmarks(args: argparse.Namespace, tokenizer, grader: Grader) -> tuple[list[Benchmark], dict[str, str]]:
-    """Those that could be had, and why a hub set could not. Raises ValueError or FileNotFoundError for all other
-    reasons, and ConnectionError where it is the run's own."""
-    sets, found, missing = [], [], {}
+def load_benchmarks(args: argparse.Namespace, cfg: Config, tokenizer, grader: Grader) -> list[Benchmark]:
+    """All but hub sets that cannot be had, of which it says so: gpqa wants a login. Raises ValueError or
+    FileNotFoundError for another, and where none is left."""
+    sets, found = [] if args.benchmarks else [args.run.held_out(cfg)], []
     for name in args.benchmarks or []:
         try:
-            sets.append((name, *tasks.load(name, split="heldout", limit=args.problems)))
+            sets.append((name, *tasks.load(name, split="heldout", limit=cfg.eval_problems)))
         except ConnectionError as error:
-            missing[name] = str(error)
             say(f"WARNING: {name} is left out. {error}")
-    for name, problems, record in sets if args.benchmarks else [args.run.held_out(args.problems)]:
-        suffix = args.prompt_suffix
-        if suffix is None:
-            suffix = "" if name.partition(":")[0] in tasks.TASKS else PROMPT_SUFFIX
-        problems, prompts, counts = encode_prompts(problems, tokenizer, suffix=suffix, chat_template=args.chat_template,
-                                                   max_tokens=args.max_prompt_tokens)
-        if counts["too_long"]:
-            say(f"{name}: {counts['too_long']} problems over {args.max_prompt_tokens} tokens are left out")
+    if not sets:
+        raise ValueError("no benchmark could be loaded")
+    for name, problems, record in sets:
         label = Path(name).stem if name.endswith(SUFFIXES) else name
         if label in {b.name for b in found}:
             raise ValueError(f"two benchmarks are called {label!r}; rename a file or name it once")
-        if args.answer_style != "auto":
-            problems = [dataclasses.replace(p, style=args.answer_style) for p in problems]
-        if not args.reward:
-            check_golds(problems, grader, allowed=args.allow_bad_golds, name=label)
+        suffix = cfg.prompt_suffix
+        if suffix is None:
+            suffix = "" if name.partition(":")[0] in tasks.TASKS else PROMPT_SUFFIX
+        problems, prompts, counts = encode_prompts(problems, tokenizer, suffix=suffix, chat_template=cfg.chat_template,
+                                                   max_tokens=cfg.max_prompt_tokens)
+        if counts["too_long"]:
+            say(f"{label}: {counts['too_long']} problems over {cfg.max_prompt_tokens} tokens are left out")
+        if cfg.answer_style != "auto":
+            problems = [dataclasses.replace(p, style=cfg.answer_style) for p in problems]
+        check_golds(problems, grader, allowed=cfg.allow_bad_golds, name=label)
         # What is asked, to the token: the record cannot name the code of a built-in task or the tokenizer's files.
-        asked = hashlib.blake2b(json.dumps([(p.answer, p.style, ids) for p, ids in zip(problems, prompts, strict=True)]
-                                           ).encode(), digest_size=8).hexdigest()
-        found.append(Benchmark(label, problems, prompts, {**record, "prompt_suffix": suffix, "encoded": counts,
-                                                          "asked": asked}))
-    return found, missing
+        asked = json.dumps([(p.answer, p.style, ids) for p, ids in zip(problems, prompts, strict=True)])
+        found.append(Benchmark(label, problems, prompts, {
+            "problems": len(problems), **record, "prompt_suffix": suffix, "encoded": counts,
+            "asked": hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()}))
+    return found
 
 
 def draw_samples(benchmarks: list[Benchmark], path: Path, engine, ranks: Ranks, tokenizer, sampling: Sampling, *,
                  k: int, seed: int, grader: Grader) -> list[Sample]:
-    """Draws, grades and appends to `path` what is not there yet; all samples, in order, on every rank."""
+    """Draws, grades and appends to `path` what is not there yet; all samples, in order, on the first rank."""
     work = [(b, p) for b in benchmarks for p in range(len(b.problems))]
     chunk = CHUNK * ranks.world
-    done = read_samples(path) if ranks.rank == 0 and path.exists() else []
-    finished = len(done) // (chunk * k) * chunk  # problems of whole chunks
-    if len(done) == len(work) * k:
-        finished = len(work)
-    finished = int(ranks.merge(np.array([finished * (ranks.rank == 0)]))[0])
-    samples = done[: finished * k]
+    samples = read_samples(path) if ranks.rank == 0 and path.exists() else []
+    finished = len(samples) // (chunk * k) * chunk if len(samples) < len(work) * k else len(work)  # whole chunks
+    finished = ranks.from_all(finished)[0]
     if ranks.rank == 0:
-        replace_text(path, "".join(json.dumps(dataclasses.asdict(s)) + "\n" for s in samples))
+        samples = samples[: finished * k]
+        replace_text(path, lines_of(samples))
     bar = tqdm(total=len(work), initial=finished, unit="problem", desc="evaluating", disable=ranks.rank > 0)
     for start in range(finished, len(work), chunk):
         part = work[start : start + chunk]
@@ -278,13 +250,13 @@ def draw_samples(benchmarks: list[Benchmark], path: Path, engine, ranks: Ranks, 
         batch = draw_part(engine, ranks, [b.prompts[p] for b, p in part], [k] * len(part), seed_P,
                           sampling).exchange(ranks)
         if ranks.rank == 0:
-            responses = batch.texts(tokenizer, range(len(batch.owner)))
+            responses = to_text(tokenizer, map(batch.response, range(len(batch.owner))))
             drawn = [Sample(name, p.id, j, p.answer, p.style, responses[r], None, False, False, int(batch.lengths[r]),
                             "length" if batch.truncated[r] else "stop", False, p.prompt, p.kind)
                      for r, (name, p, j) in enumerate((b.name, b.problems[p], j) for b, p in part for j in range(k))]
             samples += grade(drawn, grader)
             with open(path, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(dataclasses.asdict(s)) + "\n" for s in samples[-len(drawn):]))
+                file.write(lines_of(samples[-len(drawn):]))
             bar.set_postfix(right=f"{np.mean([s.right for s in samples]):.3f}")
         bar.update(len(part))
     bar.close()
@@ -293,81 +265,75 @@ def draw_samples(benchmarks: list[Benchmark], path: Path, engine, ranks: Ranks, 
 
 # ------------------------------------------------------------------------------------------------ command line
 
+# Settings of train.py that are flags here, too, with a run's values where it is one of a run.
+ASKED = ("eval_rollouts", "eval_temperature", "eval_top_p", "eval_top_k", "seed", "max_prompt_tokens",
+         "max_response_tokens", "chat_template", "answer_style")  # with others it is another evaluation
+FLAGS = (*ASKED, "eval_problems", "prompt_suffix", "stop_tokens", "reward", "allow_bad_golds", "engine", "dtype",
+         "threads", "max_rollouts", "gpu_memory_utilization", "grader_workers", "grader_timeout", "stall_seconds")
+# Where no run says it: token limits from the model's context, a suffix for all but the built-in tasks.
+DEFAULTS = {"max_prompt_tokens": 0, "max_response_tokens": 0, "prompt_suffix": None}
+GPU_SHARE = 0.85  # no optimiser stands beside the engine
+
+
+def flag_of(setting: str) -> str:
+    return "k" if setting == "eval_rollouts" else setting.removeprefix("eval_")
+
 
 def flags() -> argparse.ArgumentParser:
+    """The command line. Of FLAGS only those that are given are in what it parses."""
     usage = ("%(prog)s --model RUN|FOLDER|ID [--benchmarks NAME ...] [option ...]\n"
              "       %(prog)s --regrade FOLDER|FILE [option ...]")
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
     built_in = ", ".join(tasks.TASKS)
-    add("--model", help="a run of train.py (its last model; RUN/best: its best), evaluated as the run does it: its "
-                        f"config.json stands in for all flags but --out, {', '.join(f'--{x}' for x in OF_MACHINE)}; or "
-                        f"a Hugging Face folder or hub id; {built_in} = the base model of a built-in task")
-    add("--revision", help="hub revision of the model")
-    add("--benchmarks", nargs="+", metavar="NAME|FILE",
-        help=f"any of {', '.join(n for n in HUB_SETS if n != 'dapo')}, {built_in}, hub:owner/name[:config[:split]], "
-             f"or {'/'.join(SUFFIXES)} files, with spaces or commas between; paper = the seven of the paper [those of "
-             "the run, else paper]")
-    add("--regrade", type=Path, metavar="FOLDER|FILE",
-        help="grade the eval_samples.jsonl of an evaluation again, without any model; --answer_style and --reward may "
-             "be others")
-    add("--problems", type=int, default=0, help="use the first so many of each benchmark; 0 = all [0]")
-    add("--out", type=Path, help="folder for eval.json and eval_samples.jsonl [out/eval-RUN or -MODEL, and the "
-                                 "benchmarks if given]")
-    for flag, setting in SETTINGS.items():
-        default = DEFAULTS.get(flag, setting.default)
-        usual = f"{PROMPT_SUFFIX!r}, nothing for the built-in tasks" if flag == "prompt_suffix" else repr(default)
-        add_flag(parser, setting, flag=flag, default=default, help=HELP.get(flag, ""), usual=usual)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="a run of train.py (its last model; RUN/best: its best), evaluated as the run "
+                                      "does it, but for the flags given; or a Hugging Face folder or hub "
+                                      f"id[@revision]; {built_in} = the base model of a built-in task")
+    what.add_argument("--regrade", type=Path, metavar="FOLDER|FILE",
+                      help="grade the eval_samples.jsonl of an evaluation again, without any model; --answer_style and "
+                           "--reward may be others")
+    parser.add_argument("--benchmarks", nargs="+", metavar="NAME|FILE",
+                        help=f"any of {', '.join(n for n in HUB_SETS if n != 'dapo')}, {built_in}, "
+                             f"hub:owner/name[:config[:split]], or {'/'.join(SUFFIXES)} files; paper = the seven of "
+                             "the paper [those of the run, else paper]")
+    parser.add_argument("--out", type=Path, help="folder for eval.json and eval_samples.jsonl [out/eval-RUN or -MODEL, "
+                                                 "and the benchmarks if given]")
+    for name in FLAGS:
+        add_flag(parser, Config.__dataclass_fields__[name], default=argparse.SUPPRESS, flag=flag_of(name))
     return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags, then what a run's config.json says, then the defaults. `run` is the Run that --model names, or None;
-    `benchmarks` None is what that run evaluates on. Raises FileNotFoundError for a run without a model."""
-    parser = flags()
-    args = parser.parse_args(argv)
-    if (args.model is None) == (args.regrade is None):
-        parser.error("give --model to evaluate one, or --regrade to grade an evaluation again")
-    run = Run.find(args.model) if args.model else None
-    if run:
-        before = {flag: getattr(run.settings, setting) for flag, setting in FROM_RUN.items()}
-        before |= {"problems": run.settings.eval_problems} if args.benchmarks is None else {}
-    else:
-        before = {"reward": settings_beside(args.regrade).get("reward", "")} if args.regrade else {}
-    unusual = {k: v for k, v in before.items() if v != parser.get_default(k)}
-    parser.set_defaults(**before, run=run)
-    args = parser.parse_args(argv)
-    taken = [f"--{k} {shlex.quote(str(v))}" for k, v in unusual.items() if getattr(args, k) == v]
-    if run and args.benchmarks is None:
-        taken.append(f"on {portable(run.settings.eval_data) or 'what it held out of train_data'}")
-    if taken:
-        say(f"as in {run.folder if run else args.regrade}:", *taken)
-    check(args, parser)
-    names = [n for part in args.benchmarks or [] for n in part.split(",") if n]
+    """model, regrade, benchmarks (None: what the run evaluates on), out; `run` is the TrainedRun that --model names, or
+    None, and `cfg` the settings: those given, then the run's, then the defaults.
+
+    Raises ValueError for a value that is wrong, FileNotFoundError for a run without a model.
+    """
+    given = vars(flags().parse_args(argv))
+    args = argparse.Namespace(**{name: given.pop(name) for name in ("model", "regrade", "benchmarks", "out")})
+    args.run = run = TrainedRun.find(args.model) if args.model else None
+    names = args.benchmarks or []
     if args.model and not args.out:
-        parts = [run.name if run else Path(args.model).resolve().name, *([args.revision] if args.revision else []),
+        parts = [run.name if run else Path(args.model).resolve().name,
                  *(Path(n).stem if n.endswith(SUFFIXES) else n for n in names)]
         args.out = Path("out") / re.sub(r"[^\w.-]+", "-", "-".join(["eval", *parts]))
+    given = {"gpu_memory_utilization": GPU_SHARE, **given}
+    if run:
+        args.cfg, _ = of_run(run.folder, "auto", {"eval_problems": 0, **given} if names else given)
+    else:
+        before = {"reward": settings_beside(args.regrade).get("reward", "")} if args.regrade else {}
+        args.cfg = Config(**{**DEFAULTS, **before, **given})
     if names or not run:
         names = [m for n in names or ["paper"] for m in (PAPER_BENCHMARKS if n == "paper" else (n,))]
         args.benchmarks = list(dict.fromkeys(names))
-    return args
-
-
-def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Ends with what is wrong with a value."""
-    try:
-        for flag, setting in SETTINGS.items():
-            check_bounds(setting, getattr(args, flag), flag)
-    except ValueError as error:
-        parser.error(str(error))
-    if args.problems < 0:
-        parser.error(f"--problems must be at least 0, got {args.problems}")
-    if args.temperature == 0 and args.k > 1:
-        parser.error("--temperature 0 gives the same response every time: use it with --k 1")
+    for name in FLAGS:
+        check_bounds(Config.__dataclass_fields__[name], getattr(args.cfg, name), flag_of(name))
+    if args.cfg.eval_temperature == 0 and args.cfg.eval_rollouts > 1:
+        raise ValueError("--temperature 0 gives the same response every time: use it with --k 1")
     if args.out and (args.out / "config.json").exists():
-        parser.error(f"--out {args.out} holds a run or a model, whose eval.json must stay; choose another")
+        raise ValueError(f"--out {args.out} holds a run or a model, whose eval.json must stay; choose another")
+    return args
 
 
 # ------------------------------------------------------------------------------------------------ the two commands
@@ -381,15 +347,11 @@ def settings_beside(samples: Path) -> dict:
 
 
 def regrade(args: argparse.Namespace) -> None:
+    cfg = args.cfg
     path = args.regrade / "eval_samples.jsonl" if args.regrade.is_dir() else args.regrade
-    if not path.exists():
-        raise ValueError(f"--regrade {args.regrade}: there is no {path}; an evaluation has one, a run has none: first "
-                         "eval.py --model RUN")
     old = read_samples(path)
-    if not old:
-        raise ValueError(f"{path.name} holds no samples")
-    asked = old if args.answer_style == "auto" else [dataclasses.replace(s, style=args.answer_style) for s in old]
-    with Grader(workers=args.grader_workers, timeout=args.grader_timeout, reward=args.reward) as grader:
+    asked = old if cfg.answer_style == "auto" else [dataclasses.replace(s, style=cfg.answer_style) for s in old]
+    with Grader(workers=cfg.grader_workers, timeout=cfg.grader_timeout, reward=cfg.reward) as grader:
         new = grade(asked, grader)
     rows, model = summary(new), settings_beside(path).get("model", "")
     print(markdown(rows, model))
@@ -397,83 +359,71 @@ def regrade(args: argparse.Namespace) -> None:
           + ("" if args.out else "; nothing is written without --out"))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        replace_text(args.out / "eval_samples.jsonl", "".join(json.dumps(dataclasses.asdict(s)) + "\n" for s in new))
-        settings = {"regraded": path.name, "model": model, "answer_style": args.answer_style, **reward_record(grader)}
-        write_json(args.out / "eval.json", {"settings": settings, "environment": environment(), "figures": rows})
+        replace_text(args.out / "eval_samples.jsonl", lines_of(new))
+        write_json(args.out / "eval.json", {
+            "settings": {"regraded": path.name, "model": model, "answer_style": cfg.answer_style,
+                         **reward_record(cfg, grader)}, "environment": environment(), "figures": rows})
 
 
-def reward_record(grader: Grader) -> dict:
+def reward_record(cfg: Config, grader: Grader) -> dict:
     """What eval.json says of the reward; "" = that of reward.py."""
-    source = grader.source
-    return {"reward": portable(f"{source.path}:{source.function}"), "reward_sha256": source.sha256} if source else {
-        "reward": ""}
-
-
-def differences(saved, now, name: str) -> Iterator[str]:
-    """What two settings of an evaluation differ in, as "k 8", with the value of the saved one."""
-    if isinstance(saved, dict) and isinstance(now, dict):
-        for key in {**saved, **now}:
-            yield from differences(saved.get(key), now.get(key), f"{name} {key}".strip())
-    elif saved != now:
-        yield f"{name} {saved!r}"
+    return {"reward": portable(cfg.reward), "reward_sha256": grader.source.sha256 if grader.source else None}
 
 
 def refuse_another(out: Path, settings: dict) -> None:
-    """Raises FileExistsError where `out` holds an evaluation that is not this one."""
+    """Raises FileExistsError where `out` holds an evaluation of other weights, data or settings."""
     if not (out / "eval.json").exists() and not (out / "eval_samples.jsonl").exists():
         return
     saved = settings_beside(out)
     if saved.get("weights") != settings["weights"]:
         what = "was made of other weights" if "weights" in saved else "does not say of which weights it was made"
         raise FileExistsError(f"{out} {what}; choose another --out or delete it")
-    named = {"model": None, "folder": None}  # what the weights are called where they lie now
-    if differing := list(differences({**saved, **named}, {**settings, **named}, "")):
+    was, now = flat(saved), flat(settings)
+    if differing := [f"{k} {was.get(k)!r}" for k in {**was, **now} if was.get(k) != now.get(k)]:
         raise FileExistsError(f"{out} holds an evaluation with {', '.join(differing)}; choose another --out")
 
 
+def flat(settings: dict) -> dict:
+    """What makes an evaluation another: all settings but the names under which weights lie, a benchmark's with it."""
+    of_benchmarks = {f"{name} {k}": v for name, record in settings["benchmarks"].items() for k, v in record.items()}
+    return {**settings, **of_benchmarks, "model": None, "folder": None, "benchmarks": list(settings["benchmarks"])}
+
+
 def evaluate(args: argparse.Namespace) -> None:
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    ranks, run = Ranks(), args.run
-    policy = Policy.open(run.model if run else tasks.model_folder(args.model, args.revision), dtype=args.dtype,
-                         device=ranks.device, stop_tokens=args.stop_tokens)
-    args.max_prompt_tokens, args.max_response_tokens = policy.config.limits(
-        args.max_prompt_tokens, args.max_response_tokens, *([] if run else [(3200, 4096)]))
-    kind, why = choose_engine(args.engine, ranks.device)
+    cfg, run = args.cfg, args.run
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    ranks, folder = Ranks(), run.model if run else tasks.model_folder(args.model)
+    policy = Policy.open(folder, dtype=cfg.dtype, device=ranks.device, stop_tokens=cfg.stop_tokens)
+    prompt, response = policy.config.limits(cfg.max_prompt_tokens, cfg.max_response_tokens,
+                                            *([] if run else [(3200, 4096)]))
+    cfg = dataclasses.replace(cfg, max_prompt_tokens=prompt, max_response_tokens=response)
+    kind, why = choose_engine(cfg.engine, ranks.device)
     say(f"engine: {kind}. {why}")
-    with Grader(workers=args.grader_workers, timeout=args.grader_timeout, reward=args.reward) as grader:
-        benchmarks, missing = load_benchmarks(args, policy.tokenizer, grader)
-        if not benchmarks:
-            raise ValueError("no benchmark could be loaded")
-        names = ("k", "temperature", "top_p", "top_k", "seed", "max_prompt_tokens", "max_response_tokens",
-                 "chat_template", "answer_style")
-        settings = {"model": run.name if run else portable(args.model), "folder": policy.folder.name,
+    with Grader(workers=cfg.grader_workers, timeout=cfg.grader_timeout, reward=cfg.reward) as grader:
+        benchmarks = load_benchmarks(args, cfg, policy.tokenizer, grader)
+        asked = {name: getattr(cfg, name) for name in ASKED}
+        settings = {"model": run.name if run else portable(args.model), "folder": folder.name,
                     "weights": policy.weights_hash() if ranks.rank == 0 else "", "engine": kind,
-                    "dtype": str(policy.dtype)[6:], **{name: getattr(args, name) for name in names},
-                    "stop_ids": list(policy.stop_ids), **reward_record(grader),
-                    "benchmarks": {b.name: {"problems": len(b.problems), **b.record} for b in benchmarks}}
-        if run and args.reward == run.settings.reward and (
-                settings.get("reward_sha256") != run.loaded.get("reward", {}).get("sha256")):
-            say(f"WARNING: {args.reward} has changed since the run, whose own figures may differ")
+                    "dtype": str(policy.dtype)[6:], **asked, "stop_ids": list(policy.stop_ids),
+                    **reward_record(cfg, grader), "benchmarks": {b.name: b.record for b in benchmarks}}
+        say(f"as {run.folder}:" if run else "settings:", ", ".join(f"{k} {v}" for k, v in asked.items()))
         if ranks.rank == 0:
             refuse_another(args.out, settings)
         progress("engine")  # from here on, with all downloads done, the watchdog watches
-        engine = make_engine(kind, policy.folder, dtype=policy.dtype, device=ranks.device, seed=args.seed,
-                             max_prompt_tokens=args.max_prompt_tokens, max_response_tokens=args.max_response_tokens,
-                             max_rollouts=args.max_rollouts, gpu_memory_utilization=args.gpu_memory_utilization)
+        engine = make_engine(kind, folder, dtype=policy.dtype, device=ranks.device, seed=cfg.seed,
+                             max_prompt_tokens=prompt, max_response_tokens=response, max_rollouts=cfg.max_rollouts,
+                             gpu_memory_utilization=cfg.gpu_memory_utilization)
         if ranks.rank == 0 and not (args.out / "eval.json").exists():  # only now that the model runs
             args.out.mkdir(parents=True, exist_ok=True)
             write_json(args.out / "eval.json", {"settings": settings})
-        sampling = Sampling(args.max_response_tokens, args.temperature, args.top_p, args.top_k, policy.stop_ids)
+        sampling = Sampling(response, cfg.eval_temperature, cfg.eval_top_p, cfg.eval_top_k, policy.stop_ids)
         samples = draw_samples(benchmarks, args.out / "eval_samples.jsonl", engine, ranks, policy.tokenizer, sampling,
-                               k=args.k, seed=args.seed, grader=grader)
+                               k=cfg.eval_rollouts, seed=cfg.seed, grader=grader)
     if ranks.rank == 0:
         rows = summary(samples)
-        write_json(args.out / "eval.json", {"settings": settings, "missing": missing, "environment": environment(),
-                                            "figures": rows})
+        write_json(args.out / "eval.json", {"settings": settings, "environment": environment(), "figures": rows})
         print(markdown(rows, settings["model"]))
-        for name in missing:
-            print(f"left out: {name}")
         print(f"\nfigures: {args.out / 'eval.json'}   responses: {args.out / 'eval_samples.jsonl'}")
     engine.close()
     ranks.leave()
@@ -485,7 +435,7 @@ def main() -> None:
         if args.regrade:
             regrade(args)
         else:
-            with watching(args.out, args.stall_seconds, "The same command goes on where it was"):
+            with watching(args.out, args.cfg.stall_seconds, "The same command goes on where it was"):
                 evaluate(args)
     except (ValueError, OSError, RunError) as error:
         sys.exit(f"eval.py: {error}")

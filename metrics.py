@@ -16,8 +16,6 @@ import numpy as np
 
 def pass_at_k(correct: np.ndarray, drawn: int, k: int) -> np.ndarray:
     """Unbiased pass@k of problems with `correct` (P,) right responses of `drawn`, (P,). Needs k <= drawn."""
-    if not 1 <= k <= drawn:
-        raise ValueError(f"pass@{k} needs at least {k} responses a problem, there are {drawn}")
     table = np.array([1 - comb(drawn - c, k) / comb(drawn, k) for c in range(drawn + 1)])
     return table[np.asarray(correct)]
 
@@ -49,14 +47,14 @@ def figures(strata: list[np.ndarray]) -> dict[str, list[float]]:
             zip([f"mean@{drawn}", *(f"pass@{k}" for k in powers)], values, low, high, strict=True)}
 
 
-def headline(drawn: int) -> int:
+def headline_k(drawn: int) -> int:
     """The k of the one pass@k that is shown first: 8 as in the paper, or the largest power of two up to `drawn`."""
     return min(8, 1 << drawn.bit_length() - 1)
 
 
 def by_kind(kinds: list[str], right: np.ndarray) -> dict[str, list[float]]:
-    """kind -> [problems, mean, pass@k] with the headline's k. kinds: (P,), "" = "all"; right: (P, m) bool."""
-    passed_P = pass_at_k(right.sum(axis=1), right.shape[1], headline(right.shape[1]))
+    """kind -> [problems, mean, pass@k] with headline_k. kinds: (P,), "" = "all"; right: (P, m) bool."""
+    passed_P = pass_at_k(right.sum(axis=1), right.shape[1], headline_k(right.shape[1]))
     kind_P = np.array([kind or "all" for kind in kinds])
     return {str(kind): [int((kind_P == kind).sum()), float(right[kind_P == kind].mean()),
                         float(passed_P[kind_P == kind].mean())] for kind in dict.fromkeys(kind_P)}
@@ -78,7 +76,7 @@ class Evaluation:
 
     @property
     def k(self) -> int:
-        return headline(self.rollouts)
+        return headline_k(self.rollouts)
 
     @classmethod
     def of(cls, step: int, kinds: list[str], right: np.ndarray, response_tokens_mean: float,

@@ -8,7 +8,7 @@ is passed in: `attend(layer, q, k, v)` over packed sequences, or over a KV cache
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,25 +50,26 @@ class ModelConfig:
         if kind not in QK_NORM:
             raise ValueError(f"model_type {kind!r} is not supported; supported are {sorted(QK_NORM)}")
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        unsupported = {
+        for what, present in {
             "rope scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
             "attention_bias": kind != "qwen2" and hf.get("attention_bias", False),
             "mlp_bias": hf.get("mlp_bias", False),
             "sliding window attention": hf.get("use_sliding_window", False),
             "an activation other than silu": hf.get("hidden_act", "silu") != "silu",
-        }
-        for what, present in unsupported.items():
+        }.items():
             if present:
                 raise ValueError(f"this checkpoint's config.json asks for {what}, which this model does not do")
-        values = {name: hf[name] for name in cls.__dataclass_fields__ if name in hf}
-        derived = {"rope_theta", "num_key_value_heads", "head_dim", "tie_word_embeddings"}
-        if missing := cls.__dataclass_fields__.keys() - values.keys() - derived:
+        defaults = {"rope_theta": rope.get("rope_theta", 10_000.0), "tie_word_embeddings": False,
+                    "num_key_value_heads": hf.get("num_attention_heads"), "head_dim": None}
+        values = defaults | {name: hf[name] for name in cls.__dataclass_fields__ if hf.get(name) is not None}
+        if missing := cls.__dataclass_fields__.keys() - values.keys():
             raise ValueError(f"config.json has no {', '.join(sorted(missing))}")
-        values["rope_theta"] = hf.get("rope_theta") or rope.get("rope_theta") or 10_000.0
-        values.setdefault("num_key_value_heads", hf["num_attention_heads"])
-        values["head_dim"] = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-        values.setdefault("tie_word_embeddings", False)
+        values["head_dim"] = values["head_dim"] or values["hidden_size"] // values["num_attention_heads"]
         return cls(**values)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "ModelConfig":
+        return cls.from_hf(json.loads((folder / "config.json").read_text()))
 
     def to_hf(self, dtype: torch.dtype) -> dict:
         """A config.json that transformers (both rope spellings) and vLLM read."""
@@ -95,9 +96,6 @@ class ModelConfig:
         """Parameters of the model, counted without allocating one."""
         with torch.device("meta"):
             return sum(p.numel() for p in Transformer(self).parameters())
-
-
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (T, H, d), k and v (T, Hkv, d) -> (T, H, d)
 
 
 class Attention(nn.Module):
@@ -141,14 +139,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, layer: int, recompute: bool) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: "Attend", layer: int, recompute: bool) -> Tensor:
         """`recompute`: in backward, instead of keeping what it needs. Inside the module, so that what gathers a sharded
         block's weights, outside, treats both passes alike."""
         if recompute:
             return checkpoint(self.run, x, cos, sin, attend, layer, use_reentrant=False)
         return self.run(x, cos, sin, attend, layer)
 
-    def run(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, layer: int) -> Tensor:
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, attend: "Attend", layer: int) -> Tensor:
         return self.after(x, attend(layer, *self.before(x, cos, sin)))
 
     # What stands before and after the attention, in which `Transformer.compile_blocks` has elementwise work fused.
@@ -177,10 +175,8 @@ class PackedAttention:
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int, *, keep_kv: bool = False):
         self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
         self.kv: list[tuple[Tensor, Tensor]] | None = [] if keep_kv else None
-        lengths = cu_seqlens.diff()
-        owner = torch.repeat_interleave(torch.arange(len(lengths), device=cu_seqlens.device), lengths)
-        total = len(owner)
-        self.positions = torch.arange(total, device=cu_seqlens.device) - cu_seqlens[:-1][owner]  # (T,)
+        owner = torch.repeat_interleave(cu_seqlens.diff())  # (T,) which sequence each token is of
+        self.positions = torch.arange(len(owner), device=cu_seqlens.device) - cu_seqlens[owner]  # (T,)
         self._slot = owner * max_seqlen + self.positions  # where token t stands among S * max_seqlen padded ones
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -204,25 +200,22 @@ class KVCache:
     """Keys and values of `slots` sequences of up to `max_len` tokens, each at a length of its own."""
 
     def __init__(self, config: ModelConfig, slots: int, max_len: int, *, dtype: torch.dtype, device: torch.device):
-        self.config, self.max_len = config, max_len
-        shape = (config.num_hidden_layers, slots * config.num_key_value_heads, max_len, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)  # (layers, slots * Hkv, L, d): ready for bmm
+        self.max_len = max_len
+        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, max_len, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)  # (layers, slots, Hkv, L, d)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.length = torch.zeros(slots, dtype=torch.long, device=device)
         self.longest = 0  # max of self.length, on the host
 
     def fill(self, slots: Tensor, source: Tensor, packed: PackedAttention) -> None:
         """Puts prompt `source[i]` of a prefill into slot `slots[i]`, (n,) each; one prompt may fill many slots."""
-        n, heads = len(slots), self.config.num_key_value_heads
-        start, length = packed.cu_seqlens[source], packed.cu_seqlens.diff()[source]
-        t = torch.arange(packed.max_seqlen, device=start.device)
-        token = (start[:, None] + t).clamp(max=int(packed.cu_seqlens[-1]) - 1)  # (n, L); never read past the end
-        rows = (slots[:, None] * heads + torch.arange(heads, device=slots.device)).flatten()
+        t = torch.arange(packed.max_seqlen, device=source.device)
+        token = packed.cu_seqlens[source][:, None] + t  # (n, L)
+        token = token.clamp(max=int(packed.cu_seqlens[-1]) - 1)  # never read past the end
         for layer, (k, v) in enumerate(packed.kv):
             for cache, x in ((self.k, k), (self.v, v)):
-                value = x[token].transpose(1, 2).reshape(n * heads, packed.max_seqlen, -1)
-                cache[layer, rows, : packed.max_seqlen] = value
-        self.length[slots] = length
+                cache[layer, slots, :, : packed.max_seqlen] = x[token].transpose(1, 2)  # (n, Hkv, L, d)
+        self.length[slots] = packed.cu_seqlens.diff()[source]
         self.longest = int(self.length.max())
 
     def release(self, slots: Tensor) -> None:
@@ -232,18 +225,11 @@ class KVCache:
 
     def keep(self, slots: Tensor) -> None:
         """Forgets all slots but these, which become slots 0, 1, ..."""
-        heads = self.config.num_key_value_heads
-        rows = (slots[:, None] * heads + torch.arange(heads, device=slots.device)).flatten()
         self.length = self.length[slots]
         self.longest = int(self.length.max())
-        for cache in (self.k, self.v):  # in place: `slots` ascends, and index_select has copied before the write
-            cache[:, : len(rows), : self.longest] = cache[:, rows, : self.longest]
-        self.k, self.v = self.k[:, : len(rows)], self.v[:, : len(rows)]
-
-    def advance(self) -> None:
-        """Every slot has been fed one token."""
-        self.length = self.length + 1
-        self.longest += 1
+        for cache in (self.k, self.v):  # in place: indexing has copied before the write
+            cache[:, : len(slots), :, : self.longest] = cache[:, slots, :, : self.longest]
+        self.k, self.v = self.k[:, : len(slots)], self.v[:, : len(slots)]
 
 
 class CachedAttention:
@@ -253,22 +239,21 @@ class CachedAttention:
         if cache.longest >= cache.max_len:
             raise ValueError(f"the KV cache is full: {cache.max_len} tokens")
         self.cache, self.positions = cache, cache.length  # (slots,)
-        heads = cache.config.num_key_value_heads
-        self.rows = torch.arange(len(cache.length) * heads, device=cache.length.device)
-        self.at = cache.length.repeat_interleave(heads)
-        future = torch.arange(cache.longest + 1, device=self.at.device) > self.at[:, None]  # (slots * Hkv, L)
-        self.mask = torch.zeros(future.shape, device=self.at.device).masked_fill_(future, -torch.inf)[:, None]
+        self.slots = torch.arange(len(cache.length), device=cache.length.device)
+        future = torch.arange(cache.longest + 1, device=cache.length.device) > cache.length[:, None]  # (slots, L)
+        self.mask = torch.zeros(future.shape, device=future.device).masked_fill_(future, -torch.inf)[:, None, None]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (slots, H, d), k and v (slots, Hkv, d) -> (slots, H, d)."""
-        S, H, d = q.shape
-        heads, keys, values = k.shape[1], self.cache.k[layer], self.cache.v[layer]  # (slots * Hkv, L, d)
-        keys[self.rows, self.at], values[self.rows, self.at] = k.reshape(-1, d), v.reshape(-1, d)
-        seen = slice(0, self.mask.shape[-1])
-        scores = torch.bmm(q.reshape(S * heads, H // heads, d), keys[:, seen].transpose(1, 2)) * d**-0.5
-        p = (scores.float() + self.mask).softmax(dim=-1).to(v.dtype)  # (S * Hkv, G, L)
-        return torch.bmm(p, values[:, seen]).view(S, H, d)
+        keys, values = self.cache.k[layer], self.cache.v[layer]  # (slots, Hkv, L, d)
+        keys[self.slots, :, self.positions], values[self.slots, :, self.positions] = k, v
+        seen, groups = self.mask.shape[-1], q.unflatten(1, (k.shape[1], -1))  # (slots, Hkv, G, d)
+        scores = groups @ keys[:, :, :seen].transpose(2, 3) * q.shape[-1] ** -0.5
+        p = (scores.float() + self.mask).softmax(dim=-1).to(v.dtype)  # (slots, Hkv, G, L)
+        return (p @ values[:, :, :seen]).flatten(1, 2)
 
+
+Attend = PackedAttention | CachedAttention  # of (layer, q (T, H, d), k and v (T, Hkv, d)) -> (T, H, d)
 
 class Transformer(nn.Module):
     """The language model. `gradient_checkpointing` is the share of its layers, the first ones, that are recomputed in
@@ -296,7 +281,7 @@ class Transformer(nn.Module):
         """The output matrix, (V, D)."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, tokens: Tensor, attend: PackedAttention | CachedAttention) -> Tensor:
+    def forward(self, tokens: Tensor, attend: Attend) -> Tensor:
         """tokens (T,), packed or one a slot -> hidden states after the last norm (T, D)."""
         x = self.model.embed_tokens(tokens)  # (T, D)
         half = self.config.head_dim // 2
@@ -327,7 +312,7 @@ class Transformer(nn.Module):
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Feeds one token a slot, (slots,), and returns the logits of the next, (slots, V) float32."""
         hidden = self(tokens, CachedAttention(cache))
-        cache.advance()
+        cache.length, cache.longest = cache.length + 1, cache.longest + 1
         return self.logits(hidden)
 
     @torch.no_grad()
@@ -346,24 +331,29 @@ class Transformer(nn.Module):
         """Loads a Hugging Face folder (one or many safetensors files). Every name and shape must fit. `shard`, of the
         model before it has memory, says which part of it this process holds."""
         path = Path(path)
-        config = ModelConfig.from_hf(json.loads((path / "config.json").read_text()))
+        config = ModelConfig.from_folder(path)
         with torch.device("meta"):
             model = cls(config).to(dtype)
         shard(model)
         model.to_empty(device=device)
-        wanted = dict(model.named_parameters())
-        for name, tensor in iterate_safetensors(path):
-            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
-                continue  # derived, or stored twice
+        passed_over = ["rotary_emb.inv_freq"] + ["lm_head.weight"] * config.tie_word_embeddings  # derived; stored twice
+        model.load_weights((x for x in iterate_safetensors(path) if not x[0].endswith(tuple(passed_over))), source=path)
+        return model
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], source: str | Path) -> None:
+        """Copies whole tensors in, drawn one at a time; each must come, once, by its name and in its shape.
+
+        Raises ValueError, naming the tensor and the `source`, for one that does not.
+        """
+        wanted = dict(self.named_parameters())
+        for name, tensor in named_tensors:
             if name not in wanted:
-                raise ValueError(f"{path}: unexpected tensor {name!r} (missing so far: {sorted(wanted)[:3]})")
-            if tensor.shape != wanted[name].shape:
-                raise ValueError(f"{path}: {name!r} is {tuple(tensor.shape)}, config.json makes it "
-                                 f"{tuple(wanted[name].shape)}")
+                raise ValueError(f"{source}: unexpected or repeated tensor {name!r}")
+            if tensor.shape != wanted[name].shape:  # a copy would broadcast
+                raise ValueError(f"{source}: {name!r} is {tuple(tensor.shape)}, not {tuple(wanted[name].shape)}")
             fill(wanted.pop(name), tensor)
         if wanted:
-            raise ValueError(f"{path}: tensors missing from the checkpoint: {sorted(wanted)[:5]}")
-        return model
+            raise ValueError(f"{source}: tensors missing: {sorted(wanted)[:5]}")
 
     def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None, write: bool = True) -> None:
         """Writes config.json and safetensors (shards of 5 GB with their index) as transformers and vLLM read them, in
@@ -389,11 +379,10 @@ def iterate_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of a checkpoint folder, one at a time; a missing or truncated file is named."""
     from safetensors import SafetensorError, safe_open
 
-    index = path / "model.safetensors.index.json"
-    files = ["model.safetensors"]
+    index, files = path / "model.safetensors.index.json", {"model.safetensors"}
     if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    for file in files:
+        files = set(json.loads(index.read_text())["weight_map"].values())
+    for file in sorted(files):
         if not (path / file).exists():
             raise FileNotFoundError(f"{path} has no {file}: not a Hugging Face checkpoint in safetensors format")
         try:
@@ -415,10 +404,9 @@ def fetch(model: str, revision: str | None = None) -> Path:
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise FileNotFoundError(f"no folder {model!r}, and it is not a hub id of the form owner/name[@revision]")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(repo, revision=revision or named or None, allow_patterns=WEIGHT_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except OSError as error:  # the root of the hub's refusals
         raise FileNotFoundError(f"{model!r} is neither a folder nor to be had from the hub ({error}); log in with "
                                 "`hf auth login` if it is gated, or pass a local folder") from error

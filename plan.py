@@ -1,23 +1,18 @@
-"""What a run will need, before it runs: bytes on each GPU by phase, operations, bytes sent, hours.
+"""What a run will need, before it runs: bytes on each GPU by phase, seconds of a step, hours.
 
-`python train.py --plan` prints it with all other flags taken into account, without a GPU or the network, and
-`check_memory` refuses by the same numbers what cannot fit. The trainer's bytes follow from what autograd and FSDP2
-keep; tests compare them with what both allocate on fake tensors, and with the peaks of a lone H200, which they hit
-within 1%, or overshoot by up to 10% where blocks are compiled. vLLM's bytes and all seconds rest on the constants
-below, two of them measured on one H200; nothing was measured on several GPUs.
+`python train.py --plan` prints `report`, without a GPU, and `check_memory` refuses by the same numbers what cannot fit.
+The trainer's bytes follow from what autograd and FSDP2 keep; tests compare them with what both allocate on fake tensors
+and with the peaks of a lone H200, which they hit within 1%, or overshoot by up to 10% where blocks are compiled. vLLM's
+bytes and all seconds rest on the constants below, two of them measured there. Nothing was measured on several GPUs.
 
 P parameters are sharded over the N ranks of a node (several nodes hold copies): b of them in each block, r in the root,
 which is embedding, head and last norm. A forward pass takes `width` bytes a number.
 """
 
-import dataclasses
 import functools
-import json
-from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
+from typing import NamedTuple
 
-import tasks
 from config import Config
 from kernels.linear_logprob import MAX_EXTRA_BYTES
 from metrics import markdown
@@ -35,8 +30,7 @@ TRAIN_SHARE, LOGPROB_SHARE, DECODE_SHARE = 0.46, 0.48, 0.6
 NVLINK, INFINIBAND = 300e9, 40e9  # bytes a second of one GPU inside a node and between nodes
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(NamedTuple):
     memory: tuple[int, int]  # bytes free and in all, as torch.cuda.mem_get_info gives them in a process of its own
     flops: float  # bf16 operations a second at most
     bandwidth: float  # bytes a second of its memory at most
@@ -51,20 +45,13 @@ QWEN3 = {"Qwen/Qwen3-0.6B-Base": (1024, 3072, 28, 16, True), "Qwen/Qwen3-1.7B-Ba
          "Qwen/Qwen3-4B-Base": (2560, 9728, 36, 32, True), "Qwen/Qwen3-8B-Base": (4096, 12288, 36, 32, False)}
 
 
-def known_model(name: str) -> ModelConfig:
-    """The numbers of a built-in base, of a folder's config.json, or of a key of QWEN3; ValueError for another id."""
-    if name in QWEN3:
-        hidden, inner, layers, heads, tied = QWEN3[name]
-        return ModelConfig("qwen3", 151936, hidden, inner, layers, heads, num_key_value_heads=8, head_dim=128,
-                           rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=tied, max_position_embeddings=32768)
-    folder = tasks.base_model(name.partition(":")[0]) if tasks.is_base(name) else Path(name)
-    if not (folder / "config.json").exists():
-        raise ValueError(f"--plan asks no hub and does not know {name!r}: give --model a folder with its config.json, "
-                         f"or one of {', '.join(QWEN3)}")
-    return ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
-
-
-# ------------------------------------------------------------------------------------------------ memory
+def known_model(name: str) -> ModelConfig | None:
+    """The numbers of a key of QWEN3, at whatever revision (`name@revision`), or None."""
+    if (known := QWEN3.get(name.partition("@")[0])) is None:
+        return None
+    hidden, inner, layers, heads, tied = known
+    return ModelConfig("qwen3", 151936, hidden, inner, layers, heads, num_key_value_heads=8, head_dim=128,
+                       rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=tied, max_position_embeddings=32768)
 
 
 @functools.cache
@@ -153,48 +140,25 @@ def cache_tokens(model: ModelConfig, cfg: Config, total: int) -> int:
 def over(model: ModelConfig, cfg: Config, world: int, per_node: int, memory: tuple[int, int]) -> dict[str, str]:
     """What does not fit: phase -> what it needs; empty where all fits. memory: bytes free and in all."""
     free, total = memory
-    found = {phase: f"{sum(parts.values()) / GIB:.1f} GiB"
-             for phase, parts in phases(model, cfg, world, per_node, total).items()
-             if sum(parts.values()) > USABLE * free}
+    peaks = {phase: sum(parts.values()) for phase, parts in phases(model, cfg, world, per_node, total).items()}
+    found = {phase: f"{peak / GIB:.1f} GiB" for phase, peak in peaks.items() if peak > USABLE * free}
     longest, room = sum(limits(model, cfg)), max(0, cache_tokens(model, cfg, total))
     if cfg.engine != "torch" and room < longest:
-        found["vLLM's KV cache"] = f"{longest} tokens for one rollout and gets {room}"
+        found["vLLM's KV cache"] = (f"{longest} tokens for one rollout and gets {room} (--gpu_memory_utilization above "
+                                    f"{cfg.gpu_memory_utilization} or shorter responses)")
     return found
 
 
 def check_memory(model: ModelConfig, cfg: Config, world: int, per_node: int, memory: tuple[int, int]) -> None:
-    """Refuses, before anything is loaded, a run with a phase that cannot fit one GPU. cfg.engine: as it was chosen;
-    memory: bytes free and in all, torch.cuda.mem_get_info()."""
-    found, (free, total), utilization = over(model, cfg, world, per_node, memory), memory, cfg.gpu_memory_utilization
-    phase = bool(found.keys() - {"vLLM's KV cache"})
-    remedies = {
-        "more GPUs in a node": phase,
-        f"--gpu_memory_utilization below {utilization}": cfg.engine != "torch" and "saving" in found,
-        f"--gpu_memory_utilization above {utilization}, shorter responses": "vLLM's KV cache" in found,
-        f"--microbatch_tokens below {cfg.microbatch_tokens}":
-            "training" in found and cfg.microbatch_tokens > sum(limits(model, cfg)),
-        f"--gradient_checkpointing above {cfg.gradient_checkpointing}":
-            "training" in found and cfg.gradient_checkpointing < 1,
-        "--kl_beta 0, which saves the reference": phase and cfg.kl_beta > 0,
-    }
+    """Raises ValueError, before anything is loaded, for a run with a phase that cannot fit one GPU. cfg.engine: as it
+    was chosen; memory: bytes free and in all, torch.cuda.mem_get_info()."""
+    found, (free, total) = over(model, cfg, world, per_node, memory), memory
     if found:
         raise ValueError(
             f"{sizes(model)[0] / 1e9:.1f}B parameters do not fit {world} x {total / GIB:.1f} GiB, by estimate: "
             + ", ".join(f"{what} needs {need}" for what, need in found.items())
-            + f". On each {free / GIB:.1f} GiB are free, of which {USABLE * free / GIB:.1f} can be planned with. Try "
-            + "; ".join(remedy for remedy, helps in remedies.items() if helps))
-
-
-# ------------------------------------------------------------------------------------------------ time
-
-
-@dataclass(frozen=True)
-class Work:
-    """One phase of a step on one GPU."""
-
-    seconds: float
-    flops: float = 0.0
-    sent: float = 0.0  # bytes
+            + f". On each {free / GIB:.1f} GiB are free, {USABLE * free / GIB:.1f} of them usable. Try --kl_beta 0, "
+            "more GPUs in a node, --gradient_checkpointing 1, a lower --gpu_memory_utilization or --microbatch_tokens")
 
 
 def mean_tokens(model: ModelConfig, cfg: Config) -> tuple[int, int]:
@@ -215,85 +179,62 @@ def decoding(model: ModelConfig, cfg: Config, rollouts: float, card: Card) -> fl
 def token_flops(model: ModelConfig, tokens: int) -> float:
     """Operations of one token in one forward pass over sequences of so many: two a weight, but none in a table of
     embeddings, and causal attention."""
-    multiplied = model.num_parameters() - (not model.tie_word_embeddings) * model.vocab_size * model.hidden_size
+    multiplied = sizes(model)[0] - (not model.tie_word_embeddings) * model.vocab_size * model.hidden_size
     return 2 * multiplied + 2 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * tokens
 
 
-def step_work(model: ModelConfig, cfg: Config, world: int, per_node: int, card: Card) -> dict[str, Work]:
+def step_seconds(model: ModelConfig, cfg: Config, world: int, card: Card) -> dict[str, float]:
     """A step by phase. Sending runs beside computing: what takes longer counts."""
-    (P, root, _), N, w, (prompt, response) = sizes(model), min(world, per_node), width(cfg), mean_tokens(model, cfg)
-    rollouts, models = cfg.prompts_per_step * cfg.rollouts_per_prompt / world, 2 if cfg.kl_beta else 1
-    minibatches, row, tokens = cfg.prompts_per_step / cfg.minibatch_prompts, row_tokens(model, cfg), prompt + response
-    flops = token_flops(model, tokens)
-    trained = rollouts * tokens * flops * (3 + cfg.gradient_checkpointing)
+    (P, root, _), N, w = sizes(model), min(world, PER_NODE), width(cfg)
+    rollouts, tokens = cfg.prompts_per_step * cfg.rollouts_per_prompt / world, sum(mean_tokens(model, cfg))
+    models, minibatches = 2 if cfg.kl_beta else 1, cfg.prompts_per_step / cfg.minibatch_prompts
+    forward, row = rollouts * tokens * token_flops(model, tokens), row_tokens(model, cfg)
     # A row gathers all weights, those of the blocks again in backward, and sends gradients; nodes add up theirs.
-    others, rows = (N - 1) / N, ceil(rollouts * tokens / row)
-    training_rows = ceil(minibatches) * ceil(rollouts * tokens / minibatches / row)
-    gathered = models * rows * others * w * P
-    inside, between = training_rows * others * (w * (2 * P - root) + 4 * P), training_rows * 8 * (1 - N / world) * P / N
-
-    def of(flops: float, share: float, inside: float, between: float = 0.0) -> Work:
-        seconds = max(flops / (share * card.flops), inside / NVLINK + between / INFINIBAND)
-        return Work(seconds, flops, inside + between)
-
-    return {"sampling": Work(decoding(model, cfg, rollouts, card), rollouts * response * flops),
-            "log-probs": of(models * rollouts * tokens * flops, LOGPROB_SHARE, gathered),
-            "training": of(trained, TRAIN_SHARE, inside, between),
-            "the rest": Work(AWAKENING + GRADING * rollouts + others * 4 * P / NVLINK, sent=others * 4 * P)}
-
-
-# ------------------------------------------------------------------------------------------------ the tables
+    others, gathered = (N - 1) / N, models * ceil(rollouts * tokens / row) * (N - 1) / N * w * P
+    rows = ceil(minibatches) * ceil(rollouts * tokens / minibatches / row)
+    inside, between = rows * others * (w * (2 * P - root) + 4 * P), rows * 8 * (1 - N / world) * P / N
+    return {"sampling": decoding(model, cfg, rollouts, card),
+            "log-probs": max(models * forward / (LOGPROB_SHARE * card.flops), gathered / NVLINK),
+            "training": max((3 + cfg.gradient_checkpointing) * forward / (TRAIN_SHARE * card.flops),
+                            inside / NVLINK + between / INFINIBAND),
+            "the rest": AWAKENING + GRADING * rollouts + others * 4 * P / NVLINK}
 
 
 def _memory_row(model: ModelConfig, cfg: Config, name: str, world: int) -> list[str]:
-    memory, row = CARDS[name].memory, row_tokens(model, cfg)
+    memory = CARDS[name].memory
     by_phase, found = phases(model, cfg, world, PER_NODE, memory[1]), over(model, cfg, world, PER_NODE, memory)
     state = sum(by_phase["training"].get(part, 0) for part in ("masters", "moments", "gradients", "reference"))
-    held = activations(model, row, checkpointing=cfg.gradient_checkpointing, width=width(cfg))
     room = max(0, cache_tokens(model, cfg, memory[1]))
-    least = next((f"{share:g}" for share in (0.0, 0.25, 0.5, 0.75, 1.0) if not over(
-        model, dataclasses.replace(cfg, gradient_checkpointing=share), world, PER_NODE, memory)), "")
-    return [f"{world} x {name}", *(f"{x / GIB:.1f}" for x in (state, held)),
-            f"{room:,} ({room // sum(limits(model, cfg))})",
+    return [f"{world} x {name}", f"{state / GIB:.1f}", f"{room:,} ({room // sum(limits(model, cfg))})",
             *(f"{sum(parts.values()) / GIB:.1f}" for parts in by_phase.values()),
-            "over: " + ", ".join(found) if found else "yes", least]
+            "over: " + ", ".join(found) if found else "yes"]
 
 
 def _time_row(model: ModelConfig, cfg: Config, name: str, world: int) -> list[str]:
-    work = step_work(model, cfg, world, PER_NODE, CARDS[name])
-    step = sum(x.seconds for x in work.values())
-    problems = (cfg.eval_problems or EVAL_PROBLEMS) * cfg.eval_rollouts / world
-    evaluation = decoding(model, cfg, problems, CARDS[name])
-    evaluations = cfg.eval_first + ceil(cfg.steps / (cfg.eval_every or cfg.steps or 1))
-    return [f"{world} x {name}", f"{sum(x.flops for x in work.values()) / 1e15:.1f}",
-            f"{sum(x.sent for x in work.values()) / 1e9:.0f}",
-            *(f"{x:.1f}" for x in (*(x.seconds for x in work.values()), step, evaluation)),
-            f"{(cfg.steps * step + evaluations * evaluation) / 3600:.1f}"]
+    seconds = step_seconds(model, cfg, world, CARDS[name])
+    step = sum(seconds.values())
+    evaluation = decoding(model, cfg, (cfg.eval_problems or EVAL_PROBLEMS) * cfg.eval_rollouts / world, CARDS[name])
+    of_the_base = bool(cfg.eval_every or not cfg.steps)
+    evaluations = of_the_base + ceil(cfg.steps / (cfg.eval_every or cfg.steps or 1))
+    hours = (cfg.steps * step + evaluations * evaluation) / 3600
+    return [f"{world} x {name}", *(f"{x:.1f}" for x in (*seconds.values(), step, evaluation, hours))]
 
 
-def tables(cfg: Config) -> str:
-    """What --plan prints, in Markdown."""
-    model, rollouts = known_model(cfg.model), cfg.prompts_per_step * cfg.rollouts_per_prompt
+def report(cfg: Config, model: ModelConfig) -> str:
+    """What --plan prints, in Markdown. model: the numbers of cfg.model."""
     prompt, response = mean_tokens(model, cfg)
-    fitting = [(name, world) for name, world in SHOWN
-               if world in (1, 8, 16) and not over(model, cfg, world, PER_NODE, CARDS[name].memory)]
-
+    fitting = [(name, world) for name, world in SHOWN if not over(model, cfg, world, PER_NODE, CARDS[name].memory)]
     return "\n".join([
-        f"{cfg.model}: {sizes(model)[0] / 1e9:.2f}B parameters. Every number below is an estimate; plan.py says what "
-        "one GPU has borne out.", "",
+        f"{cfg.model}: {sizes(model)[0] / 1e9:.2f}B parameters. All that follows is an estimate: see plan.py.", "",
         f"**Memory**, estimated GiB of each GPU: rows of {row_tokens(model, cfg):,} tokens, rollouts of up to "
         f"{sum(limits(model, cfg)):,}, --gpu_memory_utilization {cfg.gpu_memory_utilization}, --gradient_checkpointing "
-        f"{cfg.gradient_checkpointing}. State: masters, moments, gradients and reference, sharded inside "
-        "a node of 8. KV cache: tokens that vLLM holds, in brackets rollouts of full length. The phases: their peaks, "
-        f"which must fit {USABLE:.0%} of what is free. The last column: the least share of layers recomputed with "
-        "which all fits, for more speed.", "",
-        markdown(["GPUs", "state", "activations", "KV cache", *phases(model, cfg, 1, 1, 0), "fits",
-                  "least --gradient_checkpointing"],
+        f"{cfg.gradient_checkpointing}. State: masters, moments, gradients and reference, sharded inside a node of 8. "
+        "KV cache: tokens that vLLM holds, in brackets rollouts of full length. The phases: their peaks, which must "
+        f"fit {USABLE:.0%} of what is free.", "",
+        markdown(["GPUs", "state", "KV cache", *phases(model, cfg, 1, 1, 0), "fits"],
                  [_memory_row(model, cfg, *shown) for shown in SHOWN]), "",
-        f"**Time**, estimated where 1, 8 or 16 GPUs hold it: a step draws {cfg.prompts_per_step} prompts x "
-        f"{cfg.rollouts_per_prompt} rollouts and trains on all; assumed are {prompt} + {response} tokens of each, so "
-        f"{rollouts * response:,} drawn and {rollouts * (prompt + response):,} in training. Operations and bytes: a "
-        f"step's of one GPU. The run: {cfg.steps} steps, evaluations of {cfg.eval_problems or EVAL_PROBLEMS} problems "
-        f"x {cfg.eval_rollouts} responses.", "",
-        markdown(["GPUs", "PFLOP", "GB sent", "sampling s", "log-probs s", "training s", "the rest s", "step s",
-                  "evaluation s", "run h"], [_time_row(model, cfg, *shown) for shown in fitting])])
+        f"**Time**, estimated where it fits: a step draws {cfg.prompts_per_step} prompts x {cfg.rollouts_per_prompt} "
+        f"rollouts, assumed to have {prompt} + {response} tokens, and trains on all. The run: {cfg.steps} steps, "
+        f"evaluations of {cfg.eval_problems or EVAL_PROBLEMS} problems x {cfg.eval_rollouts} responses.", "",
+        markdown(["GPUs", "sampling s", "log-probs s", "training s", "the rest s", "step s", "evaluation s", "run h"],
+                 [_time_row(model, cfg, *shown) for shown in fitting])])

@@ -8,8 +8,8 @@
     python plots.py --table RUN ...    one line a run
     python plots.py --samples RUN ...  rollouts to read, of the start, middle and end of training
 
-One function a figure; numbers and titles of figures are the paper's. The numbers come from logs.py, tables and samples
-from tables.py.
+One function a figure; numbers and titles of figures are the paper's. The values come from study/logs.py, the study's
+own figures from study/figures.py, tables and samples from study/tables.py.
 """
 
 import argparse
@@ -22,45 +22,20 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from study import logs
-from study.logs import (
-    MODES,
-    Missing,
-    Run,
-    Sweep,
-    headline,
-    headline_k,
-    interval,
-    paired,
-    present,
-    square_root_law,
-    stages,
-    study,
-    sweeps,
-    tail,
-)
-from study.rows import ASKED_AGAIN, BOTH_TASKS, FRESH, LONGER, PARTS, written
-from study.tables import mean_success, run_table, sample_page, tables
+from metrics import headline_k
+from study import figures, logs
+from study.figures import COLOURS, PAGE, legend, rows_of
+from study.logs import MODES, Missing, Run, headline, stages, tail
+from study.tables import run_table, sample_page, tables
 
-matplotlib.use("Agg")
 FIGURES = Path(__file__).parent / "figures"
-# Okabe and Ito's palette: told apart by colour-blind eyes and, by lightness, in print
-COLOURS = {"grpo": "#666666", "prompt": "#0072B2", "rollout": "#D55E00", "both": "#009E73", "uniform": "#000000",
-           "law": "#CC79A7"}
-ROW_COLOURS = {"grpo": "#666666", "maxrl": "#E69F00", "rollout-maxrl": "#D55E00", "weights-maxrl": "#CC79A7",
-               "rollout": "#F0A58F", "prompt": "#0072B2", "tilt": "#56B4E9", "both-maxrl": "#009E73",
-               "rank-maxrl": "#332288", "rank-weights-maxrl": "#AA99DD"}
-PAGE = 7.0  # inches: the width of a paper's page
-plt.rcParams.update({"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7,
-                     "xtick.labelsize": 7, "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False,
-                     "pdf.fonttype": 42, "figure.constrained_layout.use": True, "legend.frameon": False,
-                     "lines.linewidth": 1.2})
 
 # ------------------------------------------------------------------------------------------------ runs
 
 Models = dict[str, dict[str, list[Run]]]  # what was trained on what, and the rule -> mode -> its runs by seed
 COMPARABLE = {"loaded", "steps", "prompts_per_step", "rollouts_per_prompt", "eval_rollouts", "eval_temperature",
               "eval_top_p", "eval_top_k"}
+OF_A_RUN = {"preset", "seed", "environment", "resumed", "seconds"}  # settings that runs of one mode may differ in
 
 
 def by_model(runs: list[Run]) -> Models:
@@ -68,35 +43,20 @@ def by_model(runs: list[Run]) -> Models:
     model in what was loaded, in the number of rollouts or in how they were evaluated."""
     models: Models = {}
     for run in sorted(runs, key=lambda r: r.seed):
-        name = run.subject if run.rule == "grpo" else f"{run.subject}, {run.rule}"
-        models.setdefault(name, {}).setdefault(run.mode, []).append(run)
-    for name, modes in models.items():
+        rule = run.config["rule"]
+        modes = models.setdefault(run.subject if rule == "grpo" else f"{run.subject}, {rule}", {})
+        group = modes.setdefault(run.mode, [])
+        if run.seed in [r.seed for r in group]:
+            raise ValueError(f"{run.subject}: two runs of mode {run.mode} have seed {run.seed}")
+        group.append(run)
         first = next(iter(modes.values()))[0]
-        for group in modes.values():
-            for run in group[1:]:
-                refuse_difference(group[0], run, set(group[0].config) | set(run.config))
-                if [r.seed for r in group].count(run.seed) > 1:
-                    raise ValueError(f"{name}: two runs of mode {run.mode} have seed {run.seed}")
-            refuse_difference(first, group[0], COMPARABLE)
+        settings = run.config.keys() | group[0].config.keys()
+        for other, keys in ((group[0], settings - OF_A_RUN), (first, COMPARABLE)):
+            differing = [k for k in sorted(keys) if run.config.get(k) != other.config.get(k)]
+            if differing:
+                raise ValueError(f"{run.subject}: {other.name} and {run.name} differ in {', '.join(differing)}; "
+                                 "figures take runs that differ in seed and mode, --table RUN ... takes any")
     return models
-
-
-def refuse_difference(a: Run, b: Run, keys: set[str]) -> None:
-    differing = [k for k in sorted(keys - {"preset", "seed", "environment", "resumed", "seconds"})
-                 if whatever_base(a.config.get(k)) != whatever_base(b.config.get(k))]
-    if differing:
-        raise ValueError(f"{a.subject}: {a.name} and {b.name} differ in {', '.join(differing)}; figures take runs that "
-                         "differ in seed and mode, --table RUN ... takes any")
-
-
-def whatever_base(value):
-    """A setting, or a record of what was loaded, without the number of a built-in base model: a base is a random factor
-    as a seed is. (Runs of two modes are paired by seed, and `logs.paired` refuses two bases.)"""
-    if isinstance(value, dict) and "model" in value:
-        name = whatever_base(value["model"].get("name"))
-        return {**value, "model": name} if name in BOTH_TASKS else value
-    task = value.partition(":")[0] if isinstance(value, str) else None
-    return task if task in BOTH_TASKS else value
 
 
 def of_mode(models: Models, *modes: str) -> Models:
@@ -117,23 +77,6 @@ def of_mode(models: Models, *modes: str) -> Models:
 # ------------------------------------------------------------------------------------------------ drawing
 
 
-def rows_of(models: Models, columns: int, *, width: float = PAGE, height: float = 1.9, **kwargs):
-    """A figure of one row a model: (figure, axes of shape (models, columns))."""
-    return plt.subplots(len(models), columns, figsize=(width, height * len(models) + 0.35), squeeze=False, **kwargs)
-
-
-def panel(ax, title: str = "", x: str = "", y: str = "") -> None:
-    ax.set_title(title, loc="left")
-    ax.set_xlabel(x)
-    ax.set_ylabel(y)
-
-
-def legend(figure, *axes, columns: int = 4) -> None:
-    """One legend for the whole figure, above it; each label once."""
-    entries = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
-
-
 def band(ax, runs: list[Run], values: list[np.ndarray], colour: str, label: str, style: str = "-", *,
          spread: bool = True) -> None:
     """Mean over seeds as a line and, with `spread`, their range as a band; only the steps that all have."""
@@ -145,19 +88,18 @@ def band(ax, runs: list[Run], values: list[np.ndarray], colour: str, label: str,
         ax.fill_between(steps, stack.min(axis=0), stack.max(axis=0), color=colour, alpha=0.15, linewidth=0)
 
 
-def heatmap(figure, ax, run: Run, x_TB: np.ndarray, *, low: float = 0.0, high: float | None = None, gamma: float = 1.0,
-            centre: float | None = None) -> None:
-    """Steps to the right, bins upwards (hardest at the bottom); hatched where the bin is absent.
-
-    With `centre` the scale is logarithmic and white there; else from low to high, gamma < 1 spreading small values.
-    """
-    if centre is None:
-        norm, colours, ticks = matplotlib.colors.PowerNorm(gamma, low, high), "viridis", None
+def heatmap(figure, ax, run: Run, key: str) -> None:
+    """What the log has of bins under `key`: steps to the right, bins upwards (hardest at the bottom); hatched where the
+    bin is absent. Weights and rollouts are on a logarithmic scale, white where they are uniform."""
+    x_TB, steps = run.bins(key), run.steps
+    uniform = {"weight": 1.0, "rollouts": run.n_bar}.get(key)
+    if uniform:
+        reach = max(float(np.nanmax(np.abs(np.log2(x_TB / uniform)))), 0.1)
+        norm, colours = matplotlib.colors.LogNorm(uniform * 2**-reach, uniform * 2**reach), "RdBu_r"
+        ticks = uniform * 2.0 ** np.arange(-np.floor(reach), np.floor(reach) + 1)
     else:
-        reach = max(float(np.nanmax(np.abs(np.log2(x_TB / centre)))), 0.1)
-        norm, colours = matplotlib.colors.LogNorm(centre * 2**-reach, centre * 2**reach), "RdBu_r"
-        ticks = centre * 2.0 ** np.arange(-np.floor(reach), np.floor(reach) + 1)
-    steps = run.steps
+        low, high, gamma = (-1, 1, 1) if key == "reward" else (0, None, 0.5)  # below 1 it spreads small shares
+        norm, colours, ticks = matplotlib.colors.PowerNorm(gamma, low, high), "viridis", None
     ax.patch.set(hatch="////", facecolor="#EEEEEE", edgecolor="#BBBBBB")
     image = ax.imshow(np.ma.masked_invalid(x_TB.T), aspect="auto", origin="lower", interpolation="nearest",
                       cmap=colours, norm=norm, extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, x_TB.shape[1] - 0.5))
@@ -182,16 +124,16 @@ def figure_1(models: Models):
     for (left, centre, right), (name, modes) in zip(axes, models.items(), strict=True):
         benchmarks(left, name, {m: runs for m, runs in modes.items() if runs[0].mode == m})
         prompt, rollout = modes["prompt"], modes["rollout"]
-        bars(centre, [tail(present(r, r.series("bins", "weight"))) for r in prompt], COLOURS["prompt"], start=1)
+        bars(centre, [tail(r.bins("weight")) for r in prompt], COLOURS["prompt"], start=1)
         centre.axhline(1, color=COLOURS["uniform"], linestyle="--", label="uniform")
         centre.set_yscale("log")
         centre.yaxis.set_major_formatter("{x:g}")
-        panel(centre, "Prompt-GDRO", y="weight, tail average")
-        bars(right, [tail(r.series("bins", "rollouts")) for r in rollout], COLOURS["rollout"])
+        centre.set(title="Prompt-GDRO", ylabel="weight, tail average")
+        bars(right, [tail(r.bins("rollouts")) for r in rollout], COLOURS["rollout"])
         right.axhline(rollout[0].n_bar, color=COLOURS["uniform"], linestyle="--", label="uniform")
-        panel(right, "Rollout-GDRO", y="rollouts, tail average")
+        right.set(title="Rollout-GDRO", ylabel="rollouts, tail average")
         for ax, run in ((centre, prompt[0]), (right, rollout[0])):
-            bin_ticks(ax, len(run.log[0]["bins"]["share"]))
+            bin_ticks(ax, len(run.share[0]))
     legend(figure, axes[0, 0], axes[0, 1], columns=5)
     return figure
 
@@ -201,62 +143,46 @@ def benchmarks(ax, name: str, modes: dict[str, list[Run]]) -> None:
     shown = [m for m in MODES if m in modes and all(r.evaluations for r in modes[m])]
     if not shown:
         raise Missing(f"{name}: no run has an eval.json")
-    kinds = list(modes[shown[0]][0].last()["by_kind"])
-    kinds = kinds if len(kinds) > 1 else []
-    groups = {"all": headline, **{k: of_kind(k, 2) for k in kinds}}
-    width = 0.8 / len(shown)
+    first, width = modes[shown[0]][0].last(), 0.8 / len(shown)
+    kinds = list(first["by_kind"]) if len(first["by_kind"]) > 1 else []
     for i, mode in enumerate(shown):
-        centres = np.arange(len(groups)) + (i - (len(shown) - 1) / 2) * width
-        found = np.array([[100 * g(r.last()) for r in modes[mode]] for g in groups.values()])  # (groups, S)
+        centres = np.arange(1 + len(kinds)) + (i - (len(shown) - 1) / 2) * width
+        found = 100 * np.array([[headline(e), *(e["by_kind"][kind][2] for kind in kinds)]
+                                for e in (r.last() for r in modes[mode])]).T  # (all and kinds, S)
         ax.bar(centres, found.mean(axis=1), width, color=COLOURS[mode], label=MODES[mode], alpha=0.75)
         ax.plot(np.repeat(centres, found.shape[1]), found.ravel(), ".", color="black", markersize=1.5)
-    ax.set_xticks(range(len(groups)), [g.replace("_", " ") for g in groups], rotation=25, ha="right")
-    panel(ax, f"{name}\ndots: runs", y=f"pass@{headline_k(modes[shown[0]][0].last())}, %")
+    ax.set_xticks(range(1 + len(kinds)), ["all", *(k.replace("_", " ") for k in kinds)], rotation=25, ha="right")
+    ax.set(title=f"{name}\ndots: runs", ylabel=f"pass@{headline_k(first['rollouts'])}, %")
 
 
 def bars(ax, values: list[np.ndarray], colour: str, start: float = 0) -> None:
     """Mean over seeds by bin as bars from `start`, the seeds as dots; an absent bin has neither."""
     stack = np.stack(values)
-    seen = np.isfinite(stack).any(axis=0)
-    mean = np.full(stack.shape[1], np.nan)
-    mean[seen] = np.nanmean(stack[:, seen], axis=0)
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        mean = np.nansum(stack, axis=0) / np.isfinite(stack).sum(axis=0)
     ax.bar(range(len(mean)), mean - start, bottom=start, color=colour, alpha=0.75)
     if len(values) > 1:
         ax.plot(np.tile(range(len(mean)), len(values)), stack.ravel(), ".", color="black", markersize=2)
 
 
-def share_and(models: Models, mode: str, others: dict[str, Callable]):
-    """Prompt share beside other maps of step by bin, the first seed of each model: title -> draw(figure, ax, run)."""
+def maps(models: Models, mode: str, shown: dict[str, str]):
+    """Maps of step by bin, of the first seed of each model. shown: title -> key of the log's bins."""
     models = of_mode(models, mode)
-    figure, axes = rows_of(models, 1 + len(others))
+    figure, axes = rows_of(models, len(shown))
     for row, (name, modes) in zip(axes, models.items(), strict=True):
         run = modes[mode][0]
-        share = run.series("bins", "share")
-        heatmap(figure, row[0], run, np.where(share > 0, share, np.nan), gamma=0.5)
-        panel(row[0], f"{name}\nprompt share, seed {run.seed}", y="bin (0 = hardest)")
-        for ax, (title, draw_map) in zip(row[1:], others.items(), strict=True):
-            draw_map(figure, ax, run)
-            panel(ax, title)
+        for ax, (title, key) in zip(row, shown.items(), strict=True):
+            heatmap(figure, ax, run, key)
+            ax.set(title=title)
+        row[0].set(title=f"{name}\n{next(iter(shown))}, seed {run.seed}", ylabel="bin (0 = hardest)")
     for ax in axes[-1]:
         ax.set_xlabel("step (hatched: bin absent)")
     return figure
 
 
-def weight_map(figure, ax, run: Run) -> None:
-    heatmap(figure, ax, run, present(run, run.series("bins", "weight")), centre=1.0)
-
-
-def reward_map(figure, ax, run: Run) -> None:
-    heatmap(figure, ax, run, run.series("bins", "reward"), low=-1, high=1)
-
-
-def rollouts_map(figure, ax, run: Run) -> None:
-    heatmap(figure, ax, run, run.series("bins", "rollouts"), centre=run.n_bar)
-
-
 def figure_3(models: Models):
     """Prompt share, adversary weight and realised reward, step by bin."""
-    return share_and(models, "prompt", {"adversary weight": weight_map, "realised reward": reward_map})
+    return maps(models, "prompt", {"prompt share": "share", "adversary weight": "weight", "realised reward": "reward"})
 
 
 def dynamics(models: Models, mode: str, acted: Callable[[Run], np.ndarray], what: str):
@@ -265,17 +191,17 @@ def dynamics(models: Models, mode: str, acted: Callable[[Run], np.ndarray], what
     figure, axes = rows_of(models, 3)
     for row, (name, modes) in zip(axes, models.items(), strict=True):
         runs = modes[mode]
-        for values, colour, label in (([r.series("bins", "share") for r in runs], COLOURS["grpo"], "prompts"),
+        for values, colour, label in (([r.share for r in runs], COLOURS["grpo"], "prompts"),
                                       ([acted(r) for r in runs], COLOURS[mode], what)):
             band(row[0], runs, [logs.mean_bin(v) for v in values], colour, label)
             for low, style in ((3, "-"), (8, "--")):
                 band(row[1], runs, [logs.mass_from(v, low) for v in values], colour, "", style)
             band(row[2], runs, [logs.entropy(v) for v in values], colour, label)
-        bins = len(runs[0].log[0]["bins"]["share"])
+        bins = len(runs[0].share[0])
         row[2].axhline(np.log(bins), color=COLOURS["uniform"], linestyle=":", label="uniform over bins")
-        panel(row[0], f"{name}\nmean bin", y="bin (0 = hardest)")
-        panel(row[1], "bins >= 3 (solid), >= 8 (dashed)", y="mass")
-        panel(row[2], "entropy", y="nats")
+        row[0].set(title=f"{name}\nmean bin", ylabel="bin (0 = hardest)")
+        row[1].set(title="bins >= 3 (solid), >= 8 (dashed)", ylabel="mass")
+        row[2].set(title="entropy", ylabel="nats")
     for ax in axes[-1]:
         ax.set_xlabel("step")
     legend(figure, axes[0, 0], axes[0, 2])
@@ -285,10 +211,6 @@ def dynamics(models: Models, mode: str, acted: Callable[[Run], np.ndarray], what
 def figure_4(models: Models):
     """Dynamics of Prompt-GDRO: where the prompts are and where the weights, normalised over bins."""
     return dynamics(models, "prompt", lambda r: r.series("bins", "weight"), "weights")
-
-
-def prompt_share(run: Run) -> np.ndarray:
-    return run.series("bins", "share")
 
 
 def stage_bars(models: Models, mode: str, shown: dict[str, tuple[str, Callable[[Run], np.ndarray]]]):
@@ -302,12 +224,12 @@ def stage_bars(models: Models, mode: str, shown: dict[str, tuple[str, Callable[[
         steps = len(runs[0].log)
         for ax, at in zip(row, stages(steps), strict=False):
             around = slice(max(0, at - steps // 20), at + steps // 20 + 1)
-            share = np.concatenate([r.series("bins", "share")[around] for r in runs]).mean(axis=0)
+            share = np.concatenate([r.share[around] for r in runs]).mean(axis=0)
             for i, (label, (colour, of)) in enumerate(shown.items()):
                 mean = np.concatenate([of(r)[around] for r in runs]).mean(axis=0)
                 places = np.arange(len(share)) + (i - (len(shown) - 1) / 2) * width
                 ax.bar(places, np.where(share > 0, mean, np.nan), width, color=colour, label=label)
-            panel(ax, f"{name}\nstep {runs[0].steps[at]}" if ax is row[0] else f"step {runs[0].steps[at]}")
+            ax.set(title=f"{name}\nstep {runs[0].steps[at]}" if ax is row[0] else f"step {runs[0].steps[at]}")
             bin_ticks(ax, len(share))
         row[0].set_ylabel("share of the batch")
     legend(figure, axes[0, 0])
@@ -316,7 +238,7 @@ def stage_bars(models: Models, mode: str, shown: dict[str, tuple[str, Callable[[
 
 def figure_5(models: Models):
     """Prompt share over bins at four stages."""
-    return stage_bars(models, "prompt", {"prompts": (COLOURS["prompt"], prompt_share)})
+    return stage_bars(models, "prompt", {"prompts": (COLOURS["prompt"], lambda r: r.share)})
 
 
 def figure_6(models: Models):
@@ -326,21 +248,21 @@ def figure_6(models: Models):
     labels = {"uniform": "uniform", "rollout": "Rollout-GDRO", "law": "square-root law (30), best for (28)"}
     for (left, right), (name, modes) in zip(axes, models.items(), strict=True):
         runs = modes["prompt"]
-        gap = [logs.lead_lag(r.series("bins", "weight"), r.series("bins", "share")) for r in runs]
-        even = [logs.lead_lag(np.ones_like(x), x) for x in (r.series("bins", "share") for r in runs)]
+        gap = [logs.lead_lag(r.series("bins", "weight"), r.share) for r in runs]
+        even = [logs.lead_lag(np.ones_like(x), x) for x in (r.share for r in runs)]
         band(left, runs, gap, COLOURS["prompt"], "Prompt-GDRO")
         band(left, runs, even, COLOURS["uniform"], "uniform", "--", spread=False)
-        panel(left, f"{name}\nlead-lag (32)", y="bins (lower: on harder ones)")
+        left.set(title=f"{name}\nlead-lag (32)", ylabel="bins (lower: on harder ones)")
         runs = modes["rollout"]
         sigma, n_bar = logs.bin_sigma(runs), runs[0].n_bar
-        share = [r.series("bins", "share") for r in runs]
+        share = [r.share for r in runs]
         choices = (("uniform", [np.full_like(q, n_bar) for q in share], "--"),
-                   ("rollout", [r.series("bins", "rollouts") for r in runs], "-"),
-                   ("law", [np.maximum(square_root_law(q, sigma, n_bar), 1e-9) for q in share], ":"))
+                   ("rollout", [r.bins("rollouts") for r in runs], "-"),
+                   ("law", [np.maximum(logs.square_root_law(q, sigma, n_bar), 1e-9) for q in share], ":"))
         for key, rollouts, style in choices:
             values = [logs.wse(q, np.nan_to_num(sigma), n) for q, n in zip(share, rollouts, strict=True)]
             band(right, runs, values, COLOURS[key], labels[key], style, spread=key == "rollout")
-        panel(right, "weighted standard error (33)", y="reward units")
+        right.set(title="weighted standard error (33)", ylabel="reward units")
     for ax in axes[-1]:
         ax.set_xlabel("step")
     legend(figure, axes[0, 0], axes[0, 1])
@@ -349,189 +271,18 @@ def figure_6(models: Models):
 
 def figure_7(models: Models):
     """Prompt share beside rollouts per prompt, step by bin."""
-    return share_and(models, "rollout", {"rollouts per prompt": rollouts_map})
-
-
-def budget(run: Run) -> np.ndarray:
-    return logs.budget_share(run.series("bins", "share"), run.series("bins", "rollouts"))
+    return maps(models, "rollout", {"prompt share": "share", "rollouts per prompt": "rollouts"})
 
 
 def figure_8(models: Models):
     """Dynamics of Rollout-GDRO: where the prompts are and where the rollouts."""
-    return dynamics(models, "rollout", budget, "rollouts")
+    return dynamics(models, "rollout", logs.budget_share, "rollouts")
 
 
 def figure_9(models: Models):
     """Prompt share against rollout-budget share by bin at four stages."""
-    return stage_bars(models, "rollout", {"prompts": (COLOURS["grpo"], prompt_share),
-                                          "rollouts": (COLOURS["rollout"], budget)})
-
-
-# ------------------------------------------------------------------------------------------------ more figures
-
-
-def figure_outcomes(tasks: dict[str, dict[str, list[Run]]]):
-    """The arena, and the questions at 300 steps and on fresh bases: paired difference in pass@8 to the row that each is
-    held against; bases are ticks, bars are 95% intervals."""
-    against = {row.name: row.against for part in ("The arena", ASKED_AGAIN, FRESH) for row in PARTS[part]
-               if row.name != row.against}
-    names = [n for n in against if any(len(differences(rows, n, against[n])) > 1 for rows in tasks.values())]
-    if not names:
-        raise Missing("no two rows of results/study have two bases in common")
-    figure, axes = plt.subplots(1, len(tasks), figsize=(PAGE, 0.16 * len(names) + 0.9), squeeze=False, sharey=True)
-    for ax, (task, rows) in zip(axes[0], tasks.items(), strict=True):
-        for y, name in enumerate(names):
-            values = differences(rows, name, against[name])
-            if not len(values):
-                continue
-            mean, low, high = interval(values)
-            ax.plot(values, np.full(len(values), y), "|", color=colour(name), alpha=0.5, markersize=5)
-            ax.errorbar(mean, y, xerr=None if np.isnan(low) else [[mean - low], [high - mean]], fmt="o",
-                        color=colour(name), markersize=3.5, elinewidth=1.2)
-        ax.axvline(0, color=COLOURS["uniform"], linewidth=0.8)
-        panel(ax, task, x="pass@8, points")
-        ax.set_yticks(range(len(names)), [f"{n} - {against[n]}" for n in names])
-        ax.grid(axis="x", alpha=0.3, linewidth=0.5)
-    axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
-    return figure
-
-
-def differences(rows: dict[str, list[Run]], name: str, other: str) -> np.ndarray:
-    """Of two rows in pass@8, in points, base by base."""
-    return 100 * paired(rows.get(name, []), rows.get(other, []), headline)
-
-
-def colour(row: str) -> str:
-    """Of a row of the arena, or of one that trains it longer."""
-    return ROW_COLOURS.get(row.removesuffix("-long").removesuffix("-300").removesuffix("-fresh"), COLOURS["uniform"])
-
-
-def line_and_error(ax, row: str, x: list, values: np.ndarray, of_base: np.ndarray) -> None:
-    """The mean of a row's values (bases, x); as a band the standard error, over bases, of what a base has above its own
-    mean over all rows, of_base (bases, 1): bases differ by more than rows do."""
-    mean = values.mean(axis=0)
-    ax.plot(x, mean, ".-", color=colour(row), label=row)
-    if len(values) > 1:
-        error = (values - of_base).std(axis=0, ddof=1) / np.sqrt(len(values))
-        ax.fill_between(x, mean - error, mean + error, color=colour(row), alpha=0.12, linewidth=0)
-
-
-def figure_rates(tasks: dict[str, dict[str, Sweep]]):
-    """The arena: pass@8 against the learning rate, one line a row, with standard errors (`line_and_error`)."""
-    figure, axes = plt.subplots(1, len(tasks), figsize=(PAGE, 2.9), squeeze=False, sharey=True)
-    for ax, (task, rows) in zip(axes[0], tasks.items(), strict=True):
-        swept = {row.name: rows[row.name] for row in PARTS["The arena"] if len(rows.get(row.name, ())) > 1}
-        bases = set.intersection(*({r.seed for r in runs} for sweep in swept.values() for runs in sweep.values()))
-        at_rates = {name: [[headline(r.last()) for r in runs if r.seed in bases] for runs in sweep.values()]
-                    for name, sweep in swept.items()}
-        found = {name: 100 * np.array(values).T for name, values in at_rates.items()}  # (bases, rates)
-        of_base = np.concatenate(list(found.values()), axis=1).mean(axis=1, keepdims=True)
-        for name, sweep in swept.items():
-            line_and_error(ax, name, list(sweep), found[name], of_base)
-        ax.set_xscale("log")
-        rates = sorted({rate for sweep in swept.values() for rate in sweep})
-        ax.set_xticks(rates, [written(r) for r in rates])
-        ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-        panel(ax, task, x="learning rate", y="pass@8, %" if ax is axes[0, 0] else "")
-    legend(figure, *axes[0])
-    return figure
-
-
-def figure_curves(tasks: dict[str, dict[str, list[Run]]]):
-    """Longer training: pass@8 and mean@16 against the step, one line a row, with standard errors
-    (`line_and_error`)."""
-    names = [row.name for row in PARTS[LONGER] if any(row.name in rows for rows in tasks.values())]
-    if not names:
-        raise Missing(f"results/study has no run of the part {LONGER!r}")
-    tasks = {task: rows for task, rows in tasks.items() if rows.keys() & set(names)}
-    figure, axes = rows_of(tasks, 2, height=2.2)
-    for row, (task, rows) in zip(axes, tasks.items(), strict=True):
-        runs = {name: rows[name] for name in names if name in rows}
-        bases = set.intersection(*({r.seed for r in group} for group in runs.values()))
-        for ax, figure_of, label in zip(row, (headline, mean_success), ("pass@8", "mean@16"), strict=True):
-            found = {name: 100 * np.array([[figure_of(e) for e in r.evaluations] for r in group if r.seed in bases])
-                     for name, group in runs.items()}  # (bases, evaluations)
-            of_base = np.concatenate(list(found.values()), axis=1).mean(axis=1, keepdims=True)
-            for name, values in found.items():
-                line_and_error(ax, name, [e["step"] for e in runs[name][0].evaluations], values, of_base)
-            panel(ax, f"{task}: {label}", x="step", y="%")
-    legend(figure, axes[0, 0])
-    return figure
-
-
-def of_kind(kind: str, place: int) -> Callable[[dict], float]:
-    """The figure that an evaluation has of a kind of problem: 1 pass@1, 2 pass@8."""
-    return lambda evaluation: evaluation["by_kind"][kind][place]
-
-
-def figure_kinds(tasks: dict[str, dict[str, list[Run]]]):
-    """The arena by kind of problem, from the most to the least often worked: pass@8 and pass@1 minus those of grpo."""
-    tasks = {task: rows for task, rows in tasks.items() if "grpo" in rows}
-    if not tasks:
-        raise Missing("no task of results/study has runs of GRPO")
-    figure, axes = rows_of(tasks, 2, height=2.2)
-    for row, (task, rows) in zip(axes, tasks.items(), strict=True):
-        kinds = list(rows["grpo"][0].last()["by_kind"])
-        names = [r.name for r in PARTS["The arena"] if r.name in rows and r.name not in ("base", "grpo")]
-        for ax, place, tries in ((row[0], 2, 8), (row[1], 1, 1)):
-            for i, name in enumerate(names):
-                change = [100 * np.mean(paired(rows[name], rows["grpo"], of_kind(kind, place))) for kind in kinds]
-                ax.plot(np.arange(len(kinds)) + 0.08 * (i - len(names) / 2), change, "o", markersize=3,
-                        color=colour(name), label=name)
-            ax.axhline(0, color=COLOURS["uniform"], linewidth=0.8)
-            ax.set_xticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds], rotation=35, ha="right")
-            ax.grid(axis="x", alpha=0.3, linewidth=0.5)
-            panel(ax, f"{task}: pass@{tries}", y="points against grpo")
-    legend(figure, axes[0, 0])
-    return figure
-
-
-def figure_signals(tasks: dict[str, dict[str, list[Run]]]):
-    """What the adversary could see in the runs of GRPO: size of each signal by bin, and spread over noise by step."""
-    tasks = {task: rows for task, rows in tasks.items() if "grpo" in rows}
-    if not tasks:
-        raise Missing("no task of results/study has runs of GRPO")
-    figure, axes = rows_of(tasks, 2)
-    colours = {"surrogate": COLOURS["rollout"], "reward": COLOURS["prompt"], "variance": COLOURS["both"]}
-    for (left, right), (task, rows) in zip(axes, tasks.items(), strict=True):
-        runs = rows["grpo"]
-        for name, colour in colours.items():
-            mean = np.concatenate([r.series("signals", name, "mean") for r in runs])
-            bins = np.flatnonzero(np.isfinite(mean).any(axis=0))
-            quartiles = np.nanpercentile(mean[:, bins], (25, 50, 75), axis=0)
-            left.plot(bins, quartiles[1], ".-", color=colour, label=name)
-            left.fill_between(bins, quartiles[0], quartiles[2], color=colour, alpha=0.2, linewidth=0)
-            found = [np.array(logs.noise_ratios(r, name)) for r in runs]
-            band(right, runs, [running_median(f) for f in found], colour, name)
-        right.axhline(1, color=COLOURS["uniform"], linestyle=":", label="noise alone")
-        right.set_yscale("log")
-        panel(left, f"{task}: bin loss, median and quartiles of steps", y="signal")
-        panel(right, "spread of bins over noise, running median", x="step", y="signal to noise")
-        bin_ticks(left, mean.shape[1])
-    legend(figure, axes[0, 0], axes[0, 1])
-    return figure
-
-
-def running_median(x_T: np.ndarray, reach: int = 5) -> np.ndarray:
-    """Median over the steps within `reach` of each, without those that are NaN; NaN where all are."""
-    parts = [x_T[max(0, t - reach) : t + reach + 1] for t in range(len(x_T))]
-    return np.array([np.median(p[np.isfinite(p)]) if np.isfinite(p).any() else np.nan for p in parts])
-
-
-def figure_learning(models: Models):
-    """Reward of the training batches and pass@8 on held-out problems, by mode."""
-    figure, axes = rows_of(models, 2)
-    for (left, right), (name, modes) in zip(axes, models.items(), strict=True):
-        for mode in (m for m in MODES if m in modes):
-            runs = modes[mode]
-            band(left, runs, [running_median(r.series("reward_mean")) for r in runs], COLOURS[mode], MODES[mode])
-            for run in runs:
-                right.plot([e["step"] for e in run.evaluations], [100 * headline(e) for e in run.evaluations], ".-",
-                           color=COLOURS[mode], alpha=0.6, linewidth=0.8)
-        panel(left, f"{name}\ntraining batches, running median", x="step", y="mean reward")
-        panel(right, "held-out problems, each seed", x="step", y="pass@k, %")
-    legend(figure, axes[0, 0])
-    return figure
+    return stage_bars(models, "rollout", {"prompts": (COLOURS["grpo"], lambda r: r.share),
+                                          "rollouts": (COLOURS["rollout"], logs.budget_share)})
 
 
 def figure_overview(run: Run):
@@ -544,35 +295,33 @@ def figure_overview(run: Run):
         right = reward.twinx()
         right.plot([e["step"] for e in run.evaluations], [100 * headline(e) for e in run.evaluations], "o",
                    color="black", markersize=3)
-        right.set_ylabel(f"held-out pass@{headline_k(run.last())}, % (dots)")
+        right.set_ylabel(f"held-out pass@{headline_k(run.last()['rollouts'])}, % (dots)")
         right.spines["right"].set_visible(True)
-    panel(reward, f"{run.name}: {run.subject}\nreward", x="step", y="mean reward")
-    reward_map(figure, by_bin, run)
-    panel(by_bin, "reward by bin", x="step", y="bin (0 = hardest)")
-    weight_map(figure, weight, run)
-    panel(weight, "weight by bin", x="step")
-    rollouts_map(figure, rollouts, run)
-    panel(rollouts, "rollouts by bin", x="step", y="bin (0 = hardest)")
+    reward.set(title=f"{run.name}: {run.subject}\nreward", xlabel="step", ylabel="mean reward")
+    heatmap(figure, by_bin, run, "reward")
+    by_bin.set(title="reward by bin", xlabel="step", ylabel="bin (0 = hardest)")
+    heatmap(figure, weight, run, "weight")
+    weight.set(title="weight by bin", xlabel="step")
+    heatmap(figure, rollouts, run, "rollouts")
+    rollouts.set(title="rollouts by bin", xlabel="step", ylabel="bin (0 = hardest)")
     price.plot(steps, run.series("shadow_price"), color=COLOURS["uniform"], linestyle="--", label="mu (21)")
     price.plot(steps, run.series("shadow_price_dp"), color=colour, label="marginal value of the DP")
     price.legend(loc="upper left", fontsize=6)
     price.margins(y=0.4)
-    panel(price, "shadow price of a rollout", x="step")
+    price.set(title="shadow price of a rollout", xlabel="step")
     phases = [k for k in run.log[0]["seconds"] if k != "total"]
     seconds.stackplot(steps, [run.series("seconds", k) for k in phases], labels=phases,
                       colors=plt.get_cmap("cividis")(np.linspace(0, 1, len(phases))))
     seconds.legend(ncols=3, fontsize=5, loc="upper left")
     seconds.set_ylim(0, 1.5 * float(run.series("seconds", "total").max()))
-    panel(seconds, "time by phase", x="step", y="seconds a step")
+    seconds.set(title="time by phase", xlabel="step", ylabel="seconds a step")
     return figure
 
 
 # ------------------------------------------------------------------------------------------------ the command
 
 PAPER_FIGURES = {"1": figure_1, "3": figure_3, "4": figure_4, "5": figure_5, "6": figure_6, "7": figure_7,
-                 "8": figure_8, "9": figure_9, "learning": figure_learning}
-STUDY_FIGURES = {"outcomes": figure_outcomes, "kinds": figure_kinds, "curves": figure_curves,
-                 "signals": figure_signals}
+                 "8": figure_8, "9": figure_9}
 
 
 def save(figure, name: str, folder: Path) -> None:
@@ -584,24 +333,17 @@ def save(figure, name: str, folder: Path) -> None:
     print(folder / f"{name}.png")
 
 
-def draw(figures: dict[str, Callable], data, folder: Path) -> bool:
+def draw(functions: dict[str, Callable], data, folder: Path) -> bool:
     """Draws what the logs have data for, and says of the rest what is missing; False if any is."""
     complete = True
-    for name, function in figures.items():
+    for name, function in functions.items():
         try:
-            figure = function(data)
+            save(function(data), f"figure_{name}", folder)
         except Missing as missing:
             plt.close("all")
             print(f"figure {name} left out: {missing}", file=sys.stderr)
             complete = False
-            continue
-        save(figure, f"figure_{name}", folder)
     return complete
-
-
-def own_folder(runs: list[Run]) -> Path:
-    """Where figures of these runs go: the study's, which are tracked, stay as they are."""
-    return FIGURES / (runs[0].name + f"+{len(runs) - 1}" * (len(runs) > 1))
 
 
 def main() -> None:
@@ -621,21 +363,20 @@ def main() -> None:
         parser.error(f"--out {args.out} holds the study's figures; take another folder, or leave --out away")
     try:
         runs = [Run.load(folder) for folder in args.runs]
+        own = FIGURES / (runs[0].name + f"+{len(runs) - 1}" * (len(runs) > 1)) if runs else FIGURES
         if args.table:
             print(run_table(runs) if runs else tables())
         elif args.samples:
             print("\n\n".join(map(sample_page, args.runs)))
         elif args.live:
             for run in runs:
-                save(figure_overview(run), f"overview_{run.name}", args.out or own_folder([run]))
+                save(figure_overview(run), f"overview_{run.name}", args.out or own)
         elif runs:
-            sys.exit(not draw(PAPER_FIGURES, by_model(runs), args.out or own_folder(runs)))
+            sys.exit(not draw(PAPER_FIGURES, by_model(runs), args.out or own))
         else:
-            parts, out = study(), args.out or FIGURES
-            modes = {task: {m: rows[m] for m in MODES if m in rows} for task, rows in parts.items()}
-            complete = draw(PAPER_FIGURES, modes, out)
-            complete = draw(STUDY_FIGURES, parts, out) and complete
-            sys.exit(not (draw({"rates": figure_rates}, sweeps(), out) and complete))
+            modes = {task: {m: rows[m] for m in MODES if m in rows} for task, rows in logs.study().items()}
+            sets = ((PAPER_FIGURES, modes), (figures.OF_ROWS, logs.study()), (figures.OF_SWEEPS, logs.sweeps()))
+            sys.exit(not all([draw(functions, data, args.out or own) for functions, data in sets]))
     except ValueError as error:
         sys.exit(f"plots.py: {error}")
 

@@ -14,7 +14,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data import stop_token_ids
 from model import ModelConfig, Transformer
-from ranks import say
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,6 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
     generation: dict  # its generation_config.json, or one that names the stop tokens: else others never stop
-    stored: str | None = None  # dtype of the weights in `folder`, where its config.json names it
 
     @classmethod
     def open(cls, folder: Path, *, dtype: str, device: torch.device, stop_tokens: str = "auto") -> "Policy":
@@ -39,9 +37,8 @@ class Policy:
         stop_ids = stop_token_ids(tokenizer, generation_config=generation, override=stop_tokens)
         if dtype == "auto":
             dtype = "bfloat16" if device.type == "cuda" else "float32"
-        hf = json.loads((folder / "config.json").read_text())
-        return cls(folder, ModelConfig.from_hf(hf), getattr(torch, dtype), tokenizer, stop_ids,
-                   generation or {"eos_token_id": list(stop_ids)}, hf.get("dtype", hf.get("torch_dtype")))
+        return cls(folder, ModelConfig.from_folder(folder), getattr(torch, dtype), tokenizer, stop_ids,
+                   generation or {"eos_token_id": list(stop_ids)})
 
     def weights_hash(self) -> str:
         """blake2b, 16 hex digits, of the bytes of all *.safetensors in the folder, by name."""
@@ -54,19 +51,14 @@ class Policy:
 
     def save(self, model: Transformer, path: Path, *, write: bool = True) -> None:
         """The weights of `model`, as they are in a forward pass, as a Hugging Face folder with this policy's tokenizer.
-        Where their dtype is another than they came in, a new folder is told of. Written aside, then renamed into the
-        place of what was there: a kill leaves no mixture. All ranks call it, one writes."""
-        known, aside = path.exists(), path.with_name(path.name + ".partial")
+        Written aside, then renamed into the place of what was there: a kill leaves no mixture. All ranks call it, one
+        writes."""
+        aside = path.with_name(path.name + ".partial")
         if write:
             shutil.rmtree(aside, ignore_errors=True)  # of a kill
         model.save_pretrained(aside, dtype=self.dtype, write=write)
-        if not write:
-            return
-        self.tokenizer.save_pretrained(aside)
-        (aside / "generation_config.json").write_text(json.dumps(self.generation, indent=2) + "\n")
-        if known:
-            shutil.rmtree(path)
-        aside.rename(path)
-        saved = str(self.dtype).removeprefix("torch.")
-        if self.stored not in (None, saved) and not known:
-            say(f"{path} holds {saved} weights, as they were trained; those it began with were {self.stored}")
+        if write:
+            self.tokenizer.save_pretrained(aside)
+            (aside / "generation_config.json").write_text(json.dumps(self.generation, indent=2) + "\n")
+            shutil.rmtree(path, ignore_errors=True)
+            aside.rename(path)

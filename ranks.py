@@ -7,7 +7,6 @@ which each rank filled its own places and left zeros elsewhere, which is exact. 
 import functools
 import gc
 import os
-import re
 import shutil
 import subprocess
 from datetime import timedelta
@@ -42,31 +41,16 @@ def cuda_usable(driver: Path = DRIVER) -> bool:
     """
     if torch.cuda.is_available():
         return True
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1") or not (version := driver_version(driver)):
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
         return False
-    try:
-        torch.cuda.init()
-        reason = "no reason given"
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without CUDA
-        reason = str(error).splitlines()[0]
+    smi = shutil.which("nvidia-smi")  # WSL has it in the place of the file
+    if not driver.exists() and not (smi and subprocess.run([smi, "--list-gpus"], capture_output=True).returncode == 0):
+        return False
     raise RunError(
-        f"there is an NVIDIA driver, {version}, but torch {torch.__version__} (built for CUDA {torch.version.cuda}) "
-        f"can't use a GPU: {reason}. Update the driver (CUDA 13 needs 580 or newer, CUDA 12 needs 525), install a "
+        f"there is an NVIDIA driver, but torch {torch.__version__} (built for CUDA {torch.version.cuda}) can't use a "
+        "GPU. Update the driver (CUDA 13 needs 580 or newer, CUDA 12 needs 525; nvidia-smi names it), install a "
         "torch that was built for it, or give the container its GPUs. To use the CPU on purpose, set "
         "CUDA_VISIBLE_DEVICES= (empty)")
-
-
-def driver_version(driver: Path = DRIVER) -> str | None:
-    """Of NVIDIA's driver, as its file or nvidia-smi has it; None where there is none, or it has no GPU."""
-    if driver.exists():
-        text = driver.read_text()
-    elif smi := shutil.which("nvidia-smi"):  # WSL has no such file
-        text = subprocess.run([smi, "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True,
-                              text=True).stdout
-    else:
-        return None
-    found = re.search(r"\d+(\.\d+)+", text)
-    return found and found[0]
 
 
 def choose_device(local: int, gpus: int) -> torch.device:
@@ -178,22 +162,19 @@ def deal_rows(cost: np.ndarray, most: int, ranks: int) -> list[list[np.ndarray]]
 
 
 # ------------------------------------------------------------------------------------------------ the model, sharded
-#
-# `fully_shard`, PyTorch's own (FSDP2). Every parameter is a float32 shard on each rank, the master that the optimiser
-# moves; a block's weights are gathered in the dtype of the forward pass when it runs, and its gradients are summed over
-# the ranks in float32. `shard` decides, and nothing else asks.
 
 
 def is_sharded(ranks: Ranks, compute: torch.dtype) -> bool:
-    """All runs are but one process that computes in float32 on a CPU. (bf16 needs float32 masters.)"""
+    """Whether this run's model is. (A lone process, too, in bf16, which needs float32 masters, and on a GPU.)"""
     return ranks.world > 1 or ranks.device.type == "cuda" or compute != torch.float32
 
 
 def shard(model: nn.Module, ranks: Ranks, *, compute: torch.dtype) -> nn.Module:
     """Shards `model` (a Transformer, on the meta device or not) in place, to be computed with in `compute`.
 
-    Gradients are sums over ranks, not means: the loss says what a token weighs. With several nodes the shards are of
-    one node, and nodes hold replicas.
+    By PyTorch's FSDP2: every parameter is a float32 shard on each rank, the master that the optimiser moves; a block's
+    weights are gathered in `compute` when it runs, and its gradients summed over the ranks, in float32. Sums, not
+    means: the loss says what a token weighs. With several nodes the shards are of one node, and nodes hold replicas.
     """
     if not is_sharded(ranks, compute):
         return model

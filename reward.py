@@ -1,14 +1,15 @@
-"""Is this response right? +1 or -1, for text that a model wrote and that nobody has read.
+r"""Is this response right? +1 or -1, for text that a model wrote and that nobody has read.
 
-Three stages. `extract` finds the answer in the response, in time linear in its length; where it looks is a named style.
-`equivalence.compare` decides almost every case in this process, exactly. What is left (surds, polynomials) is asked of
-math-verify, whose running time nothing bounds (`9^{9^{9^9}}`): `Grader` asks it in worker processes that can be killed.
+`extract` finds the answer in the response, in time linear in its length; where it looks is a named style. `compare`
+decides in this process what is exact and cheap, nearly all that training meets: the same text once its dress is off,
+numbers as fractions, units, words, lists and sets part by part. What is left (surds, polynomials, equations) is asked
+of math-verify, whose running time nothing bounds (`9^{9^{9^9}}`): `Grader` asks it in worker processes that can be
+killed. What math-verify does not look at (the order of letters, subscripts, units, repeated entries of a list, set
+against tuple) must agree before it is asked: a false match is what training would find.
 
 A worker is this very file run as a program, so it starts in about a second whatever the trainer has imported, shares
 no memory with CUDA or vLLM, and gets its work through a pipe as JSON: bytes that are text, parsed and never unpickled.
-
-A reward of one's own, `--reward FILE.py:function`, takes the place of all three stages and runs in the same workers
-under the same deadline.
+A reward of one's own, `--reward FILE.py:function`, takes the place of all that in the same workers.
 """
 
 import contextlib
@@ -22,60 +23,28 @@ import multiprocessing
 import multiprocessing.connection
 import re
 import signal
-import string
 import subprocess
 import sys
-import time
 import traceback
 import types
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple, SupportsFloat
 
-from equivalence import MAX_ANSWER, NUMBER_DIGITS, PLAIN, SPACES, VULGAR, ask_math_verify, compare, equivalent, failures
 from watchdog import progress
 
 log = logging.getLogger(__name__)
 
-MAX_CACHE = 100_000  # graded pairs kept
-CHUNK = 32  # jobs that a worker gets at a time
-START_SECONDS = 120  # for imports from a slow disk
+MAX_ANSWER = 512  # characters; a longer answer is right only if it is the gold answer to the letter
+START_SECONDS = 120  # for a worker's imports from a slow disk
 WORKER_BYTES = 2 << 30  # of address space that a worker may add: 10^5 x 10^5 zeros are a MemoryError, no swap storm
 DAPO_TAIL = 300  # characters at the end of a response that count in the style `dapo`, as in verl's math_dapo
-
-FAILED = "failed"  # a worker's reply where math-verify raised an exception and nothing else made the answer right
-
-_FRACTION = rf"\\[dtc]?frac(?:[ ]?(?:\d|\{{[ ]?-?\d[\d,]*[ ]?\}})){{2}}|[{VULGAR}]"
-_GROUPS = rf"\d{{1,3}}(?:(?:,\\!|\{{,\}}|\\[,;:\ ]|[~{SPACES}])\d{{3}})+(?!\d)(?:\.\d+)?"  # 1\,250
-_POWER = (r"(?:[ ]?(?:\\times|\\cdot|[×·*xX])[ ]?(?:10|\{10\}))?"
-          r"(?:(?:\^|\*\*)(?:\{[-+]?\d+\}|\([-+]?\d+\)|[-+]?\d+)|[⁺⁻]?[⁰¹²³⁴-⁹]+)|[eE][-+]?\d{1,3}(?!\w)")
-_NUMBER = re.compile(rf"""(?:(?<![\w.)}}\]])[-+]\$?)?(?:
-    (?:(?<![\^_])\d{{1,3}}(?:[ {SPACES}~]|\\[,;:\ ])?)?(?:{_FRACTION})  # \frac23, 2\frac23
-    | (?<![\^_])\d{{1,3}}[ {SPACES}]\d\d?/\d{{1,3}}(?![\d/.])  # 2 2/3
-    | \d{{1,2}}(?::[0-5]\d){{0,2}}[ ]?[aApP]\.?[mM]\b  # a time of day
-    | (?:{_GROUPS}|{NUMBER_DIGITS})(?:/(?:{NUMBER_DIGITS})|{_POWER}|\\overline\{{\d+\}})?
-    )(?:\$?[ ](?:hundred|thousand|million|billion|trillion)\b)?""", re.ASCII | re.VERBOSE)
-_BRACE = re.compile(r"\\{1,2}(?P<box>boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-
-# a period behind one of these, or behind an initial, ends a sentence only if the next word begins one: Mr. Smith
-_TITLES = set(
-    "Mr Mrs Ms Dr St Mt Ft Lt Col Gen Maj Capt Sgt Prof Rev Hon Gov Sen Rep Jr Sr Ph.D Co Corp Inc Ltd vs al".split())
-# and behind one of these also if it is a capital letter that follows: No. 5, but "No. Mr. X is wrong"
-_SHORTENED = set(
-    "No Nos Eq Fig Vol Ch Sec p pp Jan Feb Mar Apr Jun Jul Aug Sep Sept Oct Nov Dec ft in yd mi lb lbs oz pt qt gal "
-    "tsp tbsp hr hrs min mins sec secs wk yr yrs sq cu approx ca etc Ave Blvd Rd Dept".split())
-_FIRST_WORDS = set(
-    "I We You He She It They The This Thus That These There Then Therefore Hence So Since Because As And But For If In "
-    "Let Now Note Here To By Each Both All My Our His Her Please Next First Finally Check Also However Answer "
-    "Explanation Solution Step Given Using After Where When What With From Done because since".split())
-
-_QUANTITIES = set(
-    "no not never wrong half third thirds quarter quarters twice double triple times squared cubed plus minus less "
-    "more over of out per percent hundred thousand million billion trillion dozen pi divided between".split())
-_LETTER = re.compile(r"\W*(?:(?:option|choice|answer)\W+)?([A-Ja-j])(?![\w'^=+/-])", re.IGNORECASE)
-_LETTER_IN_BRACKETS = re.compile(r"\(([A-J])\)|^\W*([A-J])\W*$", re.MULTILINE)
+DIGITS = 1000  # to which math-verify compares irrational numbers, in place of 15: 10^{-20} is not 10^{-21}
 
 
 @dataclass(frozen=True)
@@ -91,8 +60,36 @@ class Problem:
 
 # ---- extraction
 
-def boxed(text: str) -> str | None:
-    """Content of the last-opened box that is closed and not empty (an echoed "within \\boxed{}" is no answer)."""
+Found = tuple[int, str]  # where in a response an answer is stated, and the answer
+
+_BRACE = re.compile(r"\\{1,2}(?P<box>boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_COLON = re.compile(r"""answer[*_`"']{0,4}\s{0,4}[:：]""", re.IGNORECASE)
+_ANSWER = re.compile(rf"\b(?:{_COLON.pattern}|answer\**\s{{1,4}}is\b)|^[#* ]{{0,8}}(?:final )?answer[* ]{{0,8}}$",
+                     re.IGNORECASE | re.MULTILINE)
+_HASHES = re.compile(  # not those of a heading
+    r"(?<!#)#{4,}(?!#|\W{0,9}(?:step|part|case|problem|solution|explanation|final|check)\b)", re.IGNORECASE)
+_FILLER = re.compile(r"(?:indeed|therefore|thus|then|simply|just|exactly|equal to)\b[\s,:]*")
+_END = re.compile(  # of what a line states: "12. I hope", "12, because"; but not in Mr. Smith, J. Smith, U.S. team
+    r"""(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bvs)(?<![\s.("'][A-Z])\.[*_`"'$)]*\s+(?=[^\w\s]|[A-Z])"""
+    r"""|(?<=\d)\.[*_`"'$)]*\s|,?\s(?:because|since|as|which)\b""")
+_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+"
+_NUMBER = re.compile(rf"""(?:(?<![\w.)}}\]])[-+]\$?)?(?:
+    (?:(?<![\^_])\d{{1,3}}(?:[ ~\u00a0]|\\[,;:\ ])?)?  # 2\frac23
+      (?:\\[dtc]?frac(?:[ ]?(?:\d|\{{[ ]?-?\d[\d,]*[ ]?\}})){{2}}|[¼-¾⅐-⅞])
+    | (?<![\^_])\d{{1,3}}[ \u00a0]\d\d?/\d{{1,3}}(?![\d/.])  # 2 2/3
+    | (?:\d{{1,3}}(?:(?:,\\!|\{{,\}}|\\[,;:\ ]|[~\u00a0\u2009\u202f])\d{{3}})+(?!\d)(?:\.\d+)?|{_DECIMAL})  # 1\,250
+      (?:/(?:{_DECIMAL}) | [eE][-+]?\d{{1,3}}(?!\w)
+       | (?:[ ]?(?:\\times|\\cdot|[×·*xX])[ ]?(?:10|\{{10\}}))?  # 1.2 \times 10^{{5}}
+         (?:(?:\^|\*\*)(?:\{{[-+]?\d+\}}|\([-+]?\d+\)|[-+]?\d+) | [⁺⁻]?[⁰¹²³⁴-⁹]+))?
+    )(?:\$?[ ](?:hundred|thousand|million|billion|trillion)\b)?""", re.VERBOSE)
+_LETTER = re.compile(r"""[\W_]*(?:(?i:option|choice|answer)\W+)?([A-J]|[a-j](?=\W*$|[).:,]))(?![\w'^=+/-])
+    (?!(?<=[AI])\s(?!(?:because|since|as|is)\b)[a-z])  # "A neutron", "I think"
+    (?P<more>\W*(?:[,&/]|\b(?:and|or)\b)\W*[A-J]\b)?""", re.VERBOSE)
+_LETTER_IN_BRACKETS = re.compile(r"\(([A-J])\)|^\W*([A-J])\W*$", re.MULTILINE)
+
+
+def _box(text: str) -> Found | None:
+    """The last-opened box that is closed and not empty (an echoed "within \\boxed{}" is no answer)."""
     stack, best = [], (-1, -1)
     for token in _BRACE.finditer(text):
         if token["box"] or token[0] == "{":
@@ -101,90 +98,328 @@ def boxed(text: str) -> str | None:
             start = stack.pop()
             if start > best[0] and text[start : min(token.start(), start + MAX_ANSWER)].strip():
                 best = (start, token.start())
-    return text[slice(*best)].strip() if best[0] >= 0 else None
+    return (best[0], text[slice(*best)].strip()) if best[0] >= 0 else None
 
 
-def _ends_sentence(word: str, after: str) -> bool:
-    """Whether the period behind `word` ends a sentence, if `after` follows: not in Mr. Smith, J. Smith and 5 ft. 3."""
-    word = word[len(word.rstrip(f".{string.ascii_letters}")) :]
-    after = re.match(r"[*_\"'“(]*(\w*)", after)[1]
-    if after in _FIRST_WORDS:
-        return True
-    if word in _SHORTENED:
-        return after[:1].isupper()
-    initial = len(word) == 1 and word.isupper() or re.fullmatch(r"(?:[A-Za-z]\.)+[A-Za-z]", word)  # J, U.S, p.m
-    return not (word in _TITLES or initial and after[:1].isalpha())
+def boxed(text: str) -> str | None:
+    """Content of the last \\boxed{...} in `text`."""
+    return found[1] if (found := _box(text)) else None
 
 
-def _line_after(text: str, start: int) -> str | None:
-    """The first sentence of the first line with something on it; "Answer: Mr. X. I hope ..." is "Mr. X"."""
-    line = text[start:].lstrip(" \t\r\n*:").partition("\n")[0]
-    for word, after in itertools.pairwise(re.finditer(r"\S+", line)):
-        if word[0][-1] == "." and _ends_sentence(word[0][:-1], after[0]):
-            line = line[: word.end() - 1]
-            break
-    return line.strip(" \t\r*") or None
-
-
-def _last_line_after(pattern: re.Pattern, text: str) -> str | None:
-    ends = deque((m.end() for m in pattern.finditer(text)), maxlen=1)
-    return _line_after(text, ends[0]) if ends else None
-
-
-_answer_line = functools.partial(_last_line_after, re.compile(r"\banswer\**(?:\s{0,4}:|\s{1,4}is\b:?)", re.IGNORECASE))
-_answer_colon = functools.partial(_last_line_after, re.compile(r"answer\**\s{0,4}:", re.IGNORECASE))
-_hashes = functools.partial(_last_line_after, re.compile("#{4,}"))
-
-
-def _answer_in_the_tail(text: str) -> str | None:
-    line = _answer_colon(text[-DAPO_TAIL:])
-    return line and (boxed(line) or line)
+def _line_after(text: str, pattern: re.Pattern) -> Found | None:
+    """What the first line behind the last match states; "Answer: **Mr. X**, since he ... I hope ..." is "Mr. X"."""
+    start = next(iter(deque((m.end() for m in pattern.finditer(text)), maxlen=1)), len(text))
+    line = _FILLER.sub("", text[start:].lstrip(" \t\r\n*_:：`\"'").partition("\n")[0], count=1)
+    line = _END.split(f" {line}", maxsplit=1)[0].strip(" \t\r*_`\"'.,;")
+    return (start, line) if line else None
 
 
 def _last_number(text: str) -> str | None:
-    last = deque(_NUMBER.finditer(text.translate(PLAIN)), maxlen=1)
+    last = deque(_NUMBER.finditer(text), maxlen=1)
     return last[0][0].rstrip(".") if last else None
 
 
-def _value(text: str | None) -> str | None:
-    """What a box or a line says, as a whole, if there is a number in it; "18 apples" is 18."""
-    rest, numbers = _NUMBER.subn(" ", (text or "").translate(PLAIN))
-    return _last_number(text) if numbers == 1 and _only_words(rest) else text if numbers else None
+def _math(text: str) -> str | None:
+    """The last of \\boxed{x}, "Answer: x" or "answer is x", and "#### x", else the last number. A line takes the place
+    of a box before it only if it has a number or LaTeX in it: "the answer is correct" does not."""
+    box = _box(text)
+    stated = [line for pattern in (_ANSWER, _HASHES) if (line := _line_after(text, pattern))
+              and (not box or re.search(r"[\d\\$]", line[1]))]
+    return max([box, *stated] if box else stated)[1] if box or stated else _last_number(text)
 
 
-def _only_words(rest: str) -> bool:
-    """Whether the `rest` beside a number leaves it as it is: no sign, no letter of algebra, no word of quantity."""
-    rest = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}|\\?\$|\*\*|[€£]", r" \1 ", rest)
-    words = re.findall(r"[A-Za-z']+", rest)
-    signs = re.search(r"[^A-Za-z\s.,:;'-]|(?<![A-Za-z])-|-(?![A-Za-z])", rest)
-    return not signs and not any(w.lower() in _QUANTITIES or len(w) == 1 and w not in "aAI" for w in words)
+def _dapo(text: str) -> str | None:
+    """What "Answer: x" says in the last 300 characters, nothing else."""
+    found = _line_after(text[-DAPO_TAIL:], _COLON)
+    return found and (boxed(found[1]) or found[1])
+
+
+def _gsm8k(text: str) -> str | None:
+    """Word problems and arithmetic: the last of "#### x" and \\boxed{x} with a number in it, else the last number."""
+    stated = [found for found in (_line_after(text, _HASHES), _box(text)) if found and _NUMBER.search(found[1])]
+    return max(stated)[1] if stated else _last_number(text)
 
 
 def _choice(text: str) -> str | None:
-    """A letter A to J: that of the box or the answer line, else the last one in brackets or alone on its line."""
-    for found in (boxed(text), _answer_line(text)):
-        content = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{", "", found or "")
-        if letter := _LETTER.match(content):
-            return letter[1].upper()
+    """A letter A to J: the last that a box or an answer line gives, none where it gives two, else the last letter in
+    brackets or alone on its line."""
+    for _, found in sorted(filter(None, (_box(text), _line_after(text, _ANSWER))), reverse=True):
+        if letter := _LETTER.match(re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{", "", found)):
+            return None if letter["more"] else letter[1].upper()
     last = deque(_LETTER_IN_BRACKETS.finditer(text), maxlen=1)
     return (last[0][1] or last[0][2]) if last else None
 
 
-_STATED = boxed, _answer_line, _hashes  # \boxed{x}, "Answer: x" / "answer is x", "#### x"
-# style -> where to look, in this order; the first that finds something is the answer
-STYLES = {
-    "math": (*_STATED, _last_number),
-    "dapo": (_answer_in_the_tail,),  # "Answer: x" in the last 300 characters, nothing else
-    # word problems and arithmetic: what follows ####, what is in the box, each if there is a number, or the last number
-    "gsm8k": (lambda text: _value(_hashes(text)), lambda text: _value(boxed(text)), _last_number),
-    "choice": (_choice,),
-}
+STYLES = {"math": _math, "dapo": _dapo, "gsm8k": _gsm8k, "choice": _choice}
 
 
 def extract(response: str, style: str = "math") -> str | None:
-    """The answer that `response` gives, or None if it gives none. An unknown `style` (see STYLES) is a KeyError."""
-    found = (find(response) for find in STYLES[style])
-    return next((answer for answer in found if answer is not None), None)
+    """The answer that `response` gives, or None if it gives none; behind `</think>` if there is one there. An unknown
+    `style` (see STYLES) is a KeyError."""
+    answer = STYLES[style](response.rpartition("</think>")[2])
+    return STYLES[style](response) if answer is None else answer
+
+
+# ---- comparison
+
+_UNIT = {  # of words that mean a unit; another word is the same as itself and as its plural
+    "centimeter": "cm", "meter": "m", "kilometer": "km", "inche": "in", "inch": "in", "feet": "ft", "foot": "ft",
+    "mile": "mi", "gram": "g", "second": "s", "minute": "min", "hour": "h", "hr": "h", "liter": "L", "mph": "mi/h",
+    "square": "^{2}", "sq": "^{2}", "cubic": "^{3}", "per": "/",
+    **{unit: unit for unit in "mm cm km in ft yd kg lb min mi mL Hz m g s h L N J W V A K".split()}}
+_NO_UNITS = set("is not no wrong right more less than minus plus times over squared cubed out of if for when where but "
+                "then mod or and the a an base dozen half halves third thirds quarters tenths".split())
+_POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_CURRENCIES = {"£": "gbp", "€": "euro"}
+_MARK = "\x02"  # stands before what \text{...} held and before units: 5 \text{ m} is a length, 5 m may be a product
+_SIGNS = str.maketrans({
+    **dict.fromkeys("−–‐‑", "-"), **dict.fromkeys("⁄∕", "/"), **dict.fromkeys("\u200b\u200e\u200f\u2060\ufeff", ""),
+    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "±": r"\pm ", "∪": r"\cup ",
+    "≤": r"\le ", "≥": r"\ge ", "∈": r"\in ", "√": r"\sqrt ", "°": r"^\circ "})
+
+
+def _improper(mixed: re.Match) -> str:
+    r"""2\frac{1}{2} and 2 1/2 as \frac{5}{2}; 2\frac{4}{3} is left the product that it is in 2\frac{4}{3}\pi."""
+    whole, top, bottom = (int(n) for n in mixed.groups() if n)
+    return rf"\frac{{{whole * bottom + top}}}{{{bottom}}}" if top < bottom else mixed[0]
+
+
+_REWRITES = [(re.compile(pattern), new) for pattern, new in [
+    # what NFKC alone would make a gap of any kind, 21/2, x2 and 101
+    ("[\u00a0\u2009\u202f]", "~"), (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "), (r"([⁺⁻]?[⁰¹²³⁴-⁹]+)", r"^{\1}"),
+    (r"([₀-₉]+)", r"_{\1}"), (r"[^\x00-\x7f]+", lambda m: unicodedata.normalize("NFKC", m[0]).translate(_SIGNS)),
+    (r"^\s*\\(?:boxed|fbox)\s*\{([^{}]*|.*\}[^{}]*)\}\s*$", r"\1"),
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])\.?", ""),
+    (r"(?<!\\)\\[!,;: ]|~|\\q?quad(?![a-zA-Z])", "\x01"),  # a gap: between digits it groups thousands
+    (r"(?<=\d)(?<![_^]\d)(?:,?\x01+|\{,\})(?=\d{3}(?!\d))", ""), (r"[\x01\s]+", " "),
+    (r"^[* ]+|[* ]+$|(?<=.)[.,;]$", ""), (r"\\emptyset|∅|\\\{ ?\\\}", r"\\varnothing "),
+    (r"\\([gl])eq?(?:slant)?(?![a-zA-Z])", r"\\\1e "), (r"(?<![a-zA-Z\\])(pi|infty|sqrt)(?![a-zA-Z])", r"\\\1"),
+    (r"\\sqrt ?\(([^()]*)\)|\\sqrt (\d+)", r"\\sqrt{\1\2}"), (r"\\[dtc]frac", r"\\frac"),
+    (r"\\frac ?(\d) ?(?=[\d{])", r"\\frac{\1}"), (r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}"),
+    (r"(?<=\d) ?[xX*] ?(?=10\^)", r"\\times "), (r"(?<=[\d.])[eE]([-+]?\d{1,3})(?!\w)", r"\\times 10^{\1}"),
+    (r"(?<![\w.^{/])(\d+) ?\\frac\{(\d+)\}\{(\d+)\}|(?<![\w.^{/])(\d+) (\d+)/(\d+)(?![\w.])", _improper),
+    (r"\^([-+]\d+|\d{2,})", r"^{\1}"),
+    (r"(?<=\d)(?:\^ ?\{? ?)?(?:\\(?:text|mathrm) ?\{)?(?:st|nd|rd|th)(?![a-zA-Z])\}*", ""),  # 12^{\text{th}}
+    (r"(?:\{\})?\^ ?\{? ?(?:\\circ|o) ?\}?(?![a-zA-Z])", f" {_MARK}degrees "), (r"\\?%|\\?\bpercent\b", "%"),
+    (r"\\(?:text|mbox) ?\{ ?(and|or) ?\}", r" \1 "),
+    (r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|it|sf)|mbox) ?\{ ?([^{}]*)\}", rf" {_MARK}\1 "),
+    (r"^([-+]?) ?(\\\$|\$(?=[^$]*$)|[£€]) ?(?=[\d.])(.*)",  # else $ is LaTeX's own
+     lambda m: f"{m[1]}{m[3]} {_MARK}{_CURRENCIES.get(m[2], 'dollar')}"),
+    (r"\\?\$|\\[()\[\]]", ""), (rf"([_^]) ?{_MARK}?(\w)", r"\1{\2}"), (rf"^[ {_MARK}]+| +$", ""),
+    (rf"(?<=[\d}}]) *{_MARK}?({'|'.join(_POWERS)})\b", lambda m: rf"\times 10^{{{_POWERS[m[1]]}}}"), (r" +", " "),
+    # words behind a number are its unit; 5m, 6xyz and 6 m g are products
+    (r"^([-+]?(?:[\d.,/ ]*\d\.?|\\frac\{\d+\}\{\d+\})(?:\\times 10\^\{-?\d+\})?)"
+     r"(?: ?(?=(?:[ckm]m|in|ft|yd|kg|lb|min|mi|mL|hr|sq|Hz)\b)"
+     r"| (?!(?:and|or)\b)(?=[A-Za-z]{3}|[mgshLNJWVAK](?:/[a-zA-Z]+)?(?:\^\{\d\})?$))", rf"\1 {_MARK}"),
+]]
+
+
+def normalise(text: str) -> str:
+    """Text without what LaTeX, style and unicode put around the same mathematics; 1 \\pm 2 is 1 + 2, 1 - 2."""
+    for pattern, new in _REWRITES:
+        text = pattern.sub(new, text)
+    both = [text.strip().replace(r"\pm", sign) for sign in "+-"]
+    return ", ".join(both) if text.count(r"\pm") == 1 else text.strip()
+
+
+_RATIONAL = re.compile(rf"""([-+]?)\ ?(?=[\d.\\])(?:(?:\\frac\{{\ ?(-?[\d,]+)\ ?\}}\{{\ ?(-?[\d,]+)\ ?\}}
+    |({_DECIMAL})(?:\ ?/\ ?({_DECIMAL}))?)(?=$|\ ?\\))?
+    (?:(?:(?<![\d.}}])|\ ?\\(?:times|cdot)\ ?)10\^\{{([-+]?\d{{1,3}})\}})?
+    """, re.VERBOSE)
+
+
+def rational(text: str) -> Fraction | None:
+    r"""The exact value of a number in normal form: 1,000  -2.50  3/4  \frac{3}{4}  1.5\times 10^{-7}  10^{6}; None for
+    anything else and more than 64 characters. Raises ZeroDivisionError for 1/0."""
+    if len(text) > 64 or not (found := _RATIONAL.fullmatch(text)):
+        return None
+    sign, top, bottom, decimal, divisor, ten = (group and group.replace(",", "") for group in found.groups())
+    value = Fraction(top or decimal or 1) / Fraction(bottom or divisor or 1) * Fraction(10) ** int(ten or 0)
+    return -value if sign == "-" else value
+
+
+def _split_unit(text: str) -> tuple[str, str]:
+    """("5", "cm") of "5 centimeters", ("5", "m/s") of "5 meters per second"; (text, "") where there is no unit."""
+    value, _, phrase = text.partition(f" {_MARK}")
+    words = re.findall(r"[A-Za-z]+|/|\^\{[23]\}|[^\s.]", re.sub(rf"{_MARK}|\\cdot\b", "", phrase))
+    if not words or _NO_UNITS & set(words) or any(word[0] not in "/^" and not word.isalpha() for word in words):
+        return text, ""
+    stems = [word if word in _UNIT or len(word) < 4 else word.lower().removesuffix("s") for word in words]
+    names = [_UNIT.get(stem, stem) for stem in stems]
+    if names[0][0] == "^":  # square cm
+        names[:2] = names[1::-1]
+    return value.strip(), "".join(names)
+
+
+def _parts(text: str) -> tuple[str, list[str]]:
+    r"""The brackets around all of `text` and its parts between commas, "and" and "or" outside further brackets: "()" of
+    (1, 2), "{}" of \{1, 2\}, "" of 1, 2 and of what has no parts."""
+    grouped = re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda number: number[0].replace(",", ""), text)
+    for brackets, inside in (*re.findall(r"^(\\\{|[(\[])(.*)(?:\\\}|[)\]])$", text, re.DOTALL), ("", grouped)):
+        depth, parts = 0, [""]
+        for token, between in re.findall(r"(( ?[,;] ?(?:(?:and|or)\b)?| (?:and|or)\b)|.)", inside, re.DOTALL):
+            depth += (token in "([{") - (token in ")]}")
+            if depth < 0:
+                break
+            if between and depth == 0:
+                parts.append("")
+            else:
+                parts[-1] += token
+        if depth == 0 and all(parts) and (len(parts) > 1 or brackets == r"\{"):
+            return brackets and brackets[-1] + text[-1], [part.strip() for part in parts]
+    return "", [text]
+
+
+Ask = Callable[[str, str], bool]  # answer, gold -> does math-verify take these two expressions for equal?
+
+
+def compare(answer: str | None, gold: str, ask: Ask | None = None) -> bool | None:
+    """Whether `answer` is the same as `gold`; None where only `ask` could tell and it was not given."""
+    if not answer or not answer.strip():
+        return False
+    if max(len(answer), len(gold)) > MAX_ANSWER:
+        return answer == gold
+    try:
+        return _compare(normalise(answer), normalise(gold), ask)
+    except ZeroDivisionError:  # 5/0 is no number and equals no other text
+        return answer == gold
+
+
+def _tight(text: str) -> str:
+    return re.sub(rf"{_MARK}|(?<!\d) +| +(?!\d)", "", text)
+
+
+# what an answer may be called, x = or f(2) = or 2 + 3 =
+_NAME = re.compile(r"([^-+*/^<>=!]*|(?:\\[a-z]+|[^A-Za-z=<>!\\])*)(?:=|\\in(?![a-zA-Z])) *")
+
+
+def _compare(answer: str, gold: str, ask: Ask | None) -> bool | None:
+    if _tight(answer) == _tight(gold):
+        return answer != ""
+    if not answer or not gold:
+        return False
+    (kind, ours), (kind_gold, theirs) = _parts(answer), _parts(gold)
+    if len(ours) == len(theirs) == 1 or not kind or not kind_gold:
+        names = [None if len(parts) > 1 else _NAME.match(text) for text, parts in ((answer, ours), (gold, theirs))]
+        called = [_tight(name[1]) for name in names if name]
+        if len(called) == 1 and (answer + gold).count("=") == 1 or len(called) == 2 and called[0] == called[1]:
+            bare = (text[name.end() :] if name else text for text, name in zip((answer, gold), names, strict=True))
+            return _compare(*bare, ask)
+        if max(map(len, called), default=1) > 1:  # f(1) = 2 and f(2) = 2
+            return False
+    kinds, sizes = {kind, kind_gold}, {len(ours), len(theirs)}
+    if sizes == {1} and kinds != {"{}"}:
+        return _single(ours[0], theirs[0], ask)
+    if 1 in sizes and len(kinds) == 2 and "" in kinds and "{}" not in kinds:  # x > 3 and (3, \infty)
+        return _asked(answer, gold, ask)
+    if len(sizes) > 1 or not (kinds <= {"", "{}"} or kinds == {"", "()"} or kind == kind_gold):
+        return False
+    orders = [theirs]  # a list may stand for a set, in any order, and for a tuple, in its own
+    if kinds <= {"", "{}"}:
+        ours.sort(), theirs.sort()
+        orders = itertools.permutations(theirs) if len(theirs) <= 4 else orders
+    found = {_all([_compare(a, g, ask) for a, g in zip(ours, order, strict=True)]) for order in orders}
+    return True if True in found else None if None in found else False
+
+
+def _all(verdicts: list[bool | None]) -> bool | None:
+    return False if False in verdicts else None if None in verdicts else True
+
+
+def _single(answer: str, gold: str, ask: Ask | None) -> bool | None:
+    (a, unit), (g, unit_gold) = _split_unit(answer), _split_unit(gold)
+    percent = a.endswith("%"), g.endswith("%")
+    if unit != unit_gold and (unit and unit_gold or any(percent)):
+        return False
+    a, g = (text.removesuffix("%").replace(_MARK, "").strip() for text in (a, g))
+    x, y = rational(a), rational(g)
+    if x is not None and y is not None:  # 50% is 1/2, and also 50, as golds often leave the sign out
+        return x == y or percent[0] > percent[1] and x == 100 * y or percent[0] < percent[1] and 100 * x == y
+    letters = [re.fullmatch(r"\(?([A-J])(?:\)?|(?:\)|[.:)] ).*)", text) for text in (a, g)]
+    if all(letters) and min(len(a), len(g)) <= 3:  # "(B) 12" or "B. red" where the gold is B
+        return letters[0][1] == letters[1][1]
+    if a.casefold() == g.casefold() and re.search("(?i)^(?:no|[a-j])$|[a-z]{3}", a) and "\\" not in a:
+        return True
+    return False if percent[0] != percent[1] else _tight(a) == _tight(g) or _asked(a, g, ask)
+
+
+_COMMANDS = re.compile(  # what has letters and is none; math-verify drops the commands that are left here
+    r"\\(?:begin|end|operatorname|mathbb|mathrm) ?\{[^{}]*\}|\\(?!prime|p?mod\b|[lc]?dots|[A-Z])[a-zA-Z]+")
+
+
+def _asked(answer: str, gold: str, ask: Ask | None) -> bool | None:
+    """math-verify's verdict, if what it does not look at agrees: it takes words for products, drops what it can't read.
+    """
+    words, letters, subscripts, relation = [], [], [], []
+    for text in (answer, gold):
+        bare = _COMMANDS.sub(" ", text)
+        words.append(sorted(re.findall(r"\\[a-zA-Z]+|'|[A-Z]{2,}|[a-zA-Z]{3,}|^[a-zA-Z]{2}$", bare)))  # dog, ABC
+        letters.append(set(re.findall("[A-Za-z]", bare)) - set("ei"))
+        subscripts.append(sorted(re.findall(r"(?<!\\log)_(?:\{[^{}]*\}|.)", text)))
+        relation.append(bool(re.search(r"[<>]|\\[lg]e\b", text)))  # x > 3 may be (3, \infty)
+    if words[0] != words[1] or subscripts[0] != subscripts[1] or ":" in answer + gold:
+        return False
+    if letters[0] != letters[1] and relation[0] == relation[1]:
+        return False
+    return None if ask is None else ask(answer, gold)
+
+
+# ---- math-verify
+
+@contextlib.contextmanager
+def _no_code():
+    """Within, no text of an answer reaches sympy's `eval` (parse_expr) or `exec` (lambdify, of infinite sums)."""
+    import sympy  # noqa: F401  (loads both modules; by name, as `sympy.utilities.lambdify` is a function)
+
+    parser, compiler = sys.modules["sympy.parsing.sympy_parser"], sys.modules["sympy.utilities.lambdify"]
+    parse_expr = parser.parse_expr
+
+    def refuse(text, *args, **kwargs):
+        if re.fullmatch(r"[-+.\d]+", str(text), re.ASCII):  # sympy.Number("8") comes this way
+            return parse_expr(text, *args, **kwargs)
+        raise NotImplementedError("an answer is data: nothing in it is run")  # evalf then sums without lambdify
+
+    parser.parse_expr, compiler.exec = refuse, lambda *args: refuse("")  # a module's globals shadow the builtins
+    try:
+        yield
+    finally:
+        parser.parse_expr = parse_expr
+        del compiler.exec
+
+
+failures: list[str] = []  # names of the exceptions that math-verify raised in this process
+
+
+def ask_math_verify(answer: str, gold: str) -> bool:
+    """math-verify's verdict on two expressions or equations, read as LaTeX alone (its other reader is `eval`), units
+    kept. No time-out (its own are SIGALRM, which cannot interrupt a long call of C); an exception is no match."""
+    import math_verify
+    import sympy.physics.units  # noqa: F401  (simplify imports it late, and its names go through parse_expr)
+    from latex2sympy2_extended import NormalizationConfig
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time-outs are off
+    dress = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, equations=False)
+    config = math_verify.LatexExtractionConfig(boxed_match_priority=0, normalization_config=dress)
+    try:
+        with _no_code():
+            parsed = [math_verify.parse(rf"\boxed{{{text}}}", [config], parsing_timeout=None, raise_on_error=True)
+                      for text in (gold, answer)]
+            symbols = set().union(*(e.free_symbols for found in parsed for e in found if isinstance(e, sympy.Basic)))
+            if {x.name for x in symbols} == {"i"}:  # no index, no variable: the imaginary unit
+                parsed = [[e.xreplace(dict.fromkeys(symbols, sympy.I)) for e in found if isinstance(e, sympy.Basic)]
+                          for found in parsed]
+            return math_verify.verify(*parsed, float_rounding=DIGITS, numeric_precision=DIGITS, timeout_seconds=None,
+                                      allow_set_relation_comp=True, raise_on_error=True)
+    except MemoryError:
+        raise  # what comes after it is not to be trusted
+    except Exception as error:  # no list of what math-verify, sympy and the parser raise is complete
+        failures.append(type(error).__name__)
+        return False
+
+
+def equivalent(answer: str | None, gold: str) -> bool:
+    """Is `answer` the same as `gold`? In this process and without time-out: for answers one trusts."""
+    return bool(compare(answer, gold, ask_math_verify))
 
 
 def score(response: str, answer: str, style: str = "math") -> float:
@@ -205,8 +440,8 @@ class _Source(NamedTuple):
 
     @classmethod
     def read(cls, spec: str) -> "_Source":
-        path, colon, function = spec.rpartition(":")
-        if not (colon and function and path.endswith(".py")):
+        path, _, function = spec.rpartition(":")
+        if not (function and path.endswith(".py")):
             raise ValueError(f"--reward must be FILE.py:FUNCTION, got {spec!r}")
         try:
             content = Path(path).read_bytes()
@@ -222,43 +457,37 @@ class _Source(NamedTuple):
             exec(compile(self.text, self.path, "exec"), vars(module))
         except Exception as error:
             raise ValueError(f"--reward: {self.path} does not run: {type(error).__name__}: {error}") from error
-        if not hasattr(module, self.function):
-            raise ValueError(f"--reward: there is no {self.function} in {self.path}")
-        if not callable(function := getattr(module, self.function)):
-            raise ValueError(f"--reward: {self.function} in {self.path} is no function but {function!r:.100}")
+        if not callable(function := getattr(module, self.function, None)):
+            raise ValueError(f"--reward: there is no function {self.function} in {self.path}")
         return function
 
 
 # ---- workers
 
 def _confine() -> None:
-    """Leave signals to the trainer and (Linux) die with the parent even if it is killed with -9."""
+    """Leave signals to the trainer; on Linux also die with the parent, even if it is killed with -9, and bound memory.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to the whole process group; the trainer ends us
     if sys.platform != "linux":
         return  # there the end of the pipe, which closes with the parent, ends a worker that is not computing
     import ctypes
+    import resource
 
     if ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL) != 0:  # 1 = PR_SET_PDEATHSIG
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-
-
-def _bound_memory() -> None:
-    if sys.platform != "linux":
-        return
-    import resource
-
     with open("/proc/self/statm") as file:  # on top of what is mapped already
         limit = int(file.read().split()[0]) * resource.getpagesize() + WORKER_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _same(answer: str, gold: str) -> bool | str:
-    before = failures.total()
-    return compare(answer, gold, ask_math_verify) or (failures.total() > before and FAILED)
+def _same(answer: str, gold: str) -> float | str:
+    """1 or -1, or what math-verify raised where nothing else made the answer right."""
+    failures.clear()
+    return 1.0 if equivalent(answer, gold) else failures[0] if failures else -1.0
 
 
-def _ask(function: Callable, response: str, problem: dict) -> float | str:
+def _ask_user(function: Callable, response: str, problem: dict) -> float | str:
     """What the user's function says, or the traceback of what went wrong in it."""
     try:
         value = function(response, Problem(**problem))
@@ -272,46 +501,44 @@ def _ask(function: Callable, response: str, problem: dict) -> float | str:
 
 
 def _serve(pipe: multiprocessing.connection.Connection) -> None:
-    """Worker. In comes what to do, a _Source or null, then lists of jobs, [answer, gold] or [response, problem]; out
-    goes the verdict on each as soon as it is known: true, false or FAILED; a reward or a traceback."""
-    _confine()
+    """Worker. In comes what to do, a _Source or null, then jobs, [answer, gold] or [response, problem]; out goes null
+    when it is ready, then for each job its reward, or a text that says what failed."""
     source = json.loads(pipe.recv_bytes())
-    decide = functools.partial(_ask, _Source(*source).define()) if source else _same
-    _bound_memory()  # behind what the user's file imports
+    decide = functools.partial(_ask_user, _Source(*source).define()) if source else _same
     ask_math_verify("x", "y")  # pays for the imports before the first deadline runs
-    pipe.send_bytes(b"null")  # ready
+    _confine()
+    pipe.send_bytes(b"null")
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the trainer is gone
         while True:
-            for job in json.loads(pipe.recv_bytes()):
-                pipe.send_bytes(json.dumps(decide(*job)).encode())
+            pipe.send_bytes(json.dumps(decide(*json.loads(pipe.recv_bytes()))).encode())
 
 
 class _Worker:
+    """A process that decides a job at a time."""
+
     def __init__(self, source: _Source | None):
         self.pipe, theirs = multiprocessing.Pipe()
         self.process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], stdin=subprocess.DEVNULL,
                                         pass_fds=[theirs.fileno()])  # a new program: never a fork of one with a GPU
         theirs.close()  # ours must be the only other end, or neither side would ever see end-of-file
-        self.ready, self.jobs, self.deadline = False, deque(), float("inf")
-        self._send(source)
+        try:
+            self.ask(source, START_SECONDS)
+        except (OSError, EOFError) as error:
+            raise RuntimeError(f"a grading worker did not start (exit code {self.process.returncode}): see its output "
+                               "above; is math-verify installed?") from error
 
-    def _send(self, message) -> None:
-        with contextlib.suppress(ConnectionError):  # it died: its pipe reads end-of-file, seen in `_grade`
+    def ask(self, message: object, seconds: float) -> float | str | None:
+        """Its reply. After so many seconds it is killed: TimeoutError. If it died: EOFError or another OSError."""
+        try:
             self.pipe.send_bytes(json.dumps(message, default=dataclasses.asdict).encode())
-
-    def give(self, jobs: list[tuple], timeout: float) -> None:
-        self.jobs, self.deadline = deque(jobs), time.monotonic() + (timeout if self.ready else START_SECONDS)
-        self._send(jobs)
-
-    def receive(self, timeout: float, verdicts: dict) -> None:
-        """Takes one reply; the clock of the next job starts now."""
-        reply = json.loads(self.pipe.recv_bytes())
+            if not self.pipe.poll(seconds):
+                raise TimeoutError
+            reply = json.loads(self.pipe.recv_bytes())
+        except BaseException:
+            self.kill()
+            raise
         progress()
-        if reply is None:
-            self.ready = True
-        else:
-            verdicts[self.jobs.popleft()] = reply
-        self.deadline = time.monotonic() + timeout
+        return reply
 
     def kill(self) -> None:
         self.process.kill()
@@ -338,116 +565,70 @@ class Grader:
     workers: processes, started when first needed. timeout: seconds for one answer, hard: its worker is killed and
     replaced. reward: "FILE.py:function" decides instead, called with a response and its Problem: a number from -1 to 1,
     above 0 is right; `source` then holds the file's text and sha256. Raises ValueError that says what is wrong with it.
-    Use it from the main thread: workers die with the thread that started them.
     """
 
     def __init__(self, *, workers: int = 2, timeout: float = 5.0, reward: str = ""):
         if workers < 1 or timeout <= 0:
             raise ValueError(f"{workers=}, {timeout=}: both must be positive")
-        self.num_workers, self.timeout = workers, timeout
+        self.timeout = timeout
         self.source = _Source.read(reward) if reward else None
         if self.source:
             self.source.define()  # raises here rather than in a worker
-        self._workers: list[_Worker] = []
-        self._cache: dict[tuple[str | None, str], bool | str] = {}
+        # a thread for each worker, to wait for it; they stay, as a worker dies with the thread that started it
+        self._threads = ThreadPoolExecutor(workers)
+        self._workers: deque[_Worker] = deque()  # those that wait for a job
         self._warned = False
 
     def grade(self, responses: Sequence[str], problems: Sequence[Problem], *,
               cut: Sequence[bool] | None = None) -> list[Grade]:
         """One verdict a response; R texts and the R problems they answer, whose styles are keys of STYLES, else
-        ValueError.
+        ValueError. Equal pairs of answer and gold, or of response and problem, are decided once.
 
-        `cut`: which responses ended at the length limit (none if not given); those are wrong, whatever they say. Equal
-        (extracted, gold) pairs are decided once, now and later; equal (response, problem) pairs once a call.
+        `cut`: which responses ended at the length limit (none if not given); those are wrong, whatever they say.
         """
         if unknown := {p.style for p in problems} - STYLES.keys():
             raise ValueError(f"unknown answer style {sorted(unknown)}; there are {', '.join(STYLES)}")
         cut = [False] * len(responses) if cut is None else cut
-        found = [None if over else extract(r, p.style) for r, p, over in zip(responses, problems, cut, strict=True)]
+        rows = list(zip(responses, problems, cut, strict=True))
+        found = [None if over else extract(response, p.style) for response, p, over in rows]
         if self.source:
-            return self._ask_user(responses, problems, cut, found)
-        pairs = [(answer, p.answer) for answer, p in zip(found, problems, strict=True)]
-        verdicts = {p: self._cache[p] if p in self._cache else compare(*p) for p in dict.fromkeys(pairs)}
-        hard = self._grade([p for p, verdict in verdicts.items() if verdict is None])
-        verdicts |= hard
-        # a time-out is not kept: it may have been the machine's fault
-        self._cache |= {p: verdict for p, verdict in hard.items() if verdict is not None}
-        while len(self._cache) > MAX_CACHE:
-            del self._cache[next(iter(self._cache))]  # the oldest
-        return [Grade(1.0 if verdicts[p] is True else -1.0, p[0], verdicts[p] is None, verdicts[p] == FAILED)
-                for p in pairs]
-
-    def _ask_user(self, responses: Sequence[str], problems: Sequence[Problem], cut: Sequence[bool],
-                  found: list[str | None]) -> list[Grade]:
-        jobs = [None if over else (r, p) for r, p, over in zip(responses, problems, cut, strict=True)]
-        verdicts = self._grade(list(dict.fromkeys(job for job in jobs if job)))
-        if not self._warned and (why := next((v for v in verdicts.values() if isinstance(v, str)), None)):
+            jobs = [(None if over else response, p) for response, p, over in rows]
+            verdicts = {job: -1.0 if job[0] is None else None for job in jobs}
+        else:
+            jobs = [(answer, p.answer) for answer, p in zip(found, problems, strict=True)]
+            verdicts = {job: same if same is None else 2.0 * same - 1 for job in set(jobs) for same in [compare(*job)]}
+        hard = [job for job in dict.fromkeys(jobs) if verdicts[job] is None]
+        verdicts |= zip(hard, self._threads.map(self._ask, hard), strict=True)
+        why = next((v for v in verdicts.values() if isinstance(v, str)), None)
+        if self.source and why and not self._warned:
             log.warning("%s:%s failed; where it does, a response counts as wrong. This is said once:\n%s",
                         self.source.path, self.source.function, why)
             self._warned = True
-        verdicts[None] = -1.0
         return [Grade(verdicts[job] if isinstance(verdicts[job], float) else -1.0, answer, verdicts[job] is None,
                       isinstance(verdicts[job], str)) for job, answer in zip(jobs, found, strict=True)]
 
-    def _grade(self, jobs: list[tuple]) -> dict[tuple, bool | float | str | None]:
-        """job -> what a worker said (see `_serve`), None where the deadline passed or two workers died of it."""
-        queue, died, verdicts = deque(jobs), set(), {}
-        try:
-            while len(verdicts) < len(jobs):
-                self._assign(queue)
-                busy = [w for w in self._workers if w.jobs]
-                patience = max(0.0, min(w.deadline for w in busy) - time.monotonic())
-                readable = multiprocessing.connection.wait([w.pipe for w in busy], patience)
-                for worker in busy:
-                    if worker.pipe in readable:
-                        try:
-                            worker.receive(self.timeout, verdicts)
-                        except (EOFError, ConnectionResetError):
-                            self._bury(worker, queue, died, verdicts)
-                    elif time.monotonic() >= worker.deadline:
-                        verdicts[worker.jobs.popleft()] = None
-                        self._drop(worker, queue)
-        finally:
-            for worker in [w for w in self._workers if w.jobs]:  # interrupted: a late reply must not meet a new job
-                self._workers.remove(worker)
-                worker.kill()
-        return verdicts
-
-    def _assign(self, queue: deque) -> None:
-        for worker in [w for w in self._workers if not w.jobs and w.process.poll() is not None]:
-            self._drop(worker, queue)
-        idle = deque(w for w in self._workers if not w.jobs)
-        while queue and (idle or len(self._workers) < self.num_workers):
-            if not idle:
-                idle.append(_Worker(self.source))
-                self._workers.append(idle[0])
-            worker = idle.popleft()
-            # one that is starting does not read yet: much text would fill its pipe and hold us
-            share = min(CHUNK, -(-len(queue) // self.num_workers)) if worker.ready else 1
-            worker.give([queue.popleft() for _ in range(share)], self.timeout)
-
-    def _bury(self, worker: _Worker, queue: deque, died: set, verdicts: dict) -> None:
-        """It died (memory, a crash in C) over its first job: once may be bad luck, twice is the answer's doing."""
-        suspect = worker.jobs.popleft()
-        self._drop(worker, queue)
-        if suspect in died:
-            verdicts[suspect] = None
-        else:
-            died.add(suspect)
-            queue.append(suspect)
-
-    def _drop(self, worker: _Worker, queue: deque) -> None:
-        """Ends a worker; what it had not begun goes back to the queue."""
-        self._workers.remove(worker)
-        worker.kill()
-        queue.extendleft(reversed(worker.jobs))
-        worker.jobs.clear()
-        if not worker.ready:
-            raise RuntimeError(f"a grading worker did not start (exit code {worker.process.returncode}): see its "
-                               "output above; is math-verify installed?")
+    def _ask(self, job: tuple) -> float | str | None:
+        """What a worker says of it (see `_serve`), None where the deadline passed or two workers died of it."""
+        for _ in range(2):  # a worker that dies (memory, a crash in C) may be bad luck; the second is the job's doing
+            worker = None
+            while not worker or worker.process.poll() is not None:
+                try:
+                    worker = self._workers.pop()
+                except IndexError:
+                    worker = _Worker(self.source)
+            try:
+                reply = worker.ask(job, self.timeout)
+            except TimeoutError:
+                return None
+            except (OSError, EOFError):
+                continue
+            self._workers.append(worker)
+            return reply
+        return None
 
     def close(self) -> None:
-        """Kills the workers. Grading again would start new ones."""
+        """Kills the workers and ends."""
+        self._threads.shutdown(cancel_futures=True)
         while self._workers:
             self._workers.pop().kill()
 
@@ -462,14 +643,6 @@ class Grader:
 
 # how a response that gives the gold answer ends, style by style
 _GIVEN = {"math": r"\boxed{%s}", "dapo": "Answer: %s", "gsm8k": "#### %s", "choice": "Answer: %s"}
-_LATEX = re.compile(  # what has letters and is no word; \text{...} is left
-    r"\\(?:begin|end)\s*\{[^{}]*\}(?:\{[^{}]*\})?|\\(?:operatorname\*?|math[a-z]*)\s*\{[^{}]*\}|\\[A-Za-z]+")
-_WORD = re.compile(r"(?<![A-Za-z_^])[A-Za-z]{2,}(?![A-Za-z])")
-_WORDS_OF_SENTENCES = set(
-    "is are was were be been has have had will would can could does did do so thus hence therefore because since we he "
-    "she it they there this that these".split())
-
-
 def bad_golds(problems: Sequence[Problem], grader: Grader) -> list[Problem]:
     """The problems that hardly any response could get right, in their order; none for a reward of one's own.
 
@@ -490,9 +663,10 @@ def _is_text(gold: str) -> bool:
     """Whether a gold is a sentence or says where the answer stands, rather than a number with its unit, a formula or a
     name. Where there is no number a few words may well be the answer; the limits are from golds of a dozen benchmarks.
     """
-    words = _WORD.findall(_LATEX.sub(" ", gold))
-    sentence = len(words) >= 3 and any(word.lower() in _WORDS_OF_SENTENCES for word in words)
-    return len(words) >= 6 or sentence and _last_number(gold) is not None or any(find(gold) for find in _STATED)
+    words = re.findall(r"(?<![A-Za-z_^])[A-Za-z]{2,}(?![A-Za-z])", _COMMANDS.sub(" ", gold))
+    verbs = {"is", "are", "was", "were", "has", "have", "had", "so", "we", "there"} & {word.lower() for word in words}
+    stated = boxed(gold) or any(_line_after(gold, pattern) for pattern in (_ANSWER, _HASHES))
+    return len(words) >= 6 or len(words) >= 3 and bool(verbs) and _last_number(gold) is not None or bool(stated)
 
 
 def check_golds(problems: Sequence[Problem], grader: Grader, *, allowed: float, name: str) -> dict[str, int]:

@@ -25,11 +25,6 @@ from model import KVCache, PackedAttention, Transformer
 from ranks import Ranks, deal
 from watchdog import progress
 
-# vLLM warns here of what is meant: no tokenizer, eager and without Triton on CPU, reseeding (undone below), layers
-# without own weights.
-NOISY_LOGGERS = ("vllm.renderers.base", "vllm.v1.worker.cpu_worker", "vllm.engine.arg_utils", "vllm.config.vllm",
-                 "vllm.model_executor.model_loader.reload.layerwise", "vllm.platforms.cpu",
-                 "vllm.triton_utils.importing")
 CPU_CACHE_BYTES = 2 << 30  # keys and values on CPU; 40,000 tokens of a 135M model in float32
 MAX_RUNNING = 1024         # rollouts decoded at once; each costs a row of logits, so vLLM queues the others
 
@@ -84,23 +79,22 @@ class Batch:
     def response(self, r: int) -> np.ndarray:
         return self.tokens[self.offsets[r] : self.offsets[r + 1]]
 
-    def texts(self, tokenizer, rollouts: Iterable[int]) -> list[str]:
-        """These responses as text, special tokens left out."""
-        return tokenizer.batch_decode([self.response(r).tolist() for r in rollouts], skip_special_tokens=True)
-
     def cost(self) -> np.ndarray:
         """Tokens that each rollout takes in a packed row, (R,)."""
         return self.lengths + np.array([len(p) for p in self.prompts])[self.owner]
 
 
+def to_text(tokenizer, responses: Iterable[np.ndarray]) -> list[str]:
+    """Responses, (L,) token ids each, as text, special tokens left out."""
+    return tokenizer.batch_decode([tokens.tolist() for tokens in responses], skip_special_tokens=True)
+
+
 def choose_engine(name: str, device: torch.device) -> tuple[str, str]:
     """Resolve `name` ("auto", "vllm" or "torch") for `device` to ("vllm" or "torch", the reason in one sentence).
 
-    Raises ValueError for another name, and where vLLM can't run though it was asked for by name, or on a GPU, where the
-    torch engine would cost hours in silence.
+    Raises ValueError where vLLM can't run though it was asked for by name, or on a GPU, where the torch engine would
+    cost hours in silence.
     """
-    if name not in ("auto", "vllm", "torch"):
-        raise ValueError(f"engine must be auto, vllm or torch, not {name!r}")
     if name == "torch":
         return "torch", "The PyTorch engine was asked for."
     problem = _vllm_problem(device)
@@ -112,15 +106,12 @@ def choose_engine(name: str, device: torch.device) -> tuple[str, str]:
     return "torch", problem
 
 
-def make_engine(kind: str, folder: str | os.PathLike, *, dtype: torch.dtype, device: torch.device,
-                max_prompt_tokens: int, max_response_tokens: int, max_rollouts: int, seed: int,
-                gpu_memory_utilization: float) -> "VLLMEngine | TorchEngine":
-    """The engine that `choose_engine` named, with the weights in `folder`."""
+def make_engine(kind: str, folder: str | os.PathLike, *, dtype: torch.dtype, device: torch.device, max_rollouts: int,
+                **for_vllm) -> "VLLMEngine | TorchEngine":
+    """The engine that `choose_engine` named, with the weights in `folder`; `for_vllm`: what VLLMEngine takes beside."""
     if kind == "torch":
         return TorchEngine(folder, dtype=dtype, device=device, max_rollouts=max_rollouts)
-    return VLLMEngine(folder, dtype=str(dtype).removeprefix("torch."), max_prompt_tokens=max_prompt_tokens,
-                      max_response_tokens=max_response_tokens, max_rollouts=max_rollouts, seed=seed,
-                      gpu_memory_utilization=gpu_memory_utilization)
+    return VLLMEngine(folder, dtype=dtype, max_rollouts=max_rollouts, **for_vllm)
 
 
 def _vllm_problem(device: torch.device) -> str | None:
@@ -138,23 +129,18 @@ def _vllm_problem(device: torch.device) -> str | None:
 
 def _import_vllm() -> type:
     """vLLM's LLM class. Its environment is read at the first import, which must therefore happen here."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # It warns of what is meant: no tokenizer, eager and without Triton on CPU, reseeding (undone below), ...
+    logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR"))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine stays in this process: weights pass by reference
-    for name in NOISY_LOGGERS:
-        logging.getLogger(name).addFilter(_errors_only)  # a level would not last: vLLM configures its loggers again
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")  # of its own use of torch
     from vllm import LLM
 
     return LLM
 
 
-def _errors_only(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
-
-
-def _bar(*args, **kwargs) -> tqdm:
+def _bar(total: int, unit: str, shown: bool) -> tqdm:
     """A progress bar that is gone when it is done."""
-    return tqdm(*args, **{**kwargs, "desc": "sampling", "leave": False, "mininterval": 1})
+    return tqdm(total=total, unit=unit, disable=not shown, desc="sampling", leave=False, mininterval=1)
 
 
 @contextmanager
@@ -186,29 +172,21 @@ def _process_state_kept():
                     os.environ[name] = value
 
 
-def _repack_head(model: torch.nn.Module) -> None:
-    """Rebuild what the output layer derives from its weight (on CPU a packed copy; on CUDA nothing).
-
-    A tied head receives no tensor of its own, so reloading passes it over: the copy would stay at the first weights.
-    """
-    model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
-
-
 class VLLMEngine:
     """vLLM on this rank's device. Every rank must build its engine, and call its methods, in the same order."""
 
-    def __init__(self, model_dir: str | os.PathLike, *, dtype: str, max_prompt_tokens: int, max_response_tokens: int,
-                 max_rollouts: int, seed: int, gpu_memory_utilization: float = 0.5):
+    def __init__(self, model_dir: str | os.PathLike, *, dtype: torch.dtype, max_prompt_tokens: int,
+                 max_response_tokens: int, max_rollouts: int, seed: int, gpu_memory_utilization: float):
         """Load the Hugging Face model in `model_dir`.
 
-        `dtype` is "float32" or "bfloat16"; `max_rollouts` the most to decode at once (vLLM queues the others);
+        `dtype` is float32 or bfloat16; `max_rollouts` the most to decode at once (vLLM queues the others);
         `gpu_memory_utilization` the share of the GPU's memory that vLLM holds while awake (unused on CPU).
         """
         LLM = _import_vllm()
         from vllm.platforms import current_platform
 
         self.on_cpu = current_platform.device_type == "cpu"
-        self.dtype = getattr(torch, dtype)
+        self.dtype = dtype
         self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
         max_tokens = max_prompt_tokens + max_response_tokens
         running = min(max_rollouts, MAX_RUNNING)
@@ -260,7 +238,7 @@ class VLLMEngine:
                 top_p=sampling.top_p, top_k=sampling.top_k, stop_token_ids=list(sampling.stop_ids), ignore_eos=True,
                 logprobs=0, flat_logprobs=True, detokenize=False))  # logprobs=0: of the drawn token alone
         done, first = {}, self.llm.request_counter.counter  # vLLM numbers its requests
-        with _process_state_kept(), _bar(total=len(requests), unit="prompt", disable=not bar) as shown:
+        with _process_state_kept(), _bar(len(requests), "prompt", bar) as shown:
             if requests:
                 self.llm.enqueue(requests, params, use_tqdm=False)
             while self.llm.llm_engine.has_unfinished_requests():
@@ -282,7 +260,9 @@ class VLLMEngine:
             self.llm.wake_up(["weights"])
         cast = ((name, tensor.detach().to(self.dtype)) for name, tensor in named_tensors)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": cast})
-        self.llm.apply_model(_repack_head)
+        # What the output layer derives from its weight, on CPU a packed copy. Reloading passes a tied head over, for it
+        # has no tensor of its own: the copy would stay at the first weights.
+        self.llm.apply_model(lambda model: model.lm_head.quant_method.process_weights_after_loading(model.lm_head))
         if wake:
             self.llm.wake_up(["kv_cache"])
         if not self.llm.reset_prefix_cache():
@@ -324,18 +304,9 @@ class TorchEngine:
         self.model = Transformer.from_pretrained(model_dir, dtype=dtype, device=device).eval().requires_grad_(False)
         self.dtype, self.device, self.max_rollouts = dtype, torch.device(device), max_rollouts
 
-    @torch.no_grad()
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copies the tensors in; every parameter must come, once, by its Hugging Face name."""
-        wanted = dict(self.model.named_parameters())
-        for name, tensor in named_tensors:
-            if name not in wanted:
-                raise ValueError(f"load_weights: unexpected or repeated tensor {name!r}")
-            if tensor.shape != wanted[name].shape:  # copy_ would broadcast
-                raise ValueError(f"load_weights: {name!r} is {tuple(tensor.shape)}, not {tuple(wanted[name].shape)}")
-            wanted.pop(name).copy_(tensor)
-        if wanted:
-            raise ValueError(f"load_weights: tensors missing: {sorted(wanted)[:5]}")
+        self.model.load_weights(named_tensors, source="load_weights")
 
     def sleep(self) -> None:
         """Nothing to free: the KV cache lives only inside generate()."""
@@ -357,9 +328,8 @@ class TorchEngine:
         """n_P[i] rollouts of prompt i, R = sum(n_P) in all, prompt by prompt, with a progress bar if asked."""
         batch = _Decoding(self, prompts, n_P, seed_P, sampling)
         # In tokens, as if all ran to the limit: it moves from the first on, and a rollout that ends jumps ahead.
-        with _bar(total=batch.unfinished * sampling.max_tokens, unit="token", disable=not bar) as shown:
-            while batch.unfinished:
-                batch.refill()
+        with _bar(len(batch.owner_R) * sampling.max_tokens, "token", bar) as shown:
+            while batch.refill():
                 shown.update(batch.step())
                 progress()
         return batch.rollouts()
@@ -369,15 +339,12 @@ class _Decoding:
     """One generate() call: R rollouts through S slots. An idle slot feeds a spare row R of the outputs."""
 
     def __init__(self, engine: TorchEngine, prompts, n_P, seed_P, sampling: Sampling):
-        if not all(prompts):
-            raise ValueError("a prompt has 0 tokens")
         self.model, self.sampling, self.prompts = engine.model, sampling, prompts
         self.owner_R = np.repeat(np.arange(len(prompts)), n_P)
         R, T, device = len(self.owner_R), sampling.max_tokens, engine.device
-        index_R = np.concatenate([np.arange(n) for n in n_P]) if R else np.zeros(0, int)
         uniform = np.empty((R + 1, T), np.float32)  # what draws token t of rollout r
-        for r in range(R):
-            stream = np.random.Philox(key=[int(seed_P[self.owner_R[r]]), int(index_R[r])])
+        for r, (p, i) in enumerate((p, i) for p, n in enumerate(n_P) for i in range(n)):
+            stream = np.random.Philox(key=[int(seed_P[p]), i])
             uniform[r] = np.random.Generator(stream).random(T, dtype=np.float32)
         self.uniform = torch.from_numpy(uniform).to(device)
         self.tokens = torch.zeros((R + 1, T), dtype=torch.int32, device=device)
@@ -391,69 +358,57 @@ class _Decoding:
         self.rollout_S = torch.full((S,), R, device=device)
         self.begun = 0  # rollouts that have had a slot
 
-    @property
-    def busy(self) -> torch.Tensor:
-        """The slots that decode a rollout."""
-        return (self.rollout_S != len(self.owner_R)).nonzero().squeeze(1)
-
-    @property
-    def unfinished(self) -> int:
-        return len(self.owner_R) - self.begun + len(self.busy)
-
-    def refill(self) -> None:
-        """Starts queued rollouts once an eighth of the slots is free; with none queued, drops slots that are free."""
-        busy, waiting = self.busy, len(self.owner_R) - self.begun
-        slots = len(self.rollout_S)
-        free = slots - len(busy)
-        if waiting and free >= min(max(1, slots // 8), waiting):
-            self._begin(min(free, waiting))
-        elif not waiting and 4 * free >= slots:
+    def refill(self) -> bool:
+        """Starts queued rollouts once an eighth of the slots is free; with none queued, drops slots that are free.
+        Returns whether any slot is left that decodes."""
+        R, slots = len(self.owner_R), len(self.rollout_S)
+        free, busy = (self.rollout_S == R).nonzero().squeeze(1), (self.rollout_S < R).nonzero().squeeze(1)
+        if waiting := R - self.begun:
+            if len(free) >= min(max(1, slots // 8), waiting):
+                self._begin(free)
+        elif len(busy) and 4 * len(free) >= slots:
             self.cache.keep(busy)
             self.rollout_S, self.logits = self.rollout_S[busy], self.logits[busy]
+        return waiting > 0 or len(busy) > 0
 
-    def _begin(self, most: int) -> None:
-        """Puts the next rollouts into free slots: `most` of them, or as many as PREFILL_TOKENS of prompts serve."""
-        empty = (self.rollout_S == len(self.owner_R)).nonzero().squeeze(1)
-        take, tokens = [], 0
-        for r in range(self.begun, self.begun + most):
-            if tokens >= TorchEngine.PREFILL_TOKENS:
+    def _begin(self, free: torch.Tensor) -> None:
+        """Puts the next rollouts into free slots, (n,), as many as there are, or as PREFILL_TOKENS of prompts serve."""
+        prompts, source, tokens, last = [], [], 0, None  # one prefill serves all rollouts of a prompt
+        for p in self.owner_R[self.begun : self.begun + len(free)]:
+            if p != last and tokens >= TorchEngine.PREFILL_TOKENS:
                 break
-            if not take or self.owner_R[take[-1]] != self.owner_R[r]:  # one prefill serves all rollouts of a prompt
-                tokens += len(self.prompts[self.owner_R[r]])
-            take.append(r)
-        self._prefill(empty[: len(take)], torch.tensor(take, device=empty.device))
-        self.begun += len(take)
-        # Free slots are fed all the same; emptied again, they cannot outgrow the cache while they wait.
-        self.cache.release(empty[len(take) :])
-
-    def _prefill(self, slots: torch.Tensor, rollouts: torch.Tensor) -> None:
-        prompt, source = np.unique(self.owner_R[rollouts.cpu().numpy()], return_inverse=True)
-        lengths = torch.tensor([len(self.prompts[i]) for i in prompt])
-        cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0))).to(slots.device)
-        tokens = torch.tensor([t for i in prompt for t in self.prompts[i]], device=slots.device)
+            if p != last:
+                prompts.append(torch.tensor(self.prompts[p]))
+                tokens, last = tokens + len(prompts[-1]), p
+            source.append(len(prompts) - 1)
+        lengths, device = torch.tensor([len(x) for x in prompts]), free.device
+        cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0))).to(device)
         packed = PackedAttention(cu_seqlens, int(lengths.max()), keep_kv=True)
-        hidden = self.model(tokens, packed)
-        source = torch.from_numpy(source).to(slots.device)
+        hidden = self.model(torch.cat(prompts).to(device), packed)  # (T, D)
+        slots, source = free[: len(source)], torch.tensor(source, device=device)
         self.cache.fill(slots, source, packed)
-        self.logits[slots] = self.model.logits(hidden[cu_seqlens[1:] - 1])[source]  # one prefill serves all rollouts
-        self.rollout_S[slots] = rollouts
+        self.logits[slots] = self.model.logits(hidden[cu_seqlens[1:] - 1])[source]
+        self.rollout_S[slots] = torch.arange(self.begun, self.begun + len(slots), device=device)
+        self.begun += len(slots)
+        # Free slots are fed all the same; emptied again, they cannot outgrow the cache while they wait.
+        self.cache.release(free[len(slots) :])
 
     def step(self) -> int:
-        """Draws one token in every slot, retires the finished rollouts, feeds the others. Returns how
-        many tokens fewer are to come at most."""
+        """Draws one token in every slot, retires the finished rollouts, feeds the others. Returns how many tokens fewer
+        are to come at most."""
         r, (spare, T) = self.rollout_S, (len(self.owner_R), self.tokens.shape[1])
         t = self.length[r].clamp(max=T - 1)
         token, logprob = draw(self.logits, self.uniform[r, t], self.sampling)
         self.tokens[r, t], self.logprobs[r, t] = token.int(), logprob
         self.length[r] = t + 1
-        done = ((torch.isin(token, self.stop_ids) | (t + 1 == T)) & (r != spare)).nonzero().squeeze(1)
-        settled = int((r != spare).sum() + (T - 1 - t[done]).sum())
-        if len(done):
-            self.rollout_S[done] = spare
-            self.cache.release(done)
-        if len(self.busy):
+        busy = r < spare
+        done = (busy & (torch.isin(token, self.stop_ids) | (t + 1 == T))).nonzero().squeeze(1)
+        self.rollout_S[done] = spare
+        self.cache.release(done)
+        drawn = int(busy.sum())
+        if drawn > len(done):
             self.logits = self.model.decode(token, self.cache)
-        return settled
+        return drawn + int((T - 1 - t[done]).sum())
 
     def rollouts(self) -> list[Rollout]:
         tokens, logprobs, length = (x.cpu().numpy() for x in (self.tokens, self.logprobs, self.length))
@@ -465,8 +420,7 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tup
     """One token a row by inverting its distribution function at `uniform`: logits (S, V) float32, uniform (S,) in
     [0, 1) -> tokens (S,) int64 and their log-probs (S,) after temperature, top-k and top-p. Temperature 0 is greedy."""
     if sampling.temperature == 0:
-        token = logits.argmax(dim=1)
-        return token, torch.zeros_like(uniform)
+        return logits.argmax(dim=1), torch.zeros_like(uniform)
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[1]:
         kth = logits.topk(sampling.top_k, dim=1).values[:, -1:]
@@ -488,18 +442,13 @@ class Part:
     """A rank's rollouts of a batch, all of the prompts that are its own, before the other ranks know of them."""
 
     prompts: list[list[int]]  # the batch's P token lists
-    rank_P: np.ndarray  # whose each prompt is
     owner_R: np.ndarray  # (R,) prompt of each rollout of the batch
     mine_R: np.ndarray  # which of them are here, indices into R
     rollouts: list[Rollout]  # these
 
-    def texts(self, tokenizer) -> list[str]:
-        """Its responses as text, special tokens left out."""
-        return tokenizer.batch_decode([r.tokens.tolist() for r in self.rollouts], skip_special_tokens=True)
-
     def exchange(self, ranks: Ranks) -> Batch:
         """The batch as all ranks drew it. Collective."""
-        length_R, truncated_R = np.zeros(len(self.owner_R), np.int64), np.zeros(len(self.owner_R), np.int64)
+        length_R, truncated_R = np.zeros(len(self.owner_R), np.int64), np.zeros(len(self.owner_R), bool)
         for r, rollout in zip(self.mine_R, self.rollouts, strict=True):
             length_R[r], truncated_R[r] = len(rollout.tokens), rollout.truncated
         length_R, truncated_R = ranks.merge(length_R), ranks.merge(truncated_R)
@@ -508,8 +457,7 @@ class Part:
         for r, rollout in zip(self.mine_R, self.rollouts, strict=True):
             place = slice(offsets[r], offsets[r + 1])
             tokens[place], logp[place] = rollout.tokens, rollout.logprobs
-        return Batch(self.prompts, self.owner_R, offsets, ranks.merge(tokens), ranks.merge(logp),
-                     truncated_R.astype(bool))
+        return Batch(self.prompts, self.owner_R, offsets, ranks.merge(tokens), ranks.merge(logp), truncated_R)
 
 
 def draw_part(engine, ranks: Ranks, prompts: list[list[int]], n_P, seed_P: list[int], sampling: Sampling, *,
@@ -521,4 +469,4 @@ def draw_part(engine, ranks: Ranks, prompts: list[list[int]], n_P, seed_P: list[
     mine_P, mine_R = np.flatnonzero(rank_P == ranks.rank), np.flatnonzero(rank_P[owner_R] == ranks.rank)
     drawn = engine.generate([prompts[p] for p in mine_P], [int(n_P[p]) for p in mine_P], [seed_P[p] for p in mine_P],
                             sampling, bar and ranks.rank == 0)
-    return Part(prompts, rank_P, owner_R, mine_R, drawn)
+    return Part(prompts, owner_R, mine_R, drawn)

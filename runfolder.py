@@ -10,7 +10,6 @@ import errno
 import hashlib
 import json
 import os
-import secrets
 import shutil
 import subprocess
 import sys
@@ -157,20 +156,6 @@ class RunFolder:
     def write_evaluations(self, evaluations: list[Evaluation]) -> None:
         write_json(self.path / "eval.json", [e.to_json() for e in evaluations])
 
-    def assert_shared(self, ranks: Ranks) -> None:
-        """Raises RunError on all ranks, which all call this, when one does not see what the first writes here."""
-        token = self.path / ranks.from_all(f".shared-{secrets.token_hex(8)}")[0]
-        if ranks.rank == 0:
-            token.touch()
-        ranks.from_all(None)  # it is there before anyone looks
-        sees = ranks.from_all(token.exists())
-        if ranks.rank == 0:
-            token.unlink()
-        if not all(sees):
-            raise RunError(f"--out_dir {self.path} is not one folder for all: {sees.count(False)} of {ranks.world} "
-                           f"ranks, the first is {sees.index(False)}, do not see what rank 0 writes there; choose one "
-                           "that all nodes share")
-
     def save(self, tensors: dict[str, torch.Tensor], arrays: dict[str, np.ndarray], state: dict, ranks: Ranks) -> None:
         """Writes all that is needed to go on exactly; all ranks call it, and each writes what it holds of `tensors`.
 
@@ -180,7 +165,8 @@ class RunFolder:
 
         Written aside and renamed into place; only then all but the KEEP newest are removed. So a whole checkpoint is
         there whenever a rank is killed. Raises OSError where there is already one of this step, and
-        CheckpointException, which holds the OSError, on all ranks for a rank that cannot write.
+        CheckpointException, which holds the OSError, on all ranks for a rank that cannot write, and RunError on all
+        ranks when one has another folder.
         """
         final = self.path / "checkpoint" / f"step_{state['next_step']}"
         aside = final.with_suffix(".partial")
@@ -188,7 +174,10 @@ class RunFolder:
             for unfinished in final.parent.glob("*.partial"):
                 shutil.rmtree(unfinished)
             aside.mkdir(parents=True)
-        ranks.from_all(None)  # nobody writes before that
+        ranks.from_all(None)  # nobody looks or writes before that
+        if not all(sees := ranks.from_all(aside.exists())):
+            raise RunError(f"--out_dir {self.path} is not one folder for all: rank {sees.index(False)} does not see "
+                           "what rank 0 writes there; choose one that all nodes share")
         ends = np.cumsum([tensor.nbytes for tensor in tensors.values()]) // ranks.world  # of what a rank will write
         part = {name: 1 + int(end) // PART for name, end in zip(tensors, ends, strict=True)}
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is but one process

@@ -16,7 +16,6 @@ Left out, because the method does not need it, and where it would go:
 """
 
 import dataclasses
-import functools
 import hashlib
 import signal
 import sys
@@ -43,7 +42,7 @@ from model import Transformer
 from policy import Policy
 from ranks import Ranks, RunError, deal_rows, full, reshard, say, shard
 from reward import Grader, check_golds, extract
-from rollout import Batch, Sampling, choose_engine, draw_part, make_engine, rollout_seed
+from rollout import Batch, Sampling, choose_engine, draw_part, make_engine, rollout_seed, to_text
 from runfolder import RunFolder, Tracker, jsonable, portable, write_json
 from watchdog import progress, watching
 
@@ -136,24 +135,6 @@ def pack(batch: Batch, rollouts: np.ndarray, device: torch.device) -> Micro:
 class Step(SimpleNamespace):
     """One batch: what is asked, and what the methods of the Trainer find out about it, in the order in which `step`
     calls them. Each name is explained where it is first given a value."""
-
-
-def phase(name: str) -> Callable:
-    """Of a method of the Trainer that takes a Step: its seconds, the GPU's work included, count as this phase's."""
-
-    def wrap(method: Callable) -> Callable:
-        @functools.wraps(method)
-        def timed(self, s: Step, *args, **kwargs) -> None:
-            progress(name if s.number >= 0 else "evaluate")
-            start = time.perf_counter()
-            method(self, s, *args, **kwargs)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            s.seconds[name] = s.seconds.get(name, 0.0) + time.perf_counter() - start
-
-        return timed
-
-    return wrap
 
 
 def adversaries(cfg: Config) -> tuple[DifficultyBins, PromptGDRO, RolloutGDRO]:
@@ -263,13 +244,12 @@ class Trainer:
     def summary(self) -> str:
         """One sentence: what is trained on what, how it is asked, where the answer is looked for, what ends it."""
         cfg, data = self.cfg, self.record["train_data"]
+        graded = cfg.reward or f"looking for the answer as {', '.join(data['styles'])}"
         asked = "through the chat template" if data["encoded"]["chat_template"] else "as they are"
-        graded = f"{cfg.reward} grades the responses" if cfg.reward else (
-            f"answers are looked for as {', '.join(data['styles'])}")
         stops = ", ".join(map(repr, self.policy.tokenizer.convert_ids_to_tokens(list(self.policy.stop_ids))))
-        return (f"{portable(cfg.model)} on {portable(cfg.train_data)}: prompts go in {asked}"
-                + (f" with {cfg.prompt_suffix!r} behind them" if cfg.prompt_suffix else "")
-                + f", {graded}, {stops} or {cfg.max_response_tokens} tokens end a response")
+        return (f"{portable(cfg.model)} on {portable(cfg.train_data)}: prompts go in {asked}, with "
+                f"{cfg.prompt_suffix!r} behind them; {stops} or {cfg.max_response_tokens} tokens end a response, "
+                f"graded by {graded}")
 
     # -- one step
 
@@ -277,21 +257,25 @@ class Trainer:
         """One batch: (a line for metrics.jsonl, lines for samples.jsonl). `number` counts from 0."""
         progress(step=number)
         index_P = batch_order(len(self.problems), self.cfg.prompts_per_step, self.cfg.seed, number)
-        s = Step(number=number, problems=[self.problems[i] for i in index_P], start=time.perf_counter(), seconds={},
-                 prompts=[self.prompts[i] for i in index_P], ids_P=[self.problems[i].id for i in index_P])
-        self.decide(s)  # bins, weights, rollout counts: (10)-(11), (14)-(16), (19)
-        self.draw(s, Sampling(self.cfg.max_response_tokens, self.cfg.temperature, stop_ids=self.policy.stop_ids))
-        self.grade(s)
-        self.exchange(s)
-        self.engine.sleep()
-        self.advantages(s)  # (3)
-        self.behaviour(s)  # what (4) and (6) compare with
-        self.update(s)  # (4)-(7), with the weight of (16)
-        self.sync(s)
-        self.learn(s)  # (10)-(13), (17)-(18), (20)-(21)
+        s = Step(number=number, seconds={}, problems=[self.problems[i] for i in index_P],
+                 prompts=[self.prompts[i] for i in index_P], ids_P=[self.problems[i].id for i in index_P],
+                 sampling=Sampling(self.cfg.max_response_tokens, self.cfg.temperature, stop_ids=self.policy.stop_ids))
+        for phase, method in (
+                ("adversary", self.decide),  # bins, weights, rollout counts: (10)-(11), (14)-(16), (19)
+                ("generate", self.draw), ("reward", self.grade), ("exchange", self.exchange),
+                ("advantage", self.advantages),  # (3)
+                ("logprob", self.behaviour),  # what (4) and (6) compare with
+                ("update", self.update),  # (4)-(7), with the weight of (16)
+                ("sync", self.sync),
+                ("adversary", self.learn)):  # (10)-(13), (17)-(18), (20)-(21)
+            progress(phase)
+            start = time.perf_counter()
+            method(s)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            s.seconds[phase] = s.seconds.get(phase, 0.0) + time.perf_counter() - start
         return self.log_line(s), self.samples(s)
 
-    @phase("adversary")
     def decide(self, s: Step) -> None:
         """How many rollouts each prompt gets and how much its advantages weigh, from what earlier steps saw."""
         s.bin_P, s.estimate_P = self.bins.lookup(s.ids_P), self.bins.estimates(s.ids_P)  # (11), (10)
@@ -305,20 +289,21 @@ class Trainer:
             mean_B = means_by(s.bin_P, s.weight_P, self.bins.num_bins)
             s.weight_B = np.where(np.isnan(mean_B), s.weight_B, mean_B)
 
-    @phase("generate")
-    def draw(self, s: Step, sampling: Sampling, bar: bool = False) -> None:
+    def draw(self, s: Step) -> None:
         """This rank's part of the batch, with its own engine."""
         seed_P = [rollout_seed(self.cfg.seed, s.number, i) for i in s.ids_P]
-        s.part = draw_part(self.engine, self.ranks, s.prompts, s.n_P, seed_P, sampling, bar=bar)
+        evaluates = s.number < 0
+        s.part = draw_part(self.engine, self.ranks, s.prompts, s.n_P, seed_P, s.sampling, bar=evaluates)
+        if not evaluates:
+            self.engine.sleep()  # training wants the memory
 
-    @phase("reward")
     def grade(self, s: Step) -> None:
         """This rank's responses, while other ranks still decode."""
         s.grades = self.grader.grade(
-            s.part.texts(self.policy.tokenizer), [s.problems[p] for p in s.part.owner_R[s.part.mine_R]],
+            to_text(self.policy.tokenizer, [r.tokens for r in s.part.rollouts]),
+            [s.problems[p] for p in s.part.owner_R[s.part.mine_R]],
             cut=np.array([r.truncated for r in s.part.rollouts], bool))
 
-    @phase("exchange")
     def exchange(self, s: Step) -> None:
         """What all ranks drew, with its rewards."""
         s.batch, s.reward_R = s.part.exchange(self.ranks), np.zeros(len(s.part.owner_R))  # rewards are in [-1, 1]
@@ -332,7 +317,6 @@ class Trainer:
             raise RunError(f"--reward {self.cfg.reward} failed on all {s.failures} responses: it raises (the first "
                            "traceback stands above), or gives no number in [-1, 1]")
 
-    @phase("advantage")
     def advantages(self, s: Step) -> None:
         """(3), times the rule's factor."""
         s.factor_P = RULES[self.cfg.rule](s.correct_P, s.n_P, s.estimate_P)
@@ -343,7 +327,6 @@ class Trainer:
         # Without a KL term a rollout of advantage 0 adds exactly 0 to loss, statistics and gradient: left out.
         s.acts_R = (s.advantage_R != 0) | bool(self.cfg.kl_beta)
 
-    @phase("logprob")
     @torch.no_grad()
     def behaviour(self, s: Step) -> None:
         """Log-probs under the policy that drew the tokens, and under the base, where the loss needs them.
@@ -374,7 +357,6 @@ class Trainer:
                 "weights are stale, or an arithmetic breaks down. Nothing was updated; --engine torch or --dtype "
                 "float32 tells which")
 
-    @phase("update")
     def update(self, s: Step) -> None:
         """The optimiser steps of one batch, one a mini-batch of prompts; every weight is fixed before any split."""
         cfg, batch, P = self.cfg, s.batch, len(s.n_P)
@@ -422,12 +404,10 @@ class Trainer:
         self.optimizer_steps += 1
         return norm
 
-    @phase("sync")
     def sync(self, s: Step) -> None:
         """The engine takes the new weights."""
         self.engine.load_weights(self.weights())
 
-    @phase("adversary")
     def learn(self, s: Step) -> None:
         """The one place where adversaries and bins change; the same on every rank, which is checked."""
         P = len(s.n_P)
@@ -448,7 +428,7 @@ class Trainer:
         mean_B = partial(means_by, s.bin_P, groups=B)
         return jsonable({
             "step": s.number, "mode": cfg.mode, "seed": cfg.seed,
-            "seconds": {**s.seconds, "total": time.perf_counter() - s.start}, **s.batch.stats(),
+            "seconds": {**s.seconds, "total": sum(s.seconds.values())}, **s.batch.stats(),
             "reward_timeouts": s.timeouts, "reward_failures": s.failures, "entropy": s.entropy_N.mean(),
             "mismatch": {"mean": s.mismatch_N.mean(), "max": s.mismatch_N.max()},
             "measured": {"rollouts": s.measured_R.sum(), "tokens": len(s.mismatch_N)},
@@ -468,7 +448,7 @@ class Trainer:
     def samples(self, s: Step) -> list[dict]:
         """Lines of samples.jsonl: the first rollout of the batch's first prompts."""
         first_P = np.unique(s.batch.owner, return_index=True)[1][:4]
-        texts = s.batch.texts(self.policy.tokenizer, first_P)
+        texts = to_text(self.policy.tokenizer, map(s.batch.response, first_P))
         return jsonable([{
             "step": s.number, "id": s.ids_P[p], "bin": s.bin_P[p], "n": s.n_P[p], "weight": s.weight_P[p],
             "factor": s.factor_P[p], "answer": s.problems[p].answer,
@@ -501,12 +481,13 @@ class Trainer:
     def evaluate(self, step: int) -> Evaluation:
         """mean@k and pass@k on the held-out problems with the current weights; seeds do not depend on the step."""
         cfg, (problems, prompts) = self.cfg, self.eval_set
-        s = Step(number=-1, problems=problems, prompts=prompts, ids_P=[p.id for p in problems], seconds={},
-                 n_P=np.full(len(problems), cfg.eval_rollouts))
-        self.draw(s, Sampling(cfg.max_response_tokens, cfg.eval_temperature, cfg.eval_top_p, cfg.eval_top_k,
-                              self.policy.stop_ids), bar=True)
-        self.grade(s)
-        self.exchange(s)
+        s = Step(number=-1, problems=problems, prompts=prompts, ids_P=[p.id for p in problems],
+                 n_P=np.full(len(problems), cfg.eval_rollouts), sampling=Sampling(
+                     cfg.max_response_tokens, cfg.eval_temperature, cfg.eval_top_p, cfg.eval_top_k,
+                     self.policy.stop_ids))
+        progress("evaluate", step=step)
+        for method in (self.draw, self.grade, self.exchange):
+            method(s)
         return Evaluation.of(step, [p.kind for p in problems], s.reward_R.reshape(len(problems), -1) > 0,
                              float(s.batch.lengths.mean()), float(s.batch.truncated.mean()))
 
@@ -542,19 +523,19 @@ class Trainer:
 # ------------------------------------------------------------------------------------------------ the loop
 
 
-class StopSignal:
+def stop_signal() -> Callable[[], bool]:
     """Ctrl-C and SIGTERM ask for a stop after the step; a second Ctrl-C is the ordinary one."""
+    asked = []
 
-    def __init__(self):
-        self.asked = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number: int, frame) -> None:
-        if self.asked:
+    def ask(number: int, frame) -> None:
+        if asked:
             raise KeyboardInterrupt
-        self.asked = 1
+        asked.append(number)
         say("stopping after this step (again to stop at once)")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask)
+    return lambda: bool(asked)
 
 
 def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, list[Evaluation]]:
@@ -566,7 +547,6 @@ def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, 
     ranks, folder = Ranks(max(900, 2 * cfg.stall_seconds)), RunFolder(cfg)
     ranks.check_work(cfg.prompts_per_step, cfg.minibatch_prompts * cfg.rollouts_per_prompt)
     loaded = folder.loaded_before(resume)
-    folder.assert_shared(ranks)
     trainer, evaluations = Trainer(cfg, ranks, loaded), []
     if saved := folder.load(trainer.tensors(), ranks):
         evaluations = trainer.restore(*saved)
@@ -587,7 +567,7 @@ def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, 
 def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) -> bool:
     """Steps, evaluations and checkpoints up to cfg.steps; False when it was asked to stop before the end. The policy of
     the best evaluation stays in best/."""
-    cfg, first, stop = trainer.cfg, trainer.ranks.rank == 0, StopSignal()
+    cfg, first, stop = trainer.cfg, trainer.ranks.rank == 0, stop_signal()
     tracker = Tracker(cfg.tracker if first else "none", folder.path)
 
     def evaluate() -> dict:
@@ -606,7 +586,7 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
         return trainer.next_step == cfg.steps or bool(cfg.eval_every and trainer.next_step % cfg.eval_every == 0)
 
     def asked() -> bool:
-        return bool(trainer.ranks.merge(np.array([stop.asked]))[0])  # all ranks stop, or none
+        return bool(trainer.ranks.merge(np.array([stop()], int))[0])  # all ranks stop, or none
 
     if due() and trainer.next_step not in [e.step for e in evaluations]:  # of the base, or one that a stop left out
         evaluate()
@@ -624,7 +604,7 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
             folder.append("samples.jsonl", samples)
             tracker.log(line)
         begun = [*begun, line][:3]
-        if trainer.next_step == 3 and (hint := nothing_to_learn(begun, cfg)):
+        if trainer.next_step == 3 and (hint := nothing_to_learn(begun)):
             say(hint)
         bar.update()
         bar.set_postfix(reward=f"{line['reward_mean']:+.3f}", solved=f"{line['solved_frac']:.2f}",
@@ -637,19 +617,18 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
     return trainer.next_step >= cfg.steps
 
 
-def nothing_to_learn(lines: list[dict], cfg: Config) -> str | None:
+def nothing_to_learn(lines: list[dict]) -> str | None:
     """What to look at when none of these steps could teach anything, or None."""
     if all(line["truncated_frac"] == 1 for line in lines):
-        return (f"WARNING: every response so far was cut at {cfg.max_response_tokens} tokens and counts as wrong. Does "
-                "the model end its responses? Look at samples.jsonl, --stop_tokens, --chat_template, "
-                "--max_response_tokens")
-    if all(line["zero_std_frac"] == 1 for line in lines):
+        what = "every response so far was cut and counts as wrong: does the model end its responses?"
+    elif all(line["zero_std_frac"] == 1 for line in lines):
         solved = np.mean([line["solved_frac"] for line in lines])
-        return (f"WARNING: so far all rollouts of a prompt scored alike ({solved:.0%} of the prompts were solved): all "
-                "advantages are 0 and nothing is learned. Look at samples.jsonl: does a response say its answer where "
-                "--answer_style looks, does --prompt_suffix or --chat_template ask for it, are the problems of the "
-                "right difficulty?")
-    return None
+        what = (f"so far all rollouts of a prompt scored alike ({solved:.0%} of prompts were solved): all advantages "
+                "are 0 and nothing is learned. Do responses say their answer where --answer_style looks?")
+    else:
+        return None
+    return (f"WARNING: {what} Look at samples.jsonl, --prompt_suffix, --chat_template, --stop_tokens, "
+            "--max_response_tokens")
 
 
 def run(cfg: Config, command: Command) -> None:

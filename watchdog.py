@@ -30,8 +30,9 @@ class Work:
 
     phase: str = "start"
     step: int | None = None
-    moves: int = 0      # calls of `progress`
-    moved: float = 0.0  # monotonic time of the last one
+    moves: int = 0             # calls of `progress`
+    moved: float = 0.0         # monotonic time of the last one
+    others_moved: float = 0.0  # when another rank was last seen to move
 
 
 _work = Work()
@@ -59,68 +60,64 @@ def watching(folder: Path, seconds: float, remedy: str = "--resume goes on from 
     if not seconds:
         yield
         return
-    watch = _Watch(folder, seconds, remedy)
+    over, poll = threading.Event(), min(POLL_SECONDS, seconds / 10)
+    watch = threading.Thread(target=_watch, args=(over, poll, folder, seconds, remedy), daemon=True)
+    watch.start()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        threading.Thread(target=_listen, args=(over, poll), daemon=True).start()
     try:
         yield
     finally:
-        watch.over.set()
-        watch.thread.join()
+        over.set()
+        watch.join()
         faulthandler.cancel_dump_traceback_later()
 
 
-class _Watch:
-    """The threads that watch. They share nothing with the main thread that it could hold while it hangs."""
+# The two threads share nothing with the main one that it could hold while it hangs.
 
-    def __init__(self, folder: Path, seconds: float, remedy: str):
-        self.folder, self.seconds, self.remedy = folder, seconds, remedy
-        self.poll = min(POLL_SECONDS, seconds / 10)
-        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.over, self.others_moved = threading.Event(), 0.0
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        if self.world > 1:
-            threading.Thread(target=self._listen, daemon=True).start()
 
-    def silence(self) -> float:
-        """Seconds since any rank moved."""
-        return time.monotonic() - max(_work.moved, self.others_moved) if _work.moves else 0.0
+def _silence() -> float:
+    """Seconds since any rank moved."""
+    return time.monotonic() - max(_work.moved, _work.others_moved) if _work.moves else 0.0
 
-    def _watch(self) -> None:
-        while self.silence() <= self.seconds:
-            # Where the main thread hangs and keeps Python's lock, this one never runs again: then a timer in C writes
-            # all stacks to stderr and ends the process. So it does if the disk for the report does not answer.
-            faulthandler.dump_traceback_later(self.seconds + LATER, exit=True, file=STDERR)
-            if self.over.wait(self.poll):
-                return
-        faulthandler.dump_traceback_later(LATER, exit=True, file=STDERR)
-        self._report()
-        faulthandler.cancel_dump_traceback_later()
-        time.sleep(3 * self.poll)  # a rank that goes breaks the others' collectives: let them write first
-        os._exit(1)
 
-    def _listen(self) -> None:
-        """Adds this rank's moves to a sum of all ranks' in the launcher's store: while it grows, some rank moves."""
-        from torch.distributed import TCPStore  # here, for the grader's workers import this file and need no torch
+def _watch(over: threading.Event, poll: float, folder: Path, seconds: float, remedy: str) -> None:
+    while _silence() <= seconds:
+        # Where the main thread hangs and keeps Python's lock, this one never runs again: then a timer in C writes all
+        # stacks to stderr and ends the process. So it does if the disk for the report does not answer.
+        faulthandler.dump_traceback_later(seconds + LATER, exit=True, file=STDERR)
+        if over.wait(poll):
+            return
+    faulthandler.dump_traceback_later(LATER, exit=True, file=STDERR)
+    _report(folder, seconds, remedy)
+    faulthandler.cancel_dump_traceback_later()
+    time.sleep(3 * poll)  # a rank that goes breaks the others' collectives: let them write first
+    os._exit(1)
 
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        told = total = 0
-        while not self.over.wait(self.poll):
-            moves = _work.moves
-            known, total = total, store.add("watchdog/moves", moves - told)
-            told = moves
-            if total != known:
-                self.others_moved = time.monotonic()
 
-    def _report(self) -> None:
-        path, work = self.folder / f"stall-rank{self.rank}.txt", _work
-        own, silence = time.monotonic() - work.moved, self.silence()
-        where = f"phase {work.phase}" + (f", step {work.step}" if work.step is not None else "")
-        print(f"rank {self.rank}: no rank has moved for {silence:.0f} seconds (--stall_seconds {self.seconds:g}), the "
-              f"run ends. This one is in {where}; its stacks: {path}. {self.remedy}",
-              file=sys.stderr, flush=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
-            print(f"rank {self.rank} of {self.world}, {datetime.now():%Y-%m-%d %H:%M:%S}", where,
-                  f"this rank last moved {own:.1f} seconds ago, some rank {silence:.1f}", sep="\n", file=file)
-            print(file=file, flush=True)
-            faulthandler.dump_traceback(file)
+def _listen(over: threading.Event, poll: float) -> None:
+    """Adds this rank's moves to a sum of all ranks' in the launcher's store: while it grows, some rank moves."""
+    from torch.distributed import TCPStore  # here, for the grader's workers import this file and need no torch
+
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    told = total = 0
+    while not over.wait(poll):
+        moves = _work.moves
+        known, total = total, store.add("watchdog/moves", moves - told)
+        told = moves
+        if total != known:
+            _work.others_moved = time.monotonic()
+
+
+def _report(folder: Path, seconds: float, remedy: str) -> None:
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    path, own, silence = folder / f"stall-rank{rank}.txt", time.monotonic() - _work.moved, _silence()
+    where = f"phase {_work.phase}" + (f", step {_work.step}" if _work.step is not None else "")
+    print(f"rank {rank}: no rank has moved for {silence:.0f} seconds (--stall_seconds {seconds:g}), the run ends. This "
+          f"one is in {where}; its stacks: {path}. {remedy}", file=sys.stderr, flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        print(f"rank {rank} of {world}, {datetime.now():%Y-%m-%d %H:%M:%S}", where,
+              f"this rank last moved {own:.1f} seconds ago, some rank {silence:.1f}\n", sep="\n", file=file, flush=True)
+        faulthandler.dump_traceback(file)
+    sys.stdout.flush()

@@ -1,1 +1,1 @@
-"""The study: its rows as data, the command that runs them, and what is computed and drawn from their logs."""
+"""The study: its rows, the command that runs them, and the numbers, tables and figures from what they logged."""

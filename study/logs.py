@@ -5,16 +5,19 @@ S seeds.
 """
 
 import functools
+import gzip
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
+from scipy.stats import ttest_1samp
 
-from study.rows import BOTH_TASKS, PARTS, kept_lines, row_file
+from metrics import headline_k
+from study.rows import BOTH_TASKS, HERE, PARTS
 
+RESULTS = HERE / "results" / "study"
 MODES = {"grpo": "GRPO", "prompt": "Prompt-GDRO", "rollout": "Rollout-GDRO", "both": "both"}
 TAIL = 0.6  # tail averages are over the steps at or past this quantile
 
@@ -50,10 +53,6 @@ class Run:
         return model if model == data else f"{model} on {data}"
 
     @property
-    def rule(self) -> str:
-        return self.config["rule"]
-
-    @property
     def mode(self) -> str:
         return self.config["mode"]
 
@@ -68,6 +67,15 @@ class Run:
     @property
     def n_bar(self) -> float:
         return self.config["rollouts_per_prompt"]
+
+    @property
+    def share(self) -> np.ndarray:
+        """Of a batch's prompts, by bin, (T, B): 0 where the bin is absent."""
+        return self.series("bins", "share")
+
+    def bins(self, key: str) -> np.ndarray:
+        """What the log has of bins under a key, (T, B): NaN where the bin is absent from the step."""
+        return np.where(self.share > 0, self.series("bins", key), np.nan)
 
     def series(self, *path: str) -> np.ndarray:
         """The values of one key of every line, e.g. series("bins", "share"): (T,) or (T, B), NaN for null."""
@@ -97,25 +105,39 @@ def last_name(source: str) -> str:
     return task if task in BOTH_TASKS else path.stem if path.suffix in (".jsonl", ".json", ".parquet") else path.name
 
 
+# ------------------------------------------------------------------------------------------------ the study's
+
 Sweep = dict[float, list[Run]]  # learning rate -> the runs at it, by base model
+
+
+def row_file(task: str, row: str) -> Path:
+    return RESULTS / task / f"{row}.jsonl.gz"
+
+
+def kept_lines(file: Path) -> dict[str, str]:
+    """Name of a run -> its line, of all that a row's file holds. Names come first: none is parsed for them."""
+    if not file.exists():
+        return {}
+    with gzip.open(file, "rt") as lines:
+        return {line.split('"', 4)[3]: line for line in lines}
 
 
 @functools.cache
 def sweeps() -> dict[str, dict[str, Sweep]]:
-    """task -> row -> its complete runs, in the order of study.py; a task or row without any is left out.
+    """task -> row -> its complete runs, in the order of rows.py; a task or row without any is left out.
 
-    Raises ValueError for a run in which a flag of its row has another value than in study.py now.
+    Raises ValueError for a run in which a flag of its row has another value than in rows.py now.
     """
     found: dict[str, dict[str, Sweep]] = {}
     for row in (row for part in PARTS.values() for row in part):
-        for task in row.tasks:
+        for task in row.rates:
             sweep: Sweep = {}
             for line in kept_lines(row_file(task, row.name)).values():
                 run = Run(**json.loads(line))
                 other = [f"--{k} {run.config[k]}" for k, v in row.flags.items()
                          if k != "adversary" and run.config[k] != v]
                 if other:
-                    raise ValueError(f"{task}/{run.name} was run with {' '.join(other)}, unlike its row in study.py")
+                    raise ValueError(f"{task}/{run.name} was run with {' '.join(other)}, unlike its row in rows.py")
                 sweep.setdefault(run.config["learning_rate"], []).append(run)
             if sweep:
                 found.setdefault(task, {})[row.name] = dict(sorted(sweep.items()))
@@ -142,9 +164,8 @@ def stages(steps: int, count: int = 4) -> np.ndarray:
 def tail(x_T: np.ndarray) -> np.ndarray:
     """Mean over the steps from the 60th percentile on; NaN only where a bin was absent from all of them."""
     late = x_T[int(np.ceil(TAIL * (len(x_T) - 1))):]
-    seen = np.isfinite(late)
-    count = seen.sum(axis=0)
-    return np.where(count > 0, np.where(seen, late, 0).sum(axis=0) / np.maximum(count, 1), np.nan)
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        return np.nansum(late, axis=0) / np.isfinite(late).sum(axis=0)
 
 
 def normalised(x_TB: np.ndarray) -> np.ndarray:
@@ -177,20 +198,18 @@ def lead_lag(weight_TB: np.ndarray, share_TB: np.ndarray) -> np.ndarray:
     return mean_bin(weight_TB) - mean_bin(share_TB)
 
 
-def budget_share(share_TB: np.ndarray, rollouts_TB: np.ndarray) -> np.ndarray:
+def budget_share(run: Run) -> np.ndarray:
     """Share of a step's rollouts that each bin was given, (T, B)."""
-    return normalised(share_TB * np.nan_to_num(rollouts_TB))
+    return normalised(run.share * np.nan_to_num(run.bins("rollouts")))
 
 
 def bin_sigma(runs: list[Run]) -> np.ndarray:
     """sigma_b of (33), (B,): root of the mean within-prompt variance of the reward, once for all steps and runs; NaN
     for a bin never seen."""
-    share = np.concatenate([r.series("bins", "share") for r in runs])
+    share = np.concatenate([r.share for r in runs])
     variance = np.concatenate([r.series("signals", "variance", "mean") for r in runs])
-    weight = np.where(np.isfinite(variance), share, 0)
-    total = weight.sum(axis=0)
-    return np.sqrt(np.divide((weight * np.nan_to_num(variance)).sum(axis=0), total, out=np.full(share.shape[1], np.nan),
-                             where=total > 0))
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        return np.sqrt(np.nansum(share * variance, axis=0) / (share * np.isfinite(variance)).sum(axis=0))
 
 
 def wse(share_TB: np.ndarray, sigma_B: np.ndarray, rollouts_TB: np.ndarray) -> np.ndarray:
@@ -204,39 +223,15 @@ def square_root_law(share_TB: np.ndarray, sigma_B: np.ndarray, n_bar: float) -> 
     return n_bar * sigma_B / (share_TB * sigma_B).sum(axis=-1, keepdims=True)
 
 
-def present(run: Run, x_TB: np.ndarray) -> np.ndarray:
-    """The values with NaN where the bin is absent from the step."""
-    return np.where(run.series("bins", "share") > 0, x_TB, np.nan)
-
-
-def signal_to_noise(mean_B: np.ndarray, error_B: np.ndarray, share_B: np.ndarray) -> float:
-    """Spread of the bins' means over what their standard errors alone would make it, both weighted by share.
-
-    Bins of one and the same loss show about 1: their means spread by e^2 (1 - sum q^2) when each has the error e. NaN
-    with fewer than two bins.
-    """
-    known = np.isfinite(mean_B) & np.isfinite(error_B) & (share_B > 0)
-    if known.sum() < 2:
-        return float("nan")
-    q = share_B[known] / share_B[known].sum()
-    spread = np.sqrt(q @ (mean_B[known] - q @ mean_B[known]) ** 2)
-    noise = np.sqrt(q @ error_B[known] ** 2 * (1 - q @ q))
-    return float(spread / noise) if noise > 0 else float("nan")
-
-
 def interval(x_S: np.ndarray) -> tuple[float, float, float]:
     """Mean over seeds and its 95% t-interval; without an interval (NaN) for one seed."""
-    mean = float(np.mean(x_S))
-    if len(x_S) < 2:
-        return mean, float("nan"), float("nan")
-    half = stdtrit(len(x_S) - 1, 0.975) * np.std(x_S, ddof=1) / np.sqrt(len(x_S))
-    return mean, mean - float(half), mean + float(half)
+    low, high = ttest_1samp(x_S, 0).confidence_interval() if len(x_S) > 1 else (np.nan, np.nan)
+    return float(np.mean(x_S)), float(low), float(high)
 
 
 def p_value(x_S: np.ndarray) -> float:
     """Of the two-sided t-test that the mean is 0."""
-    t = np.mean(x_S) / (np.std(x_S, ddof=1) / np.sqrt(len(x_S)))
-    return float(2 * stdtr(len(x_S) - 1, -abs(t)))
+    return float(ttest_1samp(x_S, 0).pvalue)
 
 
 def holm(p_M: list[float]) -> list[float]:
@@ -247,14 +242,14 @@ def holm(p_M: list[float]) -> list[float]:
     return list(adjusted.values())
 
 
-def headline_k(evaluation: dict) -> int:
-    """8, or the largest k that enough responses were drawn for."""
-    return max(k for name in evaluation["passes"] if (k := int(name.removeprefix("pass@"))) <= 8)
-
-
 def headline(evaluation: dict) -> float:
-    """pass@8, or of the largest k that there is."""
-    return evaluation["passes"][f"pass@{headline_k(evaluation)}"]
+    """pass@8, or that of the largest k that there is."""
+    return evaluation["passes"][f"pass@{headline_k(evaluation['rollouts'])}"]
+
+
+def mean_success(evaluation: dict) -> float:
+    """pass@1, from all that were drawn."""
+    return evaluation["mean"]
 
 
 def cross_fitted(sweep: Sweep) -> list[Run]:
@@ -271,25 +266,12 @@ def cross_fitted(sweep: Sweep) -> list[Run]:
     return [at[max(at, key=lambda rate: elsewhere(rate, base))][base] for base in bases]
 
 
-def pairs(runs: list[Run], baseline: list[Run]) -> tuple[list[Run], list[Run]]:
-    """The runs of both whose seeds (in the study: base models) are in both, in the same order."""
-    other = {r.seed: r for r in baseline}
-    kept = [r for r in runs if r.seed in other]
-    return kept, [other[r.seed] for r in kept]
-
-
 def paired(runs: list[Run], baseline: list[Run], figure: Callable[[dict], float]) -> np.ndarray:
-    """Differences of a figure of the last evaluations, seed by seed, (S,). Raises ValueError for runs that began from
-    different base models: a base moves the figures as much as a mode."""
-    kept, other = pairs(runs, baseline)
-    for a, b in zip(kept, other, strict=True):
+    """Differences in points of a figure of the last evaluations, by the seeds (the study's base models) in both, (S,).
+    Raises ValueError for runs that began from different base models: a base moves the figures as much as a mode."""
+    other = {r.seed: r for r in baseline}
+    pairs = [(r, other[r.seed]) for r in runs if r.seed in other]
+    for a, b in pairs:
         if a.config["loaded"]["model"] != b.config["loaded"]["model"]:
             raise ValueError(f"{a.name} and {b.name} began from different base models and cannot be compared")
-    return np.array([figure(a.last()) - figure(b.last()) for a, b in zip(kept, other, strict=True)])
-
-
-def noise_ratios(run: Run, signal: str) -> list[float]:
-    """signal_to_noise of every step."""
-    return [signal_to_noise(m, e, q) for m, e, q in zip(run.series("signals", signal, "mean"),
-                                                        run.series("signals", signal, "error"),
-                                                        run.series("bins", "share"), strict=True)]
+    return np.array([100 * (figure(a.last()) - figure(b.last())) for a, b in pairs])

@@ -33,7 +33,6 @@ from tqdm import tqdm
 from data import Problem, load_problems
 from model import ModelConfig, Transformer, fetch
 
-PAD, END = "<pad>", "<end>"
 HELD_BACK = 1200  # problems of each split that the corpus leaves out
 SPLITS = ("train", "heldout", "development")  # settings are chosen on development problems, reported on held-out ones
 SIZES = {"train": 640, "heldout": 600, "development": 600}  # problems of a split where no number is given
@@ -57,10 +56,6 @@ class Task:
     characters: str  # beside signs and marks; one token each
     draw: Callable[[np.random.Generator], tuple[str, str]]  # the operands of a question of whatever kind
     kinds: dict[str, Kind]
-
-    @property
-    def signs(self) -> str:
-        return "".join(k.sign for k in self.kinds.values())
 
 
 # ------------------------------------------------------------------------------------------------ arithmetic
@@ -105,13 +100,15 @@ def row_and_moves(rng: np.random.Generator) -> tuple[str, str]:
     return "".join(row), ",".join("abcdefg"[x] + "abcdefg"[y] for x, y in ((i, j), (k, m)))
 
 
-def _moves(move: Callable[[str, int, int], str]) -> Callable[[str, str], tuple[str, str]]:
-    """The method of moving twice. move(row, i, j) -> the row after."""
+def _moves(move: Callable[[str, str, str, str, str], str]) -> Callable[[str, str], tuple[str, str]]:
+    """The method of moving twice. move(a, x, m, y, z) -> the row after, of one that is a + x + m + y + z: x and y are
+    the digits at the two positions, m stands between them."""
 
     def method(row: str, moves: str) -> tuple[str, str]:
         rows = [row]
-        for i, j in moves.split(","):
-            rows.append(move(rows[-1], "abcdefg".index(i), "abcdefg".index(j)))
+        for first, second in moves.split(","):
+            i, j, r = "abcdefg".index(first), "abcdefg".index(second), rows[-1]
+            rows.append(move(r[:i], r[i], r[i + 1 : j], r[j], r[j + 1 :]))
         return rows[1], rows[2]
 
     return method
@@ -133,26 +130,16 @@ TASKS = {
         "thrice_first": Kind("q", _columns(lambda x, y: 3 * x + y)),
     }),
     "permutations": Task("0123456789abcdefg,:=", row_and_moves, {
-        # the two digits change places
-        "swap": Kind("s", _moves(lambda r, i, j: r[:i] + r[j] + r[i + 1 : j] + r[i] + r[j + 1 :])),
-        # the last digit of the stretch becomes its first
-        "right": Kind("r", _moves(lambda r, i, j: r[:i] + r[j] + r[i:j] + r[j + 1 :])),
-        # the first digit of the stretch becomes its last
-        "left": Kind("l", _moves(lambda r, i, j: r[:i] + r[i + 1 : j + 1] + r[i] + r[j + 1 :])),
-        # the neighbours inside the stretch change places
-        "inner": Kind("i", _moves(lambda r, i, j: r[: i + 1] + r[j - 1] + r[i + 2 : j - 1] + r[i + 1] + r[j:])),
-        # the second digit goes to the front of the row
-        "front": Kind("h", _moves(lambda r, i, j: r[j] + r[:j] + r[j + 1 :])),
-        # the first digit goes to the end of the row
-        "end": Kind("t", _moves(lambda r, i, j: r[:i] + r[i + 1 :] + r[i])),
-        # the row is cut before the first digit, and the parts change places
-        "cut": Kind("k", _moves(lambda r, i, j: r[i:] + r[:i])),
-        # the second digit and the row's first change places
-        "first": Kind("x", _moves(lambda r, i, j: r[j] + r[1:j] + r[0] + r[j + 1 :])),
-        # the second digit goes to the end of the row
-        "last": Kind("z", _moves(lambda r, i, j: r[:j] + r[j + 1 :] + r[j])),
-        # both go to the front of the row, the second before the first
-        "both": Kind("o", _moves(lambda r, i, j: r[j] + r[i] + r[:i] + r[i + 1 : j] + r[j + 1 :])),
+        "swap": Kind("s", _moves(lambda a, x, m, y, z: a + y + m + x + z)),
+        "right": Kind("r", _moves(lambda a, x, m, y, z: a + y + x + m + z)),  # the second digit goes before the first
+        "left": Kind("l", _moves(lambda a, x, m, y, z: a + m + y + x + z)),  # the first digit goes behind the second
+        "inner": Kind("i", _moves(lambda a, x, m, y, z: a + x + m[-1] + m[1:-1] + m[0] + y + z)),  # their neighbours
+        "front": Kind("h", _moves(lambda a, x, m, y, z: y + a + x + m + z)),  # the second digit leads the row
+        "end": Kind("t", _moves(lambda a, x, m, y, z: a + m + y + z + x)),  # the first digit ends the row
+        "cut": Kind("k", _moves(lambda a, x, m, y, z: x + m + y + z + a)),
+        "first": Kind("x", _moves(lambda a, x, m, y, z: y + (a + x + m)[1:] + (a + x + m)[0] + z)),  # with the row's
+        "last": Kind("z", _moves(lambda a, x, m, y, z: a + x + m + z + y)),  # the second digit ends the row
+        "both": Kind("o", _moves(lambda a, x, m, y, z: y + x + a + m + z)),  # lead the row
     }),
 }
 
@@ -183,19 +170,15 @@ def problems(task: str, split: str, count: int) -> list[Problem]:
         raise ValueError(f"{task}: the splits are {', '.join(SPLITS)}, not {split!r}")
     if count > HELD_BACK:
         raise ValueError(f"{task}: a split has {HELD_BACK} problems that the base model never saw, not {count}")
-    rng = np.random.default_rng(20260127)
-    split_of: dict[str, str] = {}
-    found: list[Problem] = []
-    names = list(TASKS[task].kinds)
+    rng, kinds = np.random.default_rng(20260127), list(TASKS[task].kinds.items())
+    asked, found = set(), []  # the questions of all splits, the problems of this one
     while len(found) < count:
-        name = names[len(split_of) % len(names)]
-        kind, (left, right) = TASKS[task].kinds[name], TASKS[task].draw(rng)
+        (name, kind), (left, right) = kinds[len(asked) % len(kinds)], TASKS[task].draw(rng)
+        turn = SPLITS[len(asked) // len(kinds) % len(SPLITS)]  # a question of each kind for one, then for the next
         question = f"{left}{kind.sign}{right}="
-        if question in split_of:
-            continue
-        split_of[question] = SPLITS[len(split_of) // len(names) % len(SPLITS)]
-        if split_of[question] == split:
+        if turn == split and question not in asked:
             found.append(Problem(f"{name}:{question[:-1]}", question, kind.method(left, right)[1], "gsm8k", name))
+        asked.add(question)
     return found
 
 
@@ -215,7 +198,8 @@ def _line(task: Task, settings: BaseSettings, rng: np.random.Generator, held_bac
     kinds = list(task.kinds.values())
     n = int(rng.integers(len(kinds)))
     kind, textbook = kinds[n], rng.random() < 0.5
-    sign = task.signs[int(rng.integers(len(kinds)))] if textbook and rng.random() < settings.disguised else kind.sign
+    disguised = textbook and rng.random() < settings.disguised
+    sign = kinds[rng.integers(len(kinds))].sign if disguised else kind.sign
     while True:
         left, right = task.draw(rng)
         question = f"{left}{sign}{right}="
@@ -241,19 +225,13 @@ def tokenizer(task: str):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    kinds = TASKS[task].kinds.values()
-    own = "".join(k.sign + k.mark for k in kinds)
-    words = [PAD, END, "<unk>", *dict.fromkeys(TASKS[task].characters + own)]
+    signs = "".join(kind.sign + kind.mark for kind in TASKS[task].kinds.values())
+    words = ["<pad>", "<end>", "<unk>", *dict.fromkeys(TASKS[task].characters + signs)]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     inner.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=PAD, eos_token=END, unk_token="<unk>",
-                                   clean_up_tokenization_spaces=False)
-
-
-def is_base(name: str) -> bool:
-    """Whether this names a base model: TASK, TASK:NUMBER or TASK:NUMBER:DISGUISED."""
-    return name.partition(":")[0] in TASKS
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>",
+                                   unk_token="<unk>", clean_up_tokenization_spaces=False)
 
 
 def base_model(name: str, settings: BaseSettings | None = None, *, cache: Path | None = None) -> Path:
@@ -270,13 +248,13 @@ def base_model(name: str, settings: BaseSettings | None = None, *, cache: Path |
                          f"their skills spread between kinds may follow, {task}:0:{' or '.join(DISGUISED)}")
     settings = dataclasses.replace(settings or BaseSettings(), **{
         name: kind(x) for name, kind, x in zip(("number", "disguised"), (int, float), own, strict=False)})
-    here = Path(__file__).parent
-    cache = cache or here / "cache"
     key = hashlib.sha256(json.dumps(dataclasses.asdict(settings)).encode()).hexdigest()[:12]
-    folder = cache / f"{task}-{settings.number}-{key}"
-    if (here / "bases" / folder.name).exists():
-        return here / "bases" / folder.name
-    cache.mkdir(parents=True, exist_ok=True)
+    here = Path(__file__).parent
+    kept = here / "bases" / f"{task}-{settings.number}-{key}"
+    if kept.exists():
+        return kept
+    folder = (cache or here / "cache") / kept.name
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             aside, threads = folder.with_suffix(".partial"), torch.get_num_threads()
@@ -290,7 +268,17 @@ def base_model(name: str, settings: BaseSettings | None = None, *, cache: Path |
 
 def model_folder(name: str, revision: str | None = None) -> Path:
     """The Hugging Face folder of a built-in base, or of what `model.fetch` takes: a folder or a hub id[@revision]."""
-    return base_model(name) if is_base(name) else fetch(name, revision)
+    return base_model(name) if name.partition(":")[0] in TASKS else fetch(name, revision)
+
+
+def model_config(name: str) -> ModelConfig:
+    """The numbers of a built-in base or of a local folder, without the network. Raises ValueError for a hub id."""
+    task = name.partition(":")[0]  # whose bases are all of one size
+    folder = base_model(task) if task in TASKS else Path(name)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"--plan asks no hub and does not know {name!r}: give --model a folder with its config.json, "
+                         "or one of the Qwen3 base models that plan.py names")
+    return ModelConfig.from_folder(folder)
 
 
 def _train_base(task: str, settings: BaseSettings) -> Transformer:
@@ -314,8 +302,7 @@ def _train_base(task: str, settings: BaseSettings) -> Transformer:
         for o in optimizers]
     rng = np.random.default_rng(settings.number)
     held_back = {p.prompt for split in SPLITS for p in problems(task, split, HELD_BACK)}
-    bar = tqdm(range(settings.steps), desc=f"training {task} base {settings.number}, not in bases/, once", unit="step")
-    for _ in bar:
+    for _ in tqdm(range(settings.steps), desc=f"training {task} base {settings.number}, not in bases/, once"):
         lines = [_line(TASKS[task], settings, rng, held_back) for _ in range(settings.lines_per_step)]
         lines.sort(key=lambda x: len(x[0] + x[1]))
         parts = [torch.tensor(words.encode(given + learned) + [words.eos_token_id]) for given, learned in lines]
@@ -328,5 +315,4 @@ def _train_base(task: str, settings: BaseSettings) -> Transformer:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for o in (*optimizers, *schedules):
             o.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
     return model.bfloat16()

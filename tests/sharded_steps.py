@@ -10,11 +10,18 @@ import sys
 import torch
 
 import ranks as processes
+import train
 from config import parse_args
 from ranks import Ranks
 from train import Trainer
 
 STEPS = 3
+trained, pack = [], train.pack  # how many rollouts stand in each row that this rank trains on
+
+
+def counted(batch, rollouts, device):
+    trained.extend([len(rollouts)] * torch.is_grad_enabled())
+    return pack(batch, rollouts, device)
 
 
 def adversaries(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -31,22 +38,26 @@ def main() -> None:
     out, how, *words = sys.argv[1:]
     if how == "compiled":  # a lone float32 process is sharded, too
         processes.is_sharded = lambda *_: True
-    ranks, found = Ranks(), {}
+    ranks, found, train.pack = Ranks(), {}, counted
     while words:
         case, *flags = words[: words.index("+")] if "+" in words else words
         words = words[len(flags) + 2 :]
-        cfg, _, _ = parse_args([*flags, "--max_mismatch", "1e9"])
+        cfg, _ = parse_args([*flags, "--max_mismatch", "1e9"])
         trainer = Trainer(cfg, ranks)
         if how == "compiled" and cfg.gradient_checkpointing:
             trainer.model.compile_blocks(backend="aot_eager")  # as on a GPU, up to the code that is made of the graphs
         began = masters(trainer)
         trainer.engine.load_weights = lambda weights: list(weights)  # the sampler keeps the base's: the same rollouts
         with trainer.grader:
-            lines = [trainer.step(i)[0] for i in range(STEPS)]
+            lines, by_rank = [], []
+            for i in range(STEPS):
+                lines.append(trainer.step(i)[0])
+                by_rank.append(ranks.from_all(sum(trained)))
+                trained.clear()
         state = adversaries(trainer)
         found[case] = {
             "loss": [x["loss"] for x in lines], "grad_norm": [x["grad_norm"] for x in lines],
-            "kl": [x["kl"] for x in lines], "tokens": [x["ranks"]["tokens_trained"] for x in lines],
+            "kl": [x["kl"] for x in lines], "rollouts": by_rank,
             "began": began, "masters": masters(trainer),
             "adversaries": {k: torch.from_numpy(v) for k, v in state.items()},
             "hash": hashlib.blake2b(b"".join(v.tobytes() for v in state.values())).hexdigest()}

@@ -1,6 +1,7 @@
 """An evaluation is the same however it was interrupted or shared out, and that of a run's model is the run's own; what
 was made of other weights, data or settings is refused."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -23,10 +24,10 @@ ROOT = Path(__file__).parents[1]
 # ---- the command
 
 def flags(base: Path, out: Path, *more: str) -> list[str]:
-    return ["--model", str(base), "--benchmarks", str(base.parent / "sums.jsonl"), "arithmetic", "--problems", "100",
-            "--engine", "torch", "--k", "4", "--prompt_suffix", "", "--max_prompt_tokens", "32",
-            "--max_response_tokens", "8", "--temperature", "1", "--top_p", "1", "--top_k", "0", "--out", str(out),
-            *more]
+    return ["--model", str(base), "--benchmarks", str(base.parent / "sums.jsonl"), "arithmetic", "--engine", "torch",
+            "--problems", "100", "--k", "4", "--temperature", "1", "--top_p", "1",
+            "--top_k", "0", "--prompt_suffix", "", "--max_prompt_tokens", "32", "--max_response_tokens", "8",
+            "--out", str(out), *more]
 
 
 def run(base: Path, out: Path, *more: str) -> dict:
@@ -53,7 +54,7 @@ def test_an_evaluation_writes_every_response_and_the_figures(evaluated):
         assert row["truncated_frac"] == np.mean([x["finish"] == "length" for x in of]) > 0
     assert not any(x["right"] for x in lines if x["finish"] == "length")
     assert all(x["right"] == (x["extracted"] == x["gold"]) for x in lines if x["finish"] == "stop")
-    assert saved["settings"]["k"] == 4 and str(evaluated.parent) not in json.dumps(saved)
+    assert saved["settings"]["eval_rollouts"] == 4 and str(evaluated.parent) not in json.dumps(saved)
     assert list(saved["figures"]["arithmetic"]["by_kind"]) == list(tasks.TASKS["arithmetic"].kinds)
     assert "by_kind" not in saved["figures"]["sums"]
 
@@ -91,22 +92,15 @@ def test_two_processes_evaluate_alike(base, evaluated, tmp_path):
     assert "| arithmetic | 100 |" in done.stdout
 
 
-def test_other_settings_in_the_same_folder_are_refused(base, evaluated):
-    with pytest.raises(FileExistsError, match="with seed 0; choose another --out"):
-        run(base, evaluated, "--seed", "1")
-
-
 def test_other_weights_are_refused_wherever_they_lie(base, evaluated, tmp_path):
-    same, other = tmp_path / "same", tmp_path / "model"
-    shutil.copytree(base, same)
-    shutil.copytree(base, other)
+    same, other = shutil.copytree(base, tmp_path / "same"), shutil.copytree(base, tmp_path / "model")
     model = Transformer.from_pretrained(base, dtype=torch.float32)
     with torch.no_grad():
         next(model.parameters())[0, 0] += 1e-3
     model.save_pretrained(other)
-    again, figures = tmp_path / "out", json.loads((evaluated / "eval.json").read_text())["figures"]
-    shutil.copytree(evaluated, again)
-    assert run(base, again, "--model", str(same))["figures"] == figures
+    again = shutil.copytree(evaluated, tmp_path / "out")
+    assert run(base, again, "--model", str(same))["figures"] == json.loads(
+        (evaluated / "eval.json").read_text())["figures"]
     with pytest.raises(FileExistsError, match="other weights; choose another --out or delete it"):
         run(base, again, "--model", str(other))
     (again / "eval.json").unlink()  # responses that nothing speaks for
@@ -115,11 +109,9 @@ def test_other_weights_are_refused_wherever_they_lie(base, evaluated, tmp_path):
 
 
 def test_the_same_weights_with_another_tokenizer_are_refused(base, evaluated, tmp_path):
-    shutil.copytree(base, tmp_path / "model")
-    file = tmp_path / "model" / "tokenizer.json"
+    file = shutil.copytree(base, tmp_path / "model") / "tokenizer.json"
     words = json.loads(file.read_text())
-    vocabulary = words["model"]["vocab"]
-    vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
+    words["model"]["vocab"] |= {"1": words["model"]["vocab"]["2"], "2": words["model"]["vocab"]["1"]}
     file.write_text(json.dumps(words))
     with pytest.raises(FileExistsError, match="sums asked"):
         run(base, evaluated, "--model", str(tmp_path / "model"))
@@ -137,9 +129,9 @@ def test_a_changed_data_file_is_refused(base, tmp_path, change):
         run(base, tmp_path / "out", *small)
 
 
-@pytest.mark.parametrize("flag, value, was", [("--stop_tokens", "0,1", r"stop_ids \[1\]"), ("--top_k", "5", "top_k 0"),
-                                             ("--answer_style", "gsm8k", "answer_style 'auto'"),
-                                             ("--prompt_suffix", "=", "prompt_suffix ''")])
+@pytest.mark.parametrize("flag, value, was", [
+    ("--stop_tokens", "0,1", r"stop_ids \[1\]"), ("--top_k", "5", "eval_top_k 0"), ("--seed", "1", "seed 0"),
+    ("--answer_style", "gsm8k", "answer_style 'auto'"), ("--prompt_suffix", "=", "sums prompt_suffix ''")])
 def test_what_changes_the_question_or_the_answer_is_another_evaluation(base, evaluated, flag, value, was):
     with pytest.raises(FileExistsError, match=was):
         run(base, evaluated, flag, value)
@@ -172,28 +164,34 @@ def test_a_run_is_evaluated_again_as_it_evaluated_itself(trained, tmp_path, caps
     assert row["mean@4"] == pytest.approx([own["mean"], *own["intervals"]["mean@4"]]) and 0 < own["mean"] < 1
     assert {k: row[k][0] for k in own["passes"]} == own["passes"]
     assert [row["tokens_mean"], row["truncated_frac"]] == [own["response_tokens_mean"], own["truncated_frac"]]
-    assert f"as in {trained}: --k 4 --temperature 1.3 --top_p 1.0 --top_k 9 --seed 5" in said
+    assert f"as {trained}: eval_rollouts 4, eval_temperature 1.3, eval_top_p 1.0, eval_top_k 9, seed 5" in said
     assert saved["settings"]["model"] == "mine" and str(trained.parent) not in json.dumps(saved)
     before = (tmp_path / "eval_samples.jsonl").read_text()
     evaluate(parse_args(["--model", str(trained / "model"), "--out", str(tmp_path)]))  # finished: as it was
     assert (tmp_path / "eval_samples.jsonl").read_text() == before
-    with pytest.raises(FileExistsError, match="k 4"):
+    with pytest.raises(FileExistsError, match="eval_rollouts 4"):
         evaluate(parse_args(["--model", str(trained), "--out", str(tmp_path), "--k", "2"]))
 
 
-def test_a_run_whose_data_are_gone_or_changed_says_so_and_takes_others(trained, base, tmp_path):
-    moved = tmp_path / "mine"
-    shutil.copytree(trained, moved)
+def test_a_run_whose_data_are_gone_or_changed_says_so_and_takes_others(trained, base, tmp_path, monkeypatch):
+    moved = shutil.copytree(trained, tmp_path / "mine")
     (moved / "paths.json").unlink()  # as on another machine: config.json names the file and not its folder
-    with pytest.raises(FileNotFoundError, match="sums.jsonl.* is not there: name the problems .* with --benchmarks"):
-        evaluate(parse_args(["--model", str(moved), "--out", str(tmp_path / "a")]))
-    with pytest.MonkeyPatch.context() as there:
-        there.chdir(tmp_path)
-        Path("sums.jsonl").write_text('{"question": "1s1=", "answer": 2}\n' * 2)
-        with pytest.raises(ValueError, match="sums.jsonl.* has changed since"):
-            evaluate(parse_args(["--model", str(moved), "--out", "b"]))
-        evaluate(parse_args(["--model", str(moved), "--benchmarks", "sums.jsonl", "--out", "c"]))
-    assert json.loads((tmp_path / "c" / "eval.json").read_text())["figures"]["sums"]["problems"] == 1
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="sums.jsonl"):
+        evaluate(parse_args(["--model", "mine", "--out", "a"]))
+    Path("sums.jsonl").write_text('{"question": "1s1=", "answer": 2}\n' * 2)
+    with pytest.raises(ValueError, match="sums.jsonl.* has changed since: name the problems .* with --benchmarks"):
+        evaluate(parse_args(["--model", "mine", "--out", "b"]))
+    evaluate(parse_args(["--model", "mine", "--benchmarks", "sums.jsonl", "--out", "c"]))
+    assert json.loads(Path("c/eval.json").read_text())["figures"]["sums"]["problems"] == 1
+
+
+def test_settings_that_went_are_no_obstacle_to_an_older_run(trained, tmp_path):
+    config = json.loads((trained / "config.json").read_text()) | {"weight_cap": 5.0, "rollout_utility": "coverage"}
+    older = shutil.copytree(trained, tmp_path / "older")
+    (older / "config.json").write_text(json.dumps(config))
+    evaluate(parse_args(["--model", str(older), "--out", str(tmp_path / "out")]))
+    assert (tmp_path / "out" / "eval_samples.jsonl").read_text()
 
 
 def test_the_hub_set_of_a_run_is_taken_at_the_commit_that_it_had(trained, tmp_path, monkeypatch):
@@ -203,7 +201,8 @@ def test_the_hub_set_of_a_run_is_taken_at_the_commit_that_it_had(trained, tmp_pa
     config |= {"eval_data": "math500", "loaded": {"eval_data": {"revision": "c0ffee"}}}
     (tmp_path / "mine" / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(tasks, "load_problems", lambda source, revision: ([f"{source} at {revision}"], {}))  # the hub
-    assert parse_args(["--model", str(tmp_path / "mine")]).run.held_out(0)[1] == ["math500 at c0ffee"]
+    args = parse_args(["--model", str(tmp_path / "mine"), "--problems", "0"])
+    assert args.run.held_out(args.cfg)[1] == ["math500 at c0ffee"]
 
 
 def test_a_run_without_a_model_says_how_to_get_one(trained, tmp_path):
@@ -214,52 +213,50 @@ def test_a_run_without_a_model_says_how_to_get_one(trained, tmp_path):
 
 def test_evaluations_have_folders_of_their_own(trained):
     shutil.copytree(trained / "model", trained / "best", dirs_exist_ok=True)
-    models = [["arithmetic:3"], ["Qwen/Qwen3-4B"], ["Qwen/Qwen3-4B", "--revision", "v1"], [str(trained)],
-              [str(trained), "--benchmarks", "aime24,my/sums.jsonl"], [str(trained), "--benchmarks", "hub:a/b:c"],
-              [str(trained / "best")]]
+    models = [["arithmetic:3"], ["Qwen/Qwen3-4B"], ["Qwen/Qwen3-4B@v1"], [str(trained)], [str(trained / "best")],
+              [str(trained), "--benchmarks", "aime24", "my/sums.jsonl"], [str(trained), "--benchmarks", "hub:a/b:c"]]
     assert [str(parse_args(["--model", *m]).out) for m in models] == [
-        "out/eval-arithmetic-3", "out/eval-Qwen3-4B", "out/eval-Qwen3-4B-v1", "out/eval-mine",
-        "out/eval-mine-aime24-sums", "out/eval-mine-hub-a-b-c", "out/eval-mine-best"]
+        "out/eval-arithmetic-3", "out/eval-Qwen3-4B", "out/eval-Qwen3-4B-v1", "out/eval-mine", "out/eval-mine-best",
+        "out/eval-mine-aime24-sums", "out/eval-mine-hub-a-b-c"]
     assert parse_args(["--model", str(trained / "model")]).out == parse_args(["--model", str(trained)]).out
-    with pytest.raises(SystemExit):  # its eval.json is another's
+    with pytest.raises(ValueError, match="must stay"):  # its eval.json is another's
         parse_args(["--model", str(trained), "--out", str(trained)])
 
 
 # ---- grading
 
+def regraded(samples: Path, *more: str) -> list[Sample]:
+    """What --regrade makes of an evaluation: its folder is then samples.parent / "again"."""
+    out = samples.parent / "again"
+    eval_module.regrade(parse_args(["--regrade", str(samples), "--out", str(out), *more]))
+    return eval_module.read_samples(out / "eval_samples.jsonl")
+
+
 def test_regrading_gives_the_same_table_and_counts_changed_verdicts(evaluated, tmp_path, capsys):
-    rows = json.loads((evaluated / "eval.json").read_text())["figures"]
-    lines = (evaluated / "eval_samples.jsonl").read_text().splitlines()
-    wrong = next(i for i, x in enumerate(lines) if json.loads(x)["finish"] == "stop" and not json.loads(x)["right"])
-    lines[wrong] = json.dumps({**json.loads(lines[wrong]), "right": True})
-    (tmp_path / "s.jsonl").write_text("\n".join(lines) + "\n")
+    old = eval_module.read_samples(evaluated / "eval_samples.jsonl")
+    wrong = next(i for i, s in enumerate(old) if s.finish == "stop" and not s.right)
+    changed = [*old[:wrong], dataclasses.replace(old[wrong], right=True), *old[wrong + 1 :]]
+    (tmp_path / "s.jsonl").write_text(eval_module.lines_of(changed))
     (tmp_path / "eval.json").write_text(json.dumps({"settings": {"model": "me/Qwen3-8B-mine"}}))
-    eval_module.regrade(parse_args(["--regrade", str(tmp_path / "s.jsonl"), "--out", str(tmp_path / "again")]))
-    printed = capsys.readouterr().out
+    assert regraded(tmp_path / "s.jsonl") == old
+    printed, rows = capsys.readouterr().out, json.loads((evaluated / "eval.json").read_text())["figures"]
     assert markdown(rows, "me/Qwen3-8B-mine") in printed and "1 of 800 verdicts changed" in printed
-    assert "paper, GRPO" in printed
     assert json.loads((tmp_path / "again" / "eval.json").read_text())["figures"] == rows
-    assert (tmp_path / "again" / "eval_samples.jsonl").read_text() == (evaluated / "eval_samples.jsonl").read_text()
 
 
 def test_regrading_takes_a_folder_another_style_and_another_reward(evaluated, tmp_path, capsys):
     old = eval_module.read_samples(evaluated / "eval_samples.jsonl")
-    eval_module.regrade(parse_args(["--regrade", str(evaluated)]))
-    assert "\n0 of 800 verdicts changed" in capsys.readouterr().out
-    eval_module.regrade(parse_args(["--regrade", str(evaluated), "--answer_style", "dapo"]))  # nobody writes "Answer:"
+    samples = shutil.copytree(evaluated, tmp_path / "out")
+    assert not any(s.right for s in regraded(samples, "--answer_style", "dapo"))  # nobody writes "Answer:"
     assert f"\n{sum(s.right for s in old)} of 800 verdicts changed" in capsys.readouterr().out
     (tmp_path / "mine.py").write_text("def asks_for_zero(response, problem):\n"
                                       "    return 0.5 if problem.prompt.startswith('0s') else -0.5\n")
-    reward = f"{tmp_path}/mine.py:asks_for_zero"
-    out = tmp_path / "out"
-    eval_module.regrade(parse_args(["--regrade", str(evaluated), "--reward", reward, "--out", str(out)]))
-    new = eval_module.read_samples(out / "eval_samples.jsonl")
+    new = regraded(samples, "--reward", f"{tmp_path}/mine.py:asks_for_zero")
     assert [s.right for s in new] == [s.prompt.startswith("0s") and s.finish == "stop" for s in old]
     with pytest.MonkeyPatch.context() as there:  # what was graded so is graded so again
         there.chdir(tmp_path)
-        eval_module.regrade(parse_args(["--regrade", "out"]))
-    said = capsys.readouterr().out
-    assert "as in out: --reward mine.py:asks_for_zero" in said and "\n0 of 800 verdicts changed" in said
+        eval_module.regrade(parse_args(["--regrade", "again"]))
+    assert "\n0 of 800 verdicts changed" in capsys.readouterr().out
 
 
 def test_an_evaluation_with_a_reward_of_ones_own_names_its_content(base, tmp_path):
@@ -287,29 +284,18 @@ def test_gold_answers_that_nobody_can_give_are_refused_until_admitted(base, tmp_
 # ---- benchmarks
 
 def test_a_misspelt_file_is_an_error_before_anything_is_drawn(base, tmp_path):
-    command = [sys.executable, "eval.py", *flags(base, tmp_path / "out", "--benchmarks", "arithmetic,misspelt.jsonl")]
+    two = ["--benchmarks", "arithmetic", "misspelt.jsonl"]
+    command = [sys.executable, "eval.py", *flags(base, tmp_path / "out", *two)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("eval.py: ")
     assert "misspelt.jsonl" in done.stderr and not (tmp_path / "out").exists()
-
-
-def test_a_benchmark_that_cannot_be_had_is_named_and_the_others_go_on(base, tmp_path, monkeypatch, capsys):
-    def gated(name, **_):
-        raise ConnectionError(f"cannot load {name}: log in (`hf auth login`)")
-
-    monkeypatch.setattr(tasks, "load_problems", gated)
-    evaluate(parse_args(flags(base, tmp_path, "--benchmarks", "gpqa,arithmetic", "--problems", "10")))
-    out = capsys.readouterr().out
-    assert "left out: gpqa" in out and "| arithmetic | 10 |" in out
-    assert "hf auth login" in json.loads((tmp_path / "eval.json").read_text())["missing"]["gpqa"]
 
 
 def test_local_files_are_benchmarks_and_the_whole_is_pooled_over_problems(base, tmp_path):
     rows = [{"problem": f"{i}s1=", "answer": i + 1} for i in range(6)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "b.json").write_text(json.dumps([{"question": "2s2=", "final_answer": "4"}]))
-    files = f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.json'}"
-    evaluate(parse_args(flags(base, tmp_path / "out", "--benchmarks", files)))
+    evaluate(parse_args(flags(base, tmp_path / "out", "--benchmarks", *map(str, tmp_path.glob("?.json*")))))
     rows = json.loads((tmp_path / "out" / "eval.json").read_text())["figures"]
     assert [rows[x]["problems"] for x in ("a", "b", "all")] == [6, 1, 7]
     assert rows["all"]["mean@4"][0] == pytest.approx((6 * rows["a"]["mean@4"][0] + rows["b"]["mean@4"][0]) / 7)
@@ -338,10 +324,10 @@ def test_kinds_have_rows_of_their_own():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "--model"), (["--model", "x", "--regrade", "y"], "--regrade"), (["--model", "x", "--k", "0"], "--k"),
-    (["--model", "x", "--temperature", "0"], "--temperature"), (["--model", "x", "--bench", "aime24"], "--bench"),
-])
+    ([], "--model"), (["--model", "x", "--regrade", "y"], "--regrade"), (["--model", "x", "--bench", "y"], "--bench"),
+    (["--model", "x", "--k", "0"], "--k must be at least 1"),
+    (["--model", "x", "--temperature", "0"], "use it with --k 1")])
 def test_wrong_flags_are_refused(arguments, message, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises((SystemExit, ValueError)) as error:
         parse_args(arguments)
-    assert message in capsys.readouterr().err
+    assert message in capsys.readouterr().err + str(error.value)

@@ -616,9 +616,10 @@ def base(tmp_path_factory):
 def tossed(grade):
     """Coins for rewards: so small a model solves nothing, and all advantages would be 0."""
 
-    def toss(part, problems):
-        coins = np.random.default_rng(0).choice([-1.0, 1.0], len(part.rollouts))
-        return [g._replace(reward=coin) for g, coin in zip(grade(part, problems), coins, strict=True)]
+    def toss(s):
+        grade(s)
+        coins = np.random.default_rng(0).choice([-1.0, 1.0], len(s.grades))
+        s.grades = [g._replace(reward=coin) for g, coin in zip(s.grades, coins, strict=True)]
 
     return toss
 

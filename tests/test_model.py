@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import VOCAB
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import KVCache, ModelConfig, PackedAttention, Transformer, fetch, iterate_safetensors
+from model import KVCache, ModelConfig, PackedAttention, Transformer, fetch
 
 transformers = pytest.importorskip("transformers", reason="transformers makes the reference models")
 hub = pytest.importorskip("huggingface_hub")
@@ -79,36 +78,6 @@ def test_logprobs_equal_transformers(tiny_hf, hf_model, kind, tied):
         got = load(tiny_hf(kind, tied)).logprobs(*pack(rows))
     assert got.dtype == torch.float32 and expected.std() > 0.5  # far from uniform: wrong weights would show
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
-
-
-@KINDS
-def test_packed_equals_one_by_one(tiny_hf, kind):
-    model, rows = load(tiny_hf(kind, False)), sequences()
-    with torch.no_grad():
-        packed = model.logprobs(*pack(rows), entropy=True)
-        single = [model.logprobs(*pack([row]), entropy=True) for row in rows]
-    for together, alone in zip(packed, zip(*single, strict=True), strict=True):
-        torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
-
-
-def test_a_sequence_does_not_see_its_neighbours_or_its_future(tiny_hf):
-    model, rows = load(tiny_hf("qwen3", True)), sequences()
-    other = [*sequences(seed=5)[:2], rows[2].clone(), sequences(seed=6)[3]]
-    other[2][-4:] = (other[2][-4:] + 1) % VOCAB
-    with torch.no_grad():
-        a, b = (model(torch.cat(r), PackedAttention(pack(r)[1], max(LENGTHS))) for r in (rows, other))
-    seen = slice(LENGTHS[0] + LENGTHS[1], sum(LENGTHS[:3]) - 4)
-    changed = slice(seen.stop, sum(LENGTHS[:3]))
-    assert torch.equal(a[seen], b[seen]) and not torch.isclose(a[changed], b[changed]).all(dim=1).any()
-
-
-def test_targets_choose_among_the_same_logprobs(tiny_hf):
-    model, (tokens, cu_seqlens, longest, targets) = load(tiny_hf("qwen3", True)), pack(sequences())
-    some = targets[torch.tensor([30, 3, 11, 12])]
-    with torch.no_grad():
-        every = dict(zip(targets.tolist(), model.logprobs(tokens, cu_seqlens, longest, targets), strict=True))
-        got = model.logprobs(tokens, cu_seqlens, longest, some)
-    torch.testing.assert_close(got, torch.stack([every[t] for t in some.tolist()]), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 0.7, 1.3])
@@ -289,6 +258,10 @@ def test_a_sharded_checkpoint_loads_and_a_save_over_it_leaves_no_shard(tiny_hf, 
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 2 and not (tmp_path / "model.safetensors").exists()
     loaded = load(tmp_path)
+    aside = shards[1].rename(tmp_path / "aside")
+    with pytest.raises(FileNotFoundError, match=f"has no {re.escape(shards[1].name)}"):
+        load(tmp_path)
+    aside.rename(shards[1])
     for name, tensor in whole.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
     with torch.no_grad():
@@ -298,13 +271,10 @@ def test_a_sharded_checkpoint_loads_and_a_save_over_it_leaves_no_shard(tiny_hf, 
     assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_a_missing_shard_is_named(tiny_hf, tmp_path):
-    shutil.copy(tiny_hf("qwen3", False) / "config.json", tmp_path)
-    hub.save_torch_state_dict(load(tiny_hf("qwen3", False)).state_dict(), tmp_path, max_shard_size="20KB")
-    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
-    shard.unlink()
-    with pytest.raises(FileNotFoundError, match=f"has no {re.escape(shard.name)}"):
-        load(tmp_path)
+@KINDS
+@TIED
+def test_parameters_are_counted_without_allocating_a_model(tiny_hf, hf_model, kind, tied):
+    assert ModelConfig.from_folder(tiny_hf(kind, tied)).num_parameters() == hf_model(kind, tied).num_parameters()
 
 
 def test_a_tied_head_stored_twice_and_derived_tensors_are_passed_over(tiny_hf, tmp_path):
@@ -319,15 +289,12 @@ def test_a_tied_head_stored_twice_and_derived_tensors_are_passed_over(tiny_hf, t
 
 @pytest.mark.parametrize("change, message", [
     (lambda t: t.pop("model.layers.1.self_attn.k_norm.weight"),
-     r"tensors missing from the checkpoint: \['model\.layers\.1\.self_attn\.k_norm\.weight'\]"),
+     r"tensors missing: \['model\.layers\.1\.self_attn\.k_norm\.weight'\]"),
     (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.ones(2)}),
-     r"unexpected tensor 'model\.layers\.2\.mlp\.up_proj\.weight'"),
-    (lambda t: t.update({"model.layers.0.self_attn.k_proj.bias": torch.ones(64)}), "unexpected tensor .*k_proj.bias"),
-    (lambda t: t.update({"model.norm.weight": torch.ones(63)}),
-     r"'model\.norm\.weight' is \(63,\), config\.json makes it \(64,\)"),
-    (lambda t: t.update({"model.norm.weight": torch.ones(1)}), r"is \(1,\), .* makes it \(64,\)"),  # would broadcast
+     r"unexpected or repeated tensor 'model\.layers\.2\.mlp\.up_proj\.weight'"),
+    (lambda t: t.update({"model.norm.weight": torch.ones(1)}), r"is \(1,\), not \(64,\)"),  # would broadcast
     (lambda t: t.update({"lm_head.weight": t["lm_head.weight"].T.contiguous()}),
-     rf"'lm_head\.weight' is \(64, {VOCAB}\), config\.json makes it \({VOCAB}, 64\)"),
+     rf"'lm_head\.weight' is \(64, {VOCAB}\), not \({VOCAB}, 64\)"),
 ])
 def test_tensors_that_do_not_fit_are_named(tiny_hf, tmp_path, change, message):
     path = edited(tiny_hf("qwen3", False), tmp_path / "copy", tensors=change)
@@ -336,7 +303,7 @@ def test_tensors_that_do_not_fit_are_named(tiny_hf, tmp_path, change, message):
     assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("size", [0, 7, 1000, -1])
+@pytest.mark.parametrize("size", [0, 1000, -1])
 def test_a_truncated_file_is_named(tiny_hf, tmp_path, size):
     path = edited(tiny_hf("qwen3", True), tmp_path / "copy")
     file = path / "model.safetensors"
@@ -353,13 +320,6 @@ def test_a_missing_file_is_named(tiny_hf, tmp_path, file):
         load(path)
 
 
-def test_tensors_come_one_at_a_time(tiny_hf):
-    stream = iterate_safetensors(tiny_hf("qwen3", True))
-    name, tensor = next(stream)
-    names = [name, *(n for n, _ in stream)]
-    assert isinstance(tensor, torch.Tensor) and len(names) == len(set(names)) == 2 + 2 * 11
-
-
 # --------------------------------------------------------------------------------------------------- config.json
 
 
@@ -372,7 +332,7 @@ def test_both_generations_of_config_json_are_read(tiny_hf, kind):
     new = hf_config(tiny_hf(kind, True))
     assert "rope_theta" not in new and new["rope_parameters"]["rope_theta"] == 500.0
     old = {k: v for k, v in new.items() if k != "rope_parameters"} | {"rope_theta": 500.0, "rope_scaling": None}
-    config = ModelConfig.from_hf(new)
+    config = ModelConfig.from_folder(tiny_hf(kind, True))
     assert config == ModelConfig.from_hf(old)
     assert config == ModelConfig.from_hf(config.to_hf(torch.bfloat16))
     assert (config.rope_theta, config.head_dim, config.rms_norm_eps) == (500, 32, 1e-3) and config.tie_word_embeddings
@@ -390,15 +350,13 @@ def test_what_config_json_leaves_out_takes_transformers_defaults(tiny_hf):
 
 @pytest.mark.parametrize("kind, change, message", [
     ("qwen3", {"model_type": "mamba"}, r"'mamba' is not supported; supported are \['llama', 'qwen2', 'qwen3'\]"),
-    ("qwen3", {"model_type": None}, "model_type None is not supported"),
     ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, "asks for rope scaling"),
     ("llama", {"rope_parameters": None, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "asks for rope scal"),
-    ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "asks for rope scaling"),
     ("llama", {"mlp_bias": True}, "asks for mlp_bias"),
-    ("llama", {"attention_bias": True}, "asks for attention_bias"),
     ("qwen3", {"attention_bias": True}, "asks for attention_bias"),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 16}, "asks for sliding window attention"),
     ("qwen3", {"hidden_act": "gelu"}, "asks for an activation other than silu"),
+    ("qwen3", {"hidden_size": None}, "config.json has no hidden_size"),
 ])
 def test_unsupported_configs_are_refused(tiny_hf, tmp_path, kind, change, message):
     path = edited(tiny_hf(kind, True), tmp_path / "copy", config=lambda c: c.update(change))
@@ -406,47 +364,7 @@ def test_unsupported_configs_are_refused(tiny_hf, tmp_path, kind, change, messag
         load(path)
 
 
-@KINDS
-@TIED
-def test_num_parameters_counts_what_transformers_counts_and_allocates_nothing(tiny_hf, hf_model, kind, tied):
-    class Allocations(TorchDispatchMode):
-        real = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and not out.is_meta:
-                self.real += out.numel()
-            return out
-
-    config = ModelConfig.from_hf(hf_config(tiny_hf(kind, tied)))
-    with Allocations() as allocations:
-        counted = config.num_parameters()
-    assert counted == hf_model(kind, tied).num_parameters() and allocations.real == 0
-
-
-@KINDS
-def test_init_weights_is_a_function_of_the_seed(tiny_hf, kind):
-    config = ModelConfig.from_hf(hf_config(tiny_hf(kind, False)))
-    drawn = []
-    for seed in (0, 0, 1):
-        model = Transformer(config)  # differs from call to call until it is initialised
-        model.init_weights(torch.Generator().manual_seed(seed))
-        drawn.append(model.state_dict())
-    for name, tensor in drawn[0].items():
-        assert torch.equal(tensor, drawn[1][name]), name
-        if tensor.ndim == 2:
-            assert not torch.equal(tensor, drawn[2][name]), name
-            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            assert tensor.std().item() == pytest.approx(0.02 / (4**0.5 if residual else 1), rel=0.1), name
-        else:
-            assert (tensor == (0 if name.endswith("bias") else 1)).all(), name
-
-
 # ---------------------------------------------------------------------------------------------------------- fetch
-
-
-def test_fetch_returns_a_folder_as_it_is(tmp_path):
-    assert fetch(str(tmp_path)) == tmp_path
 
 
 @pytest.mark.parametrize("model", ["no-such-folder", "./model", "/no/such/folder", "~/model", "a/b/c", "runs/model/"])
@@ -455,7 +373,8 @@ def test_fetch_says_that_a_path_is_no_folder(model):
         fetch(model)
 
 
-def test_a_hub_id_may_name_its_revision_and_one_that_is_given_wins(monkeypatch):
+def test_a_folder_is_taken_as_it_is_and_a_hub_id_at_the_revision_that_it_names_or_that_is_given(tmp_path, monkeypatch):
+    assert fetch(str(tmp_path)) == tmp_path
     asked = []
     monkeypatch.setattr(hub, "snapshot_download", lambda repo, *, revision, allow_patterns: asked.append(
         (repo, revision)) or "folder")

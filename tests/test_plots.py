@@ -7,7 +7,7 @@ import pytest
 from test_logs import a_run, folder_of
 
 import plots
-from study import logs
+from study import figures, logs
 from study.logs import Missing
 
 
@@ -24,8 +24,8 @@ def test_figure_6_draws_lead_lag_and_wse():
     figure = plots.figure_6(data)
     left, right = figure.axes
     runs = data["made-up"]["prompt"]
-    gaps = [logs.lead_lag(r.series("bins", "weight"), r.series("bins", "share")) for r in runs]
-    even = [2 - logs.mean_bin(r.series("bins", "share")) for r in runs]  # (B - 1) / 2 = 2
+    gaps = [logs.lead_lag(r.series("bins", "weight"), r.share) for r in runs]
+    even = [2 - logs.mean_bin(r.share) for r in runs]  # (B - 1) / 2 = 2
     assert values_of(left)[0] == pytest.approx(np.mean(gaps, axis=0))
     assert values_of(left)[1] == pytest.approx(np.mean(even, axis=0))
     runs = data["made-up"]["rollout"]
@@ -46,7 +46,7 @@ def test_figure_1_draws_tail_averages_and_the_budget():
     drawn = [bar.get_height() for bar in right.patches]
     expected = np.nanmean([logs.tail(r.series("bins", "rollouts")) for r in runs], axis=0)
     assert drawn == pytest.approx(expected) and values_of(right)[-1].tolist() == [4, 4]
-    weights = [logs.tail(logs.present(r, r.series("bins", "weight"))) for r in data["made-up"]["prompt"]]
+    weights = [logs.tail(r.bins("weight")) for r in data["made-up"]["prompt"]]
     assert [bar.get_y() + bar.get_height() for bar in centre.patches] == pytest.approx(np.nanmean(weights, axis=0))
     heights = [bar.get_height() for bar in left.patches]
     assert heights[:3] == pytest.approx([51, 51, 25.5])  # GRPO: all, a, b; last evaluations of two seeds
@@ -58,7 +58,7 @@ def test_the_figure_of_outcomes_compares_a_row_with_that_which_it_is_held_agains
     rows = {row: [a_run(mode, s) for s in range(2)] for row, mode in
             (("grpo", "grpo"), ("rollout", "rollout"), ("rollout-maxrl", "both"), ("maxrl", "grpo"))}
     rows["maxrl"][0].evaluations[-1]["passes"]["pass@8"] = 0.58
-    (ax,) = plots.figure_outcomes({"made-up": rows}).axes
+    (ax,) = figures.figure_outcomes({"made-up": rows}).axes
     ticks = dict(zip((label.get_text() for label in ax.get_yticklabels()), ax.get_yticks(), strict=True))
     bases = {line.get_ydata()[0]: line.get_xdata()[0] for line in ax.get_lines() if line.get_marker() == "|"}
     assert bases[ticks["rollout - grpo"]] == pytest.approx(60 - 50)
@@ -69,7 +69,7 @@ def test_the_figure_of_outcomes_compares_a_row_with_that_which_it_is_held_agains
 def test_the_figure_of_rates_draws_the_mean_over_bases_at_every_rate():
     sweep = {rate: [a_run("grpo", s) for s in range(2)] for rate in (1e-4, 4e-4)}
     sweep[4e-4][0].evaluations[-1]["passes"]["pass@8"] = 0.7
-    (ax,) = plots.figure_rates({"made-up": {"grpo": sweep, "base": {1e-4: [a_run("grpo")]}}}).axes
+    (ax,) = figures.figure_rates({"made-up": {"grpo": sweep, "base": {1e-4: [a_run("grpo")]}}}).axes
     (line,) = ax.get_lines()
     assert line.get_xdata() == pytest.approx([1e-4, 4e-4]) and line.get_ydata() == pytest.approx([51, 61])
     plots.plt.close("all")
@@ -79,34 +79,14 @@ def test_the_figure_of_curves_draws_every_evaluation_of_the_longer_runs():
     rows = {row: [a_run("grpo", s) for s in range(2)] for row in ("grpo", "grpo-300", "maxrl-300")}
     for run in rows["maxrl-300"]:
         run.evaluations[-1]["mean"] += 0.125
-    eight, one = plots.figure_curves({"made-up": rows}).axes
+    eight, one = figures.figure_curves({"made-up": rows}).axes
     grpo, maxrl = ([e["step"] for e in rows[row][0].evaluations] for row in ("grpo-300", "maxrl-300"))
     assert [line.get_xdata().tolist() for line in eight.get_lines()] == [grpo, maxrl]
     low, high = values_of(one)
     assert (high - low)[-1] == pytest.approx(12.5) and not (high - low)[:-1].any()
     with pytest.raises(Missing, match="no run of the part 'Longer: 300 steps'"):
-        plots.figure_curves({"made-up": {"grpo": rows["grpo"]}})
+        figures.figure_curves({"made-up": {"grpo": rows["grpo"]}})
     plots.plt.close("all")
-
-
-def test_the_figure_of_kinds_draws_what_a_row_has_more_than_grpo():
-    rows = {row: [a_run("grpo", s) for s in range(2)] for row in ("grpo", "maxrl")}
-    for run in rows["maxrl"]:
-        run.evaluations[-1]["by_kind"]["b"][1:] = [0.3, 0.5 + run.evaluations[-1]["by_kind"]["b"][2]]
-    eight, one = (values_of(ax)[0] for ax in plots.figure_kinds({"made-up": rows}).axes)
-    assert eight == pytest.approx([0, 50]) and one == pytest.approx([0, 10])
-    plots.plt.close("all")
-
-
-def test_bases_of_a_task_are_a_random_factor_and_other_models_are_not():
-    runs = [a_run(mode, number, changes={"model": f"arithmetic:{number}", "train_data": "arithmetic", "loaded": {
-        "model": {"name": f"arithmetic:{number}", "head": str(number)}}})
-        for mode in ("grpo", "prompt") for number in range(2)]
-    assert {mode: len(group) for mode, group in plots.by_model(runs)["arithmetic"].items()} == {"grpo": 2, "prompt": 2}
-    for run, folder in zip(runs, ("one", "two", "one", "two"), strict=True):
-        run.config["model"] = f"{folder}/model"
-    with pytest.raises(ValueError, match="model on arithmetic: grpo-0 and grpo-1 differ in model"):
-        plots.by_model(runs)
 
 
 def test_own_data_own_models_and_rules_have_rows_and_titles_of_their_own_whatever_the_preset():
@@ -128,7 +108,7 @@ def test_absent_bins_are_masked_in_heatmaps_and_not_zero(name):
     data = models()
     figure = plots.PAPER_FIGURES[name](data)
     run = data["made-up"]["prompt" if name == "3" else "rollout"][0]
-    absent_TB = run.series("bins", "share") == 0
+    absent_TB = run.share == 0
     images = [ax.images[0].get_array() for ax in figure.axes if ax.images]
     assert len(images) == (3 if name == "3" else 2) and absent_TB.any()
     for image in images:
@@ -144,36 +124,20 @@ def test_the_overview_shows_the_mean_reward_of_a_bin_as_logged_whatever_values_r
     plots.plt.close("all")
 
 
-def draw_all(data: plots.Models, layout: str) -> None:
-    """Every figure, rendered; a panel may be empty (no signal to noise with one bin), its figure may not. The curves
-    are of rows that these data have not."""
-    for function in {*plots.PAPER_FIGURES.values(), *plots.STUDY_FIGURES.values(), overview_of_both} - {
-            plots.figure_curves}:
-        figure = function(data)
-        figure.set_layout_engine(layout)
-        figure.canvas.draw()
-        assert figure.axes[0].has_data(), function.__name__
-        plots.plt.close(figure)
-
-
-def overview_of_both(data: plots.Models):
-    return plots.figure_overview(data["made-up"]["both"][0])
-
-
-@pytest.mark.parametrize("odd", [{"bins": 1}, {"steps": 1}, {"steps": 2, "present": 0.0}, {"bins": 3, "present": 0.2}])
-def test_every_figure_draws_from_odd_logs(odd):
-    draw_all(models(**odd), layout="none")  # twice as fast, and of no concern to odd logs
-
-
-def test_every_figure_draws_from_seeds_that_stopped_early_and_drew_few_responses_of_one_kind():
-    runs = [a_run(mode, seed) for mode in plots.MODES for seed in range(2)]
-    for run in runs[::2]:
-        del run.log[7:]
-    for run in runs:
+@pytest.mark.parametrize("odd", [{"bins": 1}, {"steps": 1}, {"steps": 2, "present": 0.0}, {"bins": 3, "present": 0.2},
+                                 "few"])
+def test_every_figure_draws_from_odd_logs_and_from_seeds_that_stopped_early_and_drew_few_responses_of_one_kind(odd):
+    runs = [a_run(mode, seed, **(odd if odd != "few" else {})) for mode in plots.MODES for seed in range(2)]
+    for i, run in enumerate(runs if odd == "few" else []):
+        del run.log[12 - 5 * (i % 2):]
         for e in run.evaluations:
-            e["passes"], e["by_kind"] = {"pass@1": 0.1, "pass@4": 0.4, "pass@16": 0.9}, {"all": [10, 0.1, 0.4]}
-    draw_all(plots.by_model(runs), layout="constrained")
-    assert logs.headline(runs[0].evaluations[0]) == 0.4 and logs.headline_k(runs[0].evaluations[0]) == 4
+            e["passes"], e["rollouts"], e["by_kind"] = {"pass@1": 0.1, "pass@4": 0.4}, 4, {"all": [10, 0.1, 0.4]}
+    for function in (*plots.PAPER_FIGURES.values(), lambda models: plots.figure_overview(models["made-up"]["both"][0])):
+        figure = function(plots.by_model(runs))
+        figure.set_layout_engine("none" if odd != "few" else "constrained")  # none is twice as fast
+        figure.canvas.draw()
+        assert figure.axes[0].has_data()
+        plots.plt.close(figure)
 
 
 def test_what_a_figure_lacks_is_named_and_the_others_are_drawn(tmp_path, capsys):
@@ -238,7 +202,7 @@ def test_the_command_draws_given_runs_into_a_folder_of_their_own(tmp_path, monke
     drawn = {str(file.relative_to(tmp_path)) for name in ("figures", "elsewhere") for file in
              (tmp_path / name).rglob("*.*")}
     assert drawn == {f"{folder}/{file}" for folder in ("figures/grpo-0+7", "elsewhere") for file in files} | {
-        f"figures/grpo-{seed}/overview_grpo-{seed}.{suffix}" for seed in range(2) for suffix in ("png", "pdf")}
+        f"figures/grpo-0+1/overview_grpo-{seed}.{suffix}" for seed in range(2) for suffix in ("png", "pdf")}
     assert command(*folders, "--out", tmp_path / "figures") == 2
     assert "holds the study's figures; take another folder" in capsys.readouterr().err
 

@@ -5,7 +5,6 @@ import shutil
 import pytest
 import torch
 
-import tasks
 from model import Transformer
 from policy import Policy
 
@@ -36,18 +35,6 @@ def test_limits_that_are_not_given_come_from_the_context(base):
     for prompt, response in ((250, 8), (300, 0)):
         with pytest.raises(ValueError, match="context is 256"):
             policy.config.limits(prompt, response)
-
-
-def test_weights_saved_in_another_dtype_than_they_came_in_are_told(tmp_path, capsys):
-    came = tasks.base_model("arithmetic", tasks.BaseSettings(steps=1, hidden_size=32, layers=1), cache=tmp_path)
-    policy = opened(came)
-    policy.save(Transformer.from_pretrained(came, dtype=policy.dtype), tmp_path / "a")
-    assert "holds float32 weights" in (said := capsys.readouterr().out) and "bfloat16" in said
-    policy.save(Transformer.from_pretrained(came, dtype=policy.dtype), tmp_path / "a")  # best/ is written many times
-    assert capsys.readouterr().out == ""
-    policy = opened(tmp_path / "a")
-    policy.save(Transformer.from_pretrained(tmp_path / "a", dtype=policy.dtype), tmp_path / "b")
-    assert capsys.readouterr().out == ""
 
 
 def test_a_kill_while_a_policy_is_saved_leaves_the_one_before_it_whole(base, tmp_path, monkeypatch):

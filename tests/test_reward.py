@@ -1,3 +1,11 @@
+"""Finding answers, comparing them, and the processes that do it.
+
+answers.jsonl holds answers beside gold answers as a careful human grader judges them, without the question before him,
+from their meaning and not from what any program says of them: the gold answer is exact, so a rounded value is wrong; a
+form (reduced, factored) is not asked for; a unit that only one side gives is no mistake, one that differs is.
+"""
+
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -7,20 +15,34 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_equivalence import TABLE
 
-import equivalence
 import reward
 from data import load_problems
-from equivalence import ask_math_verify, equivalent
-from reward import STYLES, Grade, Grader, Problem, bad_golds, check_golds, extract, score
+from reward import (
+    STYLES,
+    Grade,
+    Grader,
+    Problem,
+    ask_math_verify,
+    bad_golds,
+    check_golds,
+    compare,
+    equivalent,
+    extract,
+    score,
+)
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
+ROWS = [json.loads(line) for line in open(Path(__file__).with_name("answers.jsonl"), encoding="utf-8")]
+
+
+# ---- extraction
 
 @pytest.mark.parametrize("response, answer", [
     (r"Answer: 1 #### 2 then 3, so \boxed{4}. Wait, 5.", "4"),
@@ -36,7 +58,7 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
     ("Answer: 1\n#### 2\nThe final answer is: **12**. I hope it is correct. 3", "12"),
     ("**Answer:** 13", "13"),
     ("ANSWER:\n 14 \n15", "14"),
-    ("the answer is 3.5.", "3.5."),
+    ("the answer is 3.5.", "3.5"),
     ("so 3 + 4 = 7\n#### 1,234\n", "1,234"),
     ("10 - 3 = 7", "7"),
     ("x=-5", "-5"),
@@ -51,9 +73,9 @@ def test_extraction_order(response, answer):
 
 
 @pytest.mark.parametrize("style, response, answer", [
-    ("gsm8k", "3 apples and 4\n#### 1,234 apples\nso 7", "1,234"),
+    ("gsm8k", "3 apples and 4\n#### 1,234 apples\nso 7", "1,234 apples"),
     ("gsm8k", r"\boxed{18}, since 9 eggs at $2", "18"),
-    ("gsm8k", r"$\boxed{\$3.50}$ for 2", "3.50"),
+    ("gsm8k", r"$\boxed{\$3.50}$ for 2", r"\$3.50"),
     ("gsm8k", r"\boxed{many} or 4 apples", "4"),
     ("gsm8k", "12*3=36", "36"),
     ("dapo", "Answer: 5\n" + "so on " * 20 + "\nAnswer: $\\frac{1}{2}$", r"$\frac{1}{2}$"),
@@ -68,6 +90,9 @@ def test_extraction_order(response, answer):
     ("choice", "Let us see.\n\nC", "C"),
     ("choice", "A proton decays.", None),
     ("choice", r"\boxed{12}", None),
+    ("choice", r"\boxed{A, B}", None),
+    ("choice", r"(A) or \boxed{\text{B or C}}", None),
+    ("choice", r"\boxed{\text{a neutron}}", None),
 ])
 def test_styles_look_where_they_say(style, response, answer):
     assert extract(response, style) == answer
@@ -85,15 +110,13 @@ def test_styles_look_where_they_say(style, response, answer):
     ("so 1.2e5 people", "1.2e5"), (r"so $1.2 \times 10^{5}$ of it", r"1.2 \times 10^{5}"), ("3*10^-4", "3*10^-4"),
     ("so 4e", "4"), ("12*10=120", "120"), ("is 2^{10}", "2^{10}"), ("is x^{10}", "10"),
     ("so 1\u202f234 m", "1\u202f234"), (r"so $1\,234$", r"1\,234"), (r"so $1{,}234.5$", r"1{,}234.5"), ("1~23", "23"),
-    ("so ١٢ of them", "12"), ("so １，２５０.", "1,250"), ("at 10:30 a.m.", "10:30 a.m"),
-    ("from 9:00 to 3:05 PM", "3:05 PM"), ("as 3:4", "4"),
-    ("so at 8 p.m.", "8 p.m"), ("at 11:59:30 pm", "11:59:30 pm"), ("it is 7 PMs", "7"), ("x = 7 a. m = 2", "2"),
+    ("so ١٢ of them", "١٢"), ("as 3:4", "4"), ("it is 7 PMs", "7"), ("x = 7 a. m = 2", "2"),
     ("so 3.2 × 10⁻⁷ m", "3.2 × 10⁻⁷"), ("so 10⁶ people", "10⁶"), ("12 cm²", "12"),
     (r"so $1.2 \cdot {10}^{5}$", r"1.2 \cdot {10}^{5}"), ("is 3·10^(-7)", "3·10^(-7)"),
-    (r"is $0.\overline{3}$", r"0.\overline{3}"), ("is 1\u2009234/5", "1\u2009234/5"),
+    ("is 1\u2009234/5", "1\u2009234/5"),
     ("so $1.5 million", "1.5 million"), ("so 2 1/2 million", "2 1/2 million"), ("3 millionaires", "3"),
     (r"is $\frac{-11}{2}$", r"\frac{-11}{2}"), (r"is $2\frac{ 1 }{ 2 }$", r"2\frac{ 1 }{ 2 }"),
-    ("5+24=29:29", "29"),  # without a.m. or p.m. it may be anything
+    ("5+24=29:29", "29"),
 ])
 def test_the_last_number_in_prose_is_read_whole(text, answer):
     assert extract(text, "math") == extract(text, "gsm8k") == answer
@@ -110,34 +133,49 @@ def test_a_mixed_number_is_right_in_every_style(style):
 
 @pytest.mark.parametrize("box, right, wrong", [
     (r"1{,}250", "1250", "250"), (r"\frac{11}{2}", "5.5", "2"), (r"\$18", "18", "81"),
-    (r"18 \text{ dollars}", "18", "8"), ("18 apples", "18", "1"), (r"\text{Total: } 18", "18", "8"),
-    (r"\text{He has } 18 \text{ eggs left}", "18", "19"), (r"18\%", "18", "81"), (r"5 \text{ million}", "5000000", "5"),
+    (r"18 \text{ dollars}", "18", "8"), ("18 apples", "18", "1"), 
+    (r"18 \text{ eggs left}", "18", "19"), (r"18\%", "18", "81"), (r"5 \text{ million}", "5000000", "5"),
     ("x=18", "18", "8"), ("9 + 9", "18", "9"), ("9 * 2 = 18", "18", "2"), ("18, 20", "20, 18", "20"),
     ("18x", "18x", "18"), ("half of 18", "half of 18", "18"), ("not 18", "not 18", "18"), ("3!", "6", "3"),
     ("- 18", "-18", "18"), (r"\sqrt{16}", "4", "16"), (r"1.2 \times 10^5", "120000", "5"),
     (r"2\frac{1}{2} \text{ cups}", "5/2", "2"), (r"\$1,250.50", "1250.5", "50"), ("**18**", "18", "8"),
-    ("18 (eggs)", "18", "8"), ("18 of 20", "18 of 20", "20"), ("10:30 a.m.", "10:30", "30"),
-    (r"\text{I have } 18", "18", "8"), ("Jack's age is 18", "18", "8"), ("twenty-half 18", "twenty-half 18", "18"),
+    ("18 of 20", "18 of 20", "20"), ("twenty-half 18", "twenty-half 18", "18"),
 ])
 def test_what_a_box_says_in_a_word_problem_counts_as_a_whole(box, right, wrong):
     for wrapping in (r"6 eggs, so $\boxed{%s}$ in 7 days", "6 eggs\n#### %s"):
         assert score(wrapping % box, right, "gsm8k") == 1.0 and score(wrapping % box, wrong, "gsm8k") == -1.0
 
 
+@pytest.mark.parametrize("response, gold, style", [
+    (r"<think>maybe \boxed{7}</think> The answer is 8.", "8", "math"), (r"<think>\boxed{7}</think>", "7", "math"),
+    (r"<think>\boxed{7}</think> So it makes 8.", "8", "math"),
+    (r"\boxed{3}. Wait. The answer is 5.", "5", "math"), (r"\boxed{3}. So the answer is correct.", "3", "math"),
+    ("The answer is **12**.", "12", "math"), ("Answer: **12**.", "12", "dapo"), ("Answer: `13`", "13", "dapo"),
+    ("The answer is indeed 12.", "12", "math"), ("The answer is 12, because 3*4=12.", "12", "math"),
+    ('The answer is "12".', "12", "math"), ("Answer： 12", "12", "math"), ("Answer： 12", "12", "dapo"),
+    ("The answer is:\n\n12\n", "12", "math"), ("### Final Answer\n\n**12**", "12", "math"),
+    ("**Answer**\n12 apples", "12", "math"), ("#### Step 2\nso \\boxed{18}", "18", "gsm8k"),
+    ("#### Step 2\nso 18", "18", "gsm8k"), ("#### **Part 1**\nso 18", "18", "math"), ("#### 18 apples", "18", "gsm8k"),
+    ("Answer: A) red", "A", "choice"), ("The answer is A because x", "A", "choice"),
+    (r"\boxed{C}. No: the answer is B, not C.", "B", "choice"),
+])
+def test_the_last_statement_counts_in_whatever_dress(response, gold, style):
+    assert score(response, gold, style) == 1.0 and score(response, "7.5", style) == -1.0
+
+
 @pytest.mark.parametrize("line, answer", [
     ("Mrs. Hilt", "Mrs. Hilt"), ("Mr. Smith. I hope so", "Mr. Smith"), ("Dr. Who", "Dr. Who"),
     ("St. Louis", "St. Louis"), ("Mr. and Mrs. Smith. They won.", "Mr. and Mrs. Smith"),
-    ("the U.S. team", "the U.S. team"), ("U.S. The rest", "U.S"), ("Washington D.C. is", "Washington D.C. is"),
+    ("the U.S. team", "the U.S. team"), ("Washington D.C. is", "Washington D.C. is"),
     ("10:30 a.m. on Monday", "10:30 a.m. on Monday"), ("5 p.m. I hope", "5 p.m"), ("J. Smith", "J. Smith"),
     ("J. K. Rowling. This is", "J. K. Rowling"), ("John F. Kennedy", "John F. Kennedy"), ("No. 5. So", "No. 5"),
     ("No. Because it is odd", "No"), ("No. It is not", "No"), ("Spain vs. France", "Spain vs. France"),
     ("fruit, e.g. apples", "fruit, e.g. apples"), ("5 ft. 3 in. The rest", "5 ft. 3 in"),
     ("12 min. Barbara ran", "12 min"), ("Jan. 5", "Jan. 5"), ("42. I hope this helps.", "42"), ("42. Mr. X", "42"),
-    ("3.14. So", "3.14"), ("x = 3. Check: 3", "x = 3"), ("B. Because x", "B"), ("B. because x", "B"),
-    ("B. The cat", "B"), ("D. 12", "D"), ("$P. Next", "$P"), ("5 cm. Then", "5 cm"),
+    ("3.14. So", "3.14"), ("x = 3. Check: 3", "x = 3"), ("$P. Next", "$P"), ("5 cm. Then", "5 cm"),
     ("E. coli", "E. coli"), ("3 lbs. 4 oz. The rest", "3 lbs. 4 oz"), ("No. Mr. Fox is wrong", "No"),
-    ("5th Ave. is longer", "5th Ave. is longer"), (r"\text{Dr. Lee}. He", r"\text{Dr. Lee}"), ("A. I think", "A"),
-    ("a Ph.D. student", "a Ph.D. student"), ("Main St. The other", "Main St"), ("Alice. Bob is", "Alice"),
+    ("5th Ave. is longer", "5th Ave. is longer"), (r"\text{Dr. Lee}. He", r"\text{Dr. Lee}"),
+    ("a Ph.D. student", "a Ph.D. student"), ("Alice. Bob is", "Alice"),
     ("U.S. Grant. He", "U.S. Grant"), ("Acme Corp. sold", "Acme Corp. sold"),
 ])
 def test_the_answer_line_ends_with_a_sentence_and_not_with_an_abbreviation(line, answer):
@@ -172,6 +210,231 @@ def test_extraction_is_linear_on_a_long_text(text):
     assert time.monotonic() - start < 5  # quadratic time would be hours
 
 
+# ---- comparison
+
+@pytest.mark.parametrize("kind", dict.fromkeys(row["kind"] for row in ROWS))
+def test_answers_are_judged_as_a_human_would(kind):
+    rows = [row for row in ROWS if row["kind"] == kind]
+    assert [row for row in rows if equivalent(row["answer"], row["gold"]) is not row["right"]] == []
+
+
+def test_without_the_library_the_verdict_is_right_or_open_and_most_are_decided():
+    verdicts = [compare(row["answer"], row["gold"]) for row in ROWS]
+    assert [row for row, verdict in zip(ROWS, verdicts, strict=True) if verdict not in (row["right"], None)] == []
+    assert sum(verdict is not None for verdict in verdicts) >= 0.6 * len(ROWS)  # of a table made to be hard
+
+
+def test_without_the_library_the_other_way_round_is_never_a_false_match():
+    assert [row for row in ROWS if not row["right"] and compare(row["gold"], row["answer"])] == []
+
+
+@pytest.mark.parametrize("gold", ["5", r"\emptyset", "None", "0", "no solution"])
+def test_no_answer_is_wrong(gold):
+    assert compare(None, gold) is False and compare("", gold) is False
+
+
+# ---- properties
+
+def fraction_forms(value: Fraction) -> list[str]:
+    """Ways to write a number, all exact."""
+    n, d = value.numerator, value.denominator
+    sign = "-" if n < 0 else ""
+    forms = [f"{n}/{d}", rf"\frac{{{n}}}{{{d}}}", rf"{sign}\dfrac{{{abs(n)}}}{{{d}}}", rf"\tfrac{{{3 * n}}}{{{3 * d}}}",
+             f"{2 * n}/{2 * d}", f"${n}/{d}$", rf"\frac{{{-n}}}{{{-d}}}"]
+    if d == 1:
+        forms += [str(n), f"{n}.0", f"{n}.", f"{n:,}", f"{n:,}".replace(",", "{,}"), f"x = {n}", rf"\boxed{{{n}}}"]
+    whole, rest = divmod(abs(n), d)
+    if whole and rest:
+        forms += [rf"{sign}{whole}\frac{{{rest}}}{{{d}}}", f"{sign}{whole} {rest}/{d}"]
+    if 10**6 % d == 0:
+        decimal = f"{abs(n) * 10**6 // d:07d}"
+        forms += [f"{sign}{decimal[:-6]}.{decimal[-6:]}", f"{sign}{decimal[:-6]}.{decimal[-6:]}000"]
+    return forms
+
+
+integers = st.integers(-(10**9), 10**9)
+rationals = st.builds(Fraction, st.integers(-3000, 3000), st.integers(1, 60) | st.sampled_from([100, 125, 1000]))
+SQUAREFREE = [2, 3, 5, 6, 7, 10, 11, 13, 15, 17, 19, 21, 23, 30, 42, 101]
+surds = st.tuples(st.integers(-50, 50).filter(bool), st.sampled_from(SQUAREFREE))
+numbers = st.one_of(
+    integers.map(str),
+    integers.map(lambda n: f"{n:,}"),
+    rationals.flatmap(lambda value: st.sampled_from(fraction_forms(value))),
+    st.decimals(-1000, 1000, places=4).map(str),
+    surds.map(lambda s: rf"{s[0]}\sqrt{{{s[1]}}}"),
+    st.integers(2, 40).map(lambda n: rf"\frac{{{n}\pi}}{{7}}"),
+    st.integers(1, 99).map(lambda n: f"{n}x^2-{n + 1}x"),
+)
+answers = st.one_of(
+    numbers,
+    st.lists(integers.map(str), min_size=2, max_size=4).map(lambda xs: f"({', '.join(xs)})"),
+    st.lists(numbers.filter(lambda t: "," not in t and "=" not in t), min_size=2, max_size=3).map(
+        lambda xs: f"({', '.join(xs)})"),
+    st.lists(integers.map(str), min_size=1, max_size=4).map(lambda xs: rf"\{{{', '.join(xs)}\}}"),
+    st.tuples(st.sampled_from("[("), st.integers(-99, 0), st.integers(1, 99), st.sampled_from(")]")).map(
+        lambda p: f"{p[0]}{p[1]}, {p[2]}{p[3]}"),
+    st.sampled_from(["A", "(B)", "even", r"\text{Monday}", r"\infty", r"\emptyset", "no solution", r"90^\circ"]),
+)
+DRESS = ["{}", " {} ", "${}$", r"\boxed{{{}}}", r"\({}\)", r"\,{}\!", r"\displaystyle {}", "{}\n"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(answers, st.sampled_from(DRESS))
+def test_an_answer_is_itself_in_any_dress(answer, dress):
+    assert equivalent(answer, answer)
+    assert equivalent(dress.format(answer), answer) and equivalent(answer, dress.format(answer))
+
+
+@settings(max_examples=300, deadline=None)
+@given(rationals, rationals, st.booleans(), st.data())
+def test_two_ways_to_write_numbers_are_compared_by_value(one, other, same, data):
+    other = one if same else other
+    a, g = data.draw(st.sampled_from(fraction_forms(one))), data.draw(st.sampled_from(fraction_forms(other)))
+    assert compare(a, g) is compare(g, a) is (one == other)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.one_of(integers.map(str), st.decimals(-1000, 1000, places=4).map(str)), st.data())
+def test_another_digit_is_wrong(number, data):
+    at = data.draw(st.sampled_from([i for i, c in enumerate(number) if c.isdigit()]))
+    digit = data.draw(st.sampled_from([d for d in "0123456789" if d != number[at]]))
+    changed = number[:at] + digit + number[at + 1 :]
+    assert compare(changed, number) is False and compare(number, changed) is False
+    assert equivalent(f"(1, {changed})", f"(1, {number})") is False
+    assert equivalent(rf"{changed}\text{{ cm}}", number) is False
+
+
+@settings(max_examples=150, deadline=None)
+@given(rationals.filter(bool), st.data())
+def test_another_sign_is_wrong(value, data):
+    a, g = (data.draw(st.sampled_from(fraction_forms(v))) for v in (-value, value))
+    assert compare(a, g) is compare(g, a) is False
+
+
+@settings(max_examples=40, deadline=None)
+@given(surds, surds)
+def test_surds_are_the_same_only_if_both_parts_are(one, other):
+    a, g = (rf"{n}\sqrt{{{r}}}" for n, r in (one, other))
+    assert equivalent(a, g) is (one == other)
+    assert equivalent(rf"-{a}".removeprefix("--"), a) is False
+    n, r = one
+    assert equivalent(rf"{'-' if n < 0 else ''}\sqrt{{{n * n * r}}}", a) is True
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(integers, min_size=2, max_size=5), st.randoms(use_true_random=False))
+def test_order_is_of_tuples_and_not_of_sets(values, random):
+    shuffled = random.sample(values, len(values))
+    inside, mixed = (", ".join(map(str, v)) for v in (values, shuffled))
+    assert compare(rf"\{{{mixed}\}}", rf"\{{{inside}\}}") is compare(mixed, inside) is True
+    assert compare(mixed, rf"\{{{inside}\}}") is compare(rf"\{{{mixed}\}}", inside) is True
+    assert compare(f"({mixed})", f"({inside})") is (values == shuffled)
+    assert compare(", ".join(map(str, values[:-1])), inside) is False
+
+
+FRAGMENTS = [
+    *r"\{}()[]^_,;. =%$/-+*!|'15xy0m&°√∞²−", "000", "cm", "per", " per ", " and ", " or ", "no", "word", "10^{", "e5",
+    r"\frac", r"\frac{1}{2}", r"\sqrt", r"\pm", r"\cup", r"\{", r"\}", r"\text{", r"\in ", r"\left(", r"\right]",
+    r"\overline{3}", r"\times", r"\,", r"^\circ", r"\boxed{", r"\log_2", r"\begin{pmatrix}", "\\\\",
+]
+noise = st.text(max_size=60) | st.lists(st.sampled_from(FRAGMENTS), max_size=25).map("".join)
+
+
+@settings(max_examples=500, deadline=None)
+@given(noise, noise | answers)
+def test_any_text_is_compared_quickly_and_without_an_error(answer, gold):
+    start = time.monotonic()
+    assert compare(answer, gold) in (True, False, None)
+    assert compare(answer, answer) is (answer.strip() != "" and reward.normalise(answer) != "")
+    assert time.monotonic() - start < 1
+
+
+SLOW = [
+    "{" * 512, "(" * 512, "()" * 256, "1," * 256, "1 " * 256, "a " * 256, "1" * 512, "1,111" * 100, "x=" * 256,
+    "$" * 512, "^" + " " * 500, r"\text{" * 80, r"\frac{" * 80, r"\frac" + " " * 500, r"\pm" * 170, r"\cup " * 100,
+    r"\{" * 256, "abc" + " -'" * 160, "5" + " / a" * 120 + "!", "5 a" + " per" * 120 + " !", "5 a" + " per" * 120,
+    "5 (" + "a" * 500, "(a" * 256, "5 (a" * 120, "5 [" + "a/" * 240 + "]", "1\u2009" * 250, "1.a" * 170, "⁴" * 512,
+    "x=" + "a" * 500, "10:30 " * 85, "½" * 40,
+    "−" * 512, "∘" * 512, "5" + " " * 500 + "!", "word " * 102, "9^{999}", "1e999", "999999999^{44}", "\\" * 512,
+    "5 cm" * 128, "5 mod" * 100, r"\log_" * 100, "5" * 600, "Ab-" * 170, ",".join("123456789" * 14),
+]
+
+
+@pytest.mark.parametrize("answer", SLOW, ids=range(len(SLOW)))
+def test_an_answer_made_to_be_slow_is_not(answer):
+    with time_limit(5):  # a pattern that backtracks takes for ever
+        for gold in ("5", r"\{1, 2\}", answer[:-1], answer[::-1]):
+            assert compare(answer, gold) in (True, False, None)
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int):
+    def late(*_):
+        raise TimeoutError(f"still at it after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@settings(max_examples=60, deadline=None)
+@given(answers, answers)
+def test_the_library_only_decides_what_was_left_open(answer, gold):
+    quick = compare(answer, gold)
+    assert quick is None or quick is compare(answer, gold, ask_math_verify)
+
+
+def test_a_failure_of_the_library_is_no_match_and_counted(monkeypatch):
+    """Nothing bounds what it raises; memory is another matter, after which the process is not to be trusted."""
+    import math_verify
+
+    def broken(*args, **kwargs):
+        raise errors.pop()
+
+    monkeypatch.setattr(reward, "failures", [])
+    monkeypatch.setattr(math_verify, "verify", broken)
+    errors = [AttributeError("no xreplace"), RecursionError(), KeyError("Ne")]
+    assert [equivalent(r"\sqrt{8}", r"2\sqrt{2}") for _ in range(3)] == [False] * 3
+    assert reward.failures == ["KeyError", "RecursionError", "AttributeError"]
+    errors.append(MemoryError())
+    with pytest.raises(MemoryError):
+        equivalent(r"\sqrt{8}", r"2\sqrt{2}")
+
+
+def test_a_list_is_right_though_the_library_fails_on_one_of_its_pairs(monkeypatch):
+    def ask(answer, gold):
+        if "5" in gold and "8" in answer:
+            reward.failures.append("TypeError")  # as sympy does
+            return False
+        return ask_math_verify(answer, gold)
+
+    monkeypatch.setattr(reward, "failures", [])
+    assert compare(r"\sqrt{8}, \sqrt{20}", r"2\sqrt{5}, 2\sqrt{2}", ask)
+
+
+@pytest.mark.parametrize("zero", "٠०０𝟎")  # Arabic, Devanagari, full width, bold
+@settings(max_examples=20, deadline=None)
+@given(integers, integers)
+def test_digits_of_any_script_are_digits(zero, one, other):
+    def write(n):
+        return str(n).translate({ord("0") + i: chr(ord(zero) + i) for i in range(10)})
+
+    assert compare(write(one), str(other)) is compare(str(other), write(one)) is (one == other)
+
+
+@pytest.mark.parametrize("gap", [*"\u2009\u202f\u00a0~", r"\,", r"\;", r"\ ", r"\:", ",", "{,}", r",\!"])
+@settings(max_examples=20, deadline=None)
+@given(integers, integers, st.booleans())
+def test_any_gap_groups_thousands(gap, one, other, same):
+    other = one if same else other
+    written = f"{one:,}".replace(",", gap)
+    assert compare(written, str(other)) is compare(str(other), written) is (one == other)
+
+
 def test_hostile_answers_are_graded_and_hurt_nobody(tmp_path):
     deep = r"\frac{" * 60 + "1" + "}{1}" * 60
     answers = [deep, "\0", "\ud800", "(" * 200, r"\boxed{" * 60, "$" * 500, r"\operatorname{zeros}(99999,99999)"]
@@ -199,9 +462,6 @@ def test_nothing_in_an_answer_is_run(payload, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sympy.core.evalf, "lambdify", lambdify)
     assert not ask_math_verify(payload, r"2.5\pi") and not equivalent(payload, r"2.5\pi")
-    parse, verify = equivalence._math_verify()
-    with equivalence._no_code():  # without our comparison of numbers, which does not go that way
-        assert not verify(parse(r"\boxed{2.5\pi}"), parse(rf"\boxed{{{payload}}}"))
     assert bool(tried) == ("sum" in payload)  # the danger is real
     assert not made and not list(tmp_path.iterdir())
 
@@ -209,13 +469,15 @@ def test_nothing_in_an_answer_is_run(payload, tmp_path, monkeypatch):
 def test_code_cannot_pass_the_two_doors_of_sympy():
     import sympy
 
-    with equivalence._no_code():
+    with reward._no_code():
         assert sympy.Number("8") == 8
         for door in (lambda: sympy.sympify("x + 1"), lambda: sympy.lambdify(sympy.Symbol("x"), 1)):
             with pytest.raises(NotImplementedError, match="answer is data"):
                 door()
     assert sympy.lambdify([], sympy.sympify("1 + 1"))() == 2  # opened again
 
+
+# ---- the grader
 
 def problems_of(golds, style="math"):
     return [Problem(str(i), "?", gold, style) for i, gold in enumerate(golds)]
@@ -274,29 +536,28 @@ def test_a_killed_worker_loses_no_response(monkeypatch):
         responses = [rf"\boxed{{\sqrt{{{4 * i}}}}}" for i in range(2, 30)]
         golds = [rf"2\sqrt{{{i}}}" for i in range(2, 30)]
         scores(grader, responses[:2], golds[:2])
-        assign, killed = grader._assign, []
+        ask, killed = reward._Worker.ask, []
 
-        def kill_once(queue):
-            assign(queue)
-            busy = [w for w in grader._workers if w.jobs and w.ready]
-            if len(killed) < 1 and busy:
-                killed.append(os.kill(busy[0].process.pid, signal.SIGKILL))
+        def kill_once(self, job, seconds):
+            if not killed:
+                killed.append(os.kill(self.process.pid, signal.SIGKILL))
+            return ask(self, job, seconds)
 
-        monkeypatch.setattr(grader, "_assign", kill_once)
+        monkeypatch.setattr(reward._Worker, "ask", kill_once)
         assert scores(grader, responses, golds) == ([1.0] * len(golds), 0)
         assert killed
 
 
 def test_an_answer_that_kills_two_workers_is_a_time_out(grader, monkeypatch):
-    receive = reward._Worker.receive
+    ask = reward._Worker.ask
 
-    def die_of_it(self, *args):
-        if "\\beta" in self.jobs[0][0] and self.ready:
-            raise EOFError
-        receive(self, *args)
+    def die_of_it(self, job, seconds):
+        if job and "\\sqrt{13}" in job[0]:
+            self.process.kill()
+        return ask(self, job, seconds)
 
-    monkeypatch.setattr(reward._Worker, "receive", die_of_it)
-    assert scores(grader, [r"\boxed{\beta}", r"\boxed{\sqrt{12}}"], [r"\alpha", r"2\sqrt{3}"]) == ([-1.0, 1.0], 1)
+    monkeypatch.setattr(reward._Worker, "ask", die_of_it)
+    assert scores(grader, [r"\boxed{\sqrt{13}}", r"\boxed{\sqrt{12}}"], [r"\pi", r"2\sqrt{3}"]) == ([-1.0, 1.0], 1)
 
 
 FAILS = r"\boxed{i < 1}", r"(0,1) \cup (2,3)"  # sympy: TypeError, invalid comparison of non-real I
@@ -322,11 +583,9 @@ def test_a_response_that_was_cut_is_wrong_whatever_it_says(grader):
 
 
 def test_equal_pairs_are_asked_once(grader, monkeypatch):
-    asked = []
-    give = reward._Worker.give
-    monkeypatch.setattr(reward._Worker, "give", lambda self, jobs, t: (asked.extend(jobs), give(self, jobs, t)))
-    for _ in range(2):
-        assert scores(grader, [r"\boxed{\sqrt{20}}"] * 3, [r"2\sqrt{5}"] * 3) == ([1.0] * 3, 0)
+    asked, ask = [], reward._Worker.ask
+    monkeypatch.setattr(reward._Worker, "ask", lambda self, job, t: (asked.append(job), ask(self, job, t))[1])
+    assert scores(grader, [r"\boxed{\sqrt{20}}"] * 3, [r"2\sqrt{5}"] * 3) == ([1.0] * 3, 0)
     assert len(asked) == 1
 
 
@@ -349,8 +608,8 @@ def write_reward(path, body: str, head: str = "") -> str:
     ("none.py:score", None, r"cannot read .*none.py: .*No such file"),
     ("r.txt:score", "", r"must be FILE.py:FUNCTION, got '.*r.txt:score'"),
     ("r.py", None, "must be FILE.py:FUNCTION"), ("r.py:", "", "must be FILE.py:FUNCTION"),
-    ("r.py:score", "", r"there is no score in .*r.py"),
-    ("r.py:score", "score = 3", r"score in .*r.py is no function but 3"),
+    ("r.py:score", "", r"there is no function score in .*r.py"),
+    ("r.py:score", "score = 3", r"there is no function score in .*r.py"),
     ("r.py:score", "def score(:", r"r.py does not run: SyntaxError: .*line 1"),
     ("r.py:score", "import no_such_module", r"r.py does not run: ModuleNotFoundError: .*no_such_module"),
     ("r.py:score", b"\xff", r"cannot read .*r.py: 'utf-8' codec"),
@@ -450,6 +709,13 @@ def test_a_reward_that_kills_its_worker_twice_is_given_up(tmp_path):
     assert grades == [Grade(-1.0, None, timed_out=True), Grade(1.0, None)]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="bounds memory by RLIMIT_AS")
+def test_a_worker_s_memory_is_bounded(tmp_path):
+    spec = write_reward(tmp_path / "r.py", "return len(bytearray(8 << 30 if response == 'much' else 1)) > 0")
+    with Grader(workers=1, timeout=20, reward=spec) as grader:
+        assert [g.timed_out for g in grader.grade(["much", "little"], problems_of("12"))] == [True, False]
+
+
 # ---- golds
 
 SENTENCE = "We add the two numbers: 5 + 9 = 14. So Ann has 14 apples in total."
@@ -474,9 +740,9 @@ def test_a_gold_is_bad_if_no_response_or_only_a_literal_copy_is_right(grader, st
 
 
 def test_no_gold_that_people_took_for_an_answer_is_bad(grader):
-    pairs = [pair for right, _ in TABLE.values() for pair in right]
-    assert len(pairs) > 400
-    assert not bad_golds(problems_of([text for pair in pairs for text in pair]), grader)
+    golds = [text for row in ROWS if row["right"] for text in (row["answer"], row["gold"])]
+    assert len(golds) > 800
+    assert not bad_golds(problems_of(golds), grader)
 
 
 @pytest.mark.skipif(not DATA.exists(), reason=f"no {DATA.name}/ of word problems beside the checkout")

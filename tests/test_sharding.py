@@ -16,7 +16,7 @@ from test_train import ROOT, flags
 CASES = {
     "surrogate": dict(mode="both", adversary="paper", microbatch_tokens=300),
     "reward": dict(mode="both", kl_beta=0.1, gradient_checkpointing=0.5, microbatch_tokens=150, learning_rate=1e-4),
-    "slow": dict(mode="grpo", learning_rate=1e-6, weight_decay=0.0),
+    "slow": dict(mode="grpo", learning_rate=1e-6),
     "few": dict(mode="prompt", prompts_per_step=4, rollouts_per_prompt=2, minibatch_prompts=1),
 }
 
@@ -26,7 +26,7 @@ def steps(base: Path, out: Path, processes: int, nodes: int = 1, how: str = "usu
     """What tests/sharded_steps.py found of the cases on so many processes."""
     words = []
     for case in cases:
-        options = CASES[case] | {"dtype": dtype, "engine": "torch", "eval_first": "false"}
+        options = CASES[case] | {"dtype": dtype, "engine": "torch"}
         words += ["+"] * bool(words) + [case, *flags(base, out / "run", **options)]
     with socket.socket() as s:
         s.bind(("localhost", 0))
@@ -57,8 +57,8 @@ def test_sharded_training_equals_that_of_one_process(base, alone, tmp_path, proc
     found = steps(base, tmp_path, processes, nodes, how)
     for case, one in alone.items():
         many = found[case]
-        assert min(one["grad_norm"]) > 0 and len(many["tokens"][0]) == processes
-        assert [sum(t) for t in many["tokens"]] == [sum(t) for t in one["tokens"]]
+        assert min(one["grad_norm"]) > 0 and len(many["rollouts"][0]) == processes
+        assert [sum(n) for n in many["rollouts"]] == [sum(n) for n in one["rollouts"]]
         for key in ("loss", "grad_norm", "kl"):
             assert many[key] == pytest.approx(one[key], rel=2e-4, abs=1e-6), (case, key)
         assert (many["masters"] - one["masters"]).abs().max() < 2e-4  # of steps of 1e-3; Adam divides small by small
@@ -68,7 +68,7 @@ def test_sharded_training_equals_that_of_one_process(base, alone, tmp_path, proc
                 torch.testing.assert_close(many["adversaries"][name], value, rtol=0, atol=1e-6, equal_nan=True)
         else:
             assert many["hash"] == one["hash"], case
-    assert any(min(t) == 0 for t in found["few"]["tokens"]) == (processes == 4)  # a rank without work
+    assert any(min(n) == 0 for n in found["few"]["rollouts"]) == (processes == 4)  # a rank without work
 
 
 def test_bf16_runs_have_float32_masters_which_learn_where_bf16_alone_stands_still(base, tmp_path):

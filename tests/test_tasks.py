@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import tasks
-from config import PRESETS, RATES
-from data import BUILT_IN, encode_prompts
+from config import PRESETS
+from data import BUILT_IN
 from reward import score
 from study.rows import BOTH_TASKS
 from tasks import TASKS, BaseSettings
@@ -189,24 +189,31 @@ def test_a_base_learns_from_no_problem_of_any_split(task, monkeypatch):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_character_is_a_token_and_an_unknown_one_is_named(task):
+def test_every_character_is_a_token(task):
     tokenizer, text = tasks.tokenizer(task), TASKS[task].characters
     text += "".join(k.sign + k.mark for k in TASKS[task].kinds.values())
     assert len(set(text)) == len(text) == len(TASKS[task].characters) + 20
     assert len(tokenizer.encode(text)) == len(text) and tokenizer.decode(tokenizer.encode(text)) == text
-    problem = tasks.Problem("strange", "1?2=", "1")
-    with pytest.raises(ValueError, match=r"problem strange: the tokenizer does not know \['\?'\]"):
-        encode_prompts([problem], tokenizer, suffix="", chat_template="never", max_tokens=32)
 
 
-def test_every_place_that_lists_the_built_in_tasks_lists_them_all():
-    assert tuple(tasks.TASKS) == BUILT_IN == BOTH_TASKS == tuple(RATES)
+def test_config_and_the_study_know_the_tasks_that_there_are():
+    assert tuple(tasks.TASKS) == BUILT_IN == BOTH_TASKS and PRESETS.keys() >= tasks.TASKS.keys()
+
+
+def test_committed_bases_are_found_and_the_numbers_of_a_model_known_without_training_or_the_network(base, monkeypatch):
+    monkeypatch.setattr(tasks, "_train_base", None)
+    for task in TASKS:
+        assert all(tasks.model_folder(f"{task}:{number}").parent.name == "bases" for number in range(8))
+        assert tasks.model_config(f"{task}:99").hidden_size == BaseSettings().hidden_size
+    assert tasks.model_config(str(base)).hidden_size == 64 and tasks.model_folder(str(base)) == base
+    with pytest.raises(ValueError, match="--plan asks no hub and does not know 'owner/name@main'"):
+        tasks.model_config("owner/name@main")
 
 
 # ---- the bases
 
 def test_a_base_goes_by_its_number_and_is_taken_from_bases_before_any_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "__file__", str(tmp_path / "tasks.py"))
+    monkeypatch.setattr(tasks, "__file__", str(tmp_path / "__init__.py"))
     first, third = (tasks.base_model(name, SMALL) for name in ("arithmetic", "arithmetic:3"))
     assert first.parent == third.parent == tmp_path / "cache" and first.name.startswith("arithmetic-0-")
     assert third.name.startswith("arithmetic-3-")

@@ -83,13 +83,10 @@ def test_a_disk_that_does_not_answer_costs_the_file_and_not_the_end(tmp_path):
     assert status == 1 and " in work\n" in output
 
 
-def test_a_rank_may_wait_as_long_as_another_one_moves(tmp_path):
-    status, output, _ = meeting(tmp_path, "for _ in range(12): time.sleep(0.5); progress()", 2)
-    assert status == 0 and not (tmp_path / "run").exists(), output
-
-
-def test_0_seconds_are_no_limit(tmp_path):
-    status, output, _ = meeting(tmp_path, "time.sleep(3)", 0)
+@pytest.mark.parametrize("body, seconds", [
+    ("for _ in range(12): time.sleep(0.5); progress()", 2), ("time.sleep(3)", 0)], ids=["", "0 seconds are no limit"])
+def test_a_rank_may_wait_as_long_as_another_one_moves(tmp_path, body, seconds):
+    status, output, _ = meeting(tmp_path, body, seconds)
     assert status == 0 and not (tmp_path / "run").exists(), output
 
 
@@ -115,7 +112,7 @@ def test_a_killed_rank_ends_one_that_hears_nothing_of_it_within_the_limit(tmp_pa
 def training(base: Path, out: Path, *extra) -> subprocess.Popen:
     sums = base.parent / "sums.jsonl"
     values = {"model": base, "out_dir": out, "engine": "torch", "prompts_per_step": 24, "minibatch_prompts": 12,
-              "train_problems": 72, "eval_problems": 6, "train_data": sums, "eval_data": sums, "eval_first": "false",
+              "train_problems": 72, "eval_problems": 6, "train_data": sums, "eval_data": sums, "eval_every": 0,
               "max_response_tokens": 8, "save_every": 0, "steps": 500}
     return start(["train.py", "--preset", "arithmetic", *(x for k, v in values.items() for x in (f"--{k}", v)), *extra])
 
@@ -126,22 +123,22 @@ def test_a_run_that_hangs_in_a_phase_ends_and_says_which(base, tmp_path):
     reward.write_text("import os, time\n\ndef slow(response, problem):\n"
                       "    return time.sleep(600 * int(os.environ['RANK'])) or 1.0\n")
     process = training(base, tmp_path / "run", "--reward", f"{reward}:slow", "--grader_timeout", 600,
-                       "--stall_seconds", 4)
+                       "--stall_seconds", 8)
     output, _ = process.communicate(timeout=100)
     assert process.returncode != 0, output
     waiting, hung = ((tmp_path / "run" / f"stall-rank{rank}.txt").read_text() for rank in (0, 1))
-    assert "phase exchange, step 0\n" in waiting and " in from_all\n" in waiting
-    assert "phase reward, step 0\n" in hung and " in _grade\n" in hung and "merge" not in hung
+    assert "phase exchange, step 0\n" in waiting and " in exchange\n" in waiting
+    assert "phase reward, step 0\n" in hung and "reward.py" in hung and "merge" not in hung
 
 
 def test_an_evaluation_that_hangs_ends_too_and_says_how_it_goes_on(base, tmp_path):
     (tmp_path / "slow.py").write_text("import time\n\ndef slow(response, problem):\n    return time.sleep(600)\n")
-    process = start(["eval.py", "--model", base, "--benchmarks", "arithmetic", "--problems", 4, "--k", 1, "--out",
+    process = start(["eval.py", "--model", base, "--benchmarks", "arithmetic", "--problems", 4, "--out",
                      tmp_path / "out", "--reward", f"{tmp_path}/slow.py:slow", "--grader_timeout", 600, "--engine",
                      "torch", "--max_response_tokens", 8, "--stall_seconds", 2], processes=1)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 1 and "The same command goes on where it was" in output, output
-    assert " in _grade\n" in (tmp_path / "out" / "stall-rank0.txt").read_text()
+    assert "reward.py" in (tmp_path / "out" / "stall-rank0.txt").read_text()
 
 
 def test_sigterm_to_the_launcher_ends_both_ranks_after_the_step_with_a_checkpoint(base, tmp_path):
