@@ -25,7 +25,7 @@ from model import Transformer
 from ranks import Ranks, RunError, deal_rows
 from rollout import Batch
 from runfolder import RunFolder, Tracker, environment, scalars, write_json
-from train import Step, StopSignal, Trainer, nothing_to_learn, pack, set_up
+from train import Step, Trainer, nothing_to_learn, pack, set_up, stop_signal
 
 ROOT = Path(__file__).parents[1]
 
@@ -181,7 +181,7 @@ def test_a_rule_multiplies_clipped_advantages_and_the_adversary_sees_it(base, tm
     rng, trainer, P = np.random.default_rng(0), trainer_of(base, tmp_path, rule=rule, kl_beta=0.5), 24
     ids = [p.id for p in trainer.problems[:P]]
     trainer.bins.update(ids[1:4], [4, 1, 0], [4] * 3)
-    s = Step(number=0, ids_P=ids, seconds={}, grad_norm=1.0)
+    s = Step(number=0, ids_P=ids, grad_norm=1.0)
     trainer.decide(s)
     assert s.estimate_P[:5].tolist() == [0.5, 1, 0.25, 0, 0.5]  # unseen ones are 0.5
     s.n_P = rng.integers(2, 13, P)
@@ -387,9 +387,9 @@ def test_a_stop_signal_finishes_the_step_and_saves(base, tmp_path, number):
 
 
 def test_a_second_ctrl_c_stops_at_once(capsys):
-    stop = StopSignal()
+    asked = stop_signal()
     signal.raise_signal(signal.SIGINT)
-    assert stop.asked and "stopping after this step" in capsys.readouterr().out
+    assert asked() and "stopping after this step" in capsys.readouterr().out
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
 
@@ -554,8 +554,8 @@ def test_a_log_prob_that_is_no_number_ends_the_run_before_the_weights_are_touche
     trainer = trainer_of(base, tmp_path, minibatch_prompts=24)
     draw, behaviour = trainer.draw, trainer.behaviour
 
-    def broken_draw(s, *rest):
-        draw(s, *rest)
+    def broken_draw(s):
+        draw(s)
         s.part.rollouts[0].logprobs[-1] = np.nan
 
     def broken_behaviour(s):
@@ -587,14 +587,11 @@ def test_a_run_that_cannot_learn_says_where_to_look(base, tmp_path, capsys):
     hopeless = tmp_path / "hopeless.jsonl"
     hopeless.write_text("".join(json.dumps({"question": f"{a}s1=", "answer": "none"}) + "\n" for a in range(30)))
     assert main(base, tmp_path / "a", steps=4, train_data=hopeless, train_problems=0) == 0
-    output = capsys.readouterr().out
-    assert output.count("WARNING: so far all rollouts of a prompt scored alike (0% of") == 1
-    assert "--answer_style" in output
+    assert capsys.readouterr().out.count("WARNING: so far all rollouts of a prompt scored alike (0% of") == 1
     assert main(base, tmp_path / "b", steps=4, max_response_tokens=1, stop_tokens="Q") == 0
-    output = capsys.readouterr().out
-    assert output.count("WARNING: every response so far was cut at 1 tokens") == 1 and "--stop_tokens" in output
+    assert capsys.readouterr().out.count("WARNING: every response so far was cut") == 1
     lines = [{"truncated_frac": 1.0, "zero_std_frac": 1.0, "solved_frac": 0.0}] * 2
-    assert nothing_to_learn([*lines, {**lines[0], "truncated_frac": 0.9, "zero_std_frac": 0.9}], Config()) is None
+    assert nothing_to_learn([*lines, {**lines[0], "truncated_frac": 0.9, "zero_std_frac": 0.9}]) is None
 
 
 # ---- what is asked for
