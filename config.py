@@ -79,8 +79,8 @@ class Config:
     eps_high: float = arg(0.28, "upper clip of the ratio", low=0)
     rule: str = arg("grpo", "what multiplies a prompt's advantages for its own successes, beside the adversary's "
                             "weight: grpo = 1; dr_grpo, maxrl, tilt: gdro.py", tuple(RULES))
-    averaging: str = arg("prompt", "what weighs 1 in the loss: prompt = (7), its rollouts 1/n; rollout; token = DAPO",
-                         ("prompt", "rollout", "token"))
+    averaging: str = arg("prompt", "what weighs 1 in the loss: prompt = (7), its rollouts 1/n; or every rollout",
+                         ("prompt", "rollout"))
 
     bin_edges: str = arg("0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", "inner edges of the bins",
                          heading="difficulty bins, (10)-(11)")
@@ -210,6 +210,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Command]:
     for name, why in idle_settings(cfg).items():
         if name in given:
             say(f"WARNING: --{name} has no effect {why}")
+    if cfg.reward and cfg.rule in ("dr_grpo", "maxrl"):
+        say(f"WARNING: --rule {cfg.rule} is for rewards of two values: prompts whose rollouts are all above 0, or none, "
+            "teach nothing, however --reward grades them")
     if cfg.mode in ("rollout", "both") and cfg.rollouts_per_prompt in (cfg.n_min, cfg.n_max):
         say(f"WARNING: a mean of {cfg.rollouts_per_prompt} rollouts from --n_min {cfg.n_min} to --n_max {cfg.n_max} "
             "leaves Rollout-GDRO no choice: every prompt gets as many")
@@ -334,3 +337,6 @@ def check(cfg: Config, needed: tuple[str, ...] = ("model", "train_data")) -> Non
         raise ValueError(f"--allocation weights draws {cfg.rollouts_per_prompt} rollouts of every prompt, so it shows "
                          "no other arm and moves no price: take a --rollout_utility that is known for every arm "
                          f"({known}) and --rollout_budget exact or spread")
+    if cfg.allocation == "weights" and cfg.averaging == "prompt":
+        raise ValueError("--allocation weights stands for rollouts that weigh alike, --averaging rollout: with prompt a "
+                         "prompt weighs 1 however many rollouts it has")

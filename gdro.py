@@ -101,7 +101,7 @@ class DifficultyBins:
 
 
 # What l(x) is in (8), the loss whose bin means the adversaries see: signal(loss_P, reward_P, n_P) -> (P,), with loss_P
-# (7), minus the surrogate of unweighted advantages, and reward_P the mean +-1 reward of a prompt's n_P rollouts.
+# that of (7), KL included and without the adversary's weight, and reward_P the mean +-1 reward of n_P rollouts.
 SIGNALS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
     "surrogate": lambda loss_P, reward_P, n_P: loss_P,  # (5)-(7): zero at ratio 1, advantages being centred
     "reward": lambda loss_P, reward_P, n_P: -reward_P,  # appendix B, footnote: L_b = -E[reward]
@@ -140,8 +140,8 @@ class PromptGDRO:
 
     eta, beta:       eta_q of (14), EMA rate of (12).
     share_normalize: divide a bin's loss by max(q_hat(b), SHARE_FLOOR), as the paper's experiments do (13).
-    mean_one:        weigh prompts by q(b), (15), rescaled to mean 1 over the batch, as the official code does, instead
-                     of by omega(b), (16). The overall step size then does not depend on the scores.
+    mean_one:        weigh prompts by q(b), (15), rescaled to mean 1 over the batch, then capped (the official code
+                     does both the other way round), instead of by omega(b), (16). Steps are then as large as GRPO's.
     """
 
     GAMMA = 0.01  # uniform mixing of (15)
@@ -226,7 +226,7 @@ def expected_gain(arms_K: np.ndarray, rate_B: np.ndarray, k: int = 8) -> np.ndar
 
 
 def rank_value(arms_K: np.ndarray, rate_B: np.ndarray, n_bar: float) -> np.ndarray:
-    """-(n - n_rank)^2, (B, K): a rival rule (E3). n_rank = n_min + 2 (n_bar - n_min) rank, with ranks from 0 for the
+    """-(n - n_rank)^2, (B, K): E3's rule (arXiv 2505.18573). n_rank = n_min + 2 (n_bar - n_min) rank, with ranks from 0 for the
     easiest bin of the step to 1 for the hardest."""
     seen = np.isfinite(rate_B)
     rank_B = np.full(len(rate_B), np.nan)
@@ -421,7 +421,8 @@ class JointChoice:
 #
 # What a prompt's advantages are multiplied by for its own successes, whatever the adversaries do. With rewards of two
 # values every centred advantage is f(c, n) times GRPO's standardised one, where c of a prompt's n rollouts are right;
-# so one factor a prompt holds them all. Where all or none are right the advantages are 0 anyway.
+# so one factor a prompt holds them all. Where all or none are right it is 0, as the advantages then are; but graded
+# rewards, of more than two values, lose what they would teach there.
 
 TILT = 4.0  # the exponent that Prompt-GDRO's weights have with the signal `reward` and eta_q = 2
 

@@ -2,7 +2,7 @@
 
 `Trainer.step` is the algorithm, and the methods below it stand in the order in which it calls them. GRPO, Prompt-GDRO,
 Rollout-GDRO and both together are one path: in mode "grpo" every prompt's weight is 1 and every prompt's number of
-rollouts is n_bar. Apart from the policy and its optimiser, state changes only at the end of a step, in `learn`.
+rollouts is n_bar. Apart from the policy, its optimiser and the engine's copy, state changes only in `learn`, at the end.
 
 With torchrun every rank knows the whole batch and holds a shard of the model (ranks.py); work (prompts to sample,
 rollouts to train on) is dealt out by tokens, and results meet as sums of arrays in which each rank filled its own
@@ -261,13 +261,13 @@ class Trainer:
                  prompts=[self.prompts[i] for i in index_P], ids_P=[self.problems[i].id for i in index_P],
                  sampling=Sampling(self.cfg.max_response_tokens, self.cfg.temperature, stop_ids=self.policy.stop_ids))
         for phase, method in (
-                ("adversary", self.decide),  # bins, weights, rollout counts: (10)-(11), (14)-(16), (19)
+                ("adversary", self.decide),  # bins, weights, rollout counts: (10)-(11), (14)-(16), (19)-(20)
                 ("generate", self.draw), ("reward", self.grade), ("exchange", self.exchange),
                 ("advantage", self.advantages),  # (3)
                 ("logprob", self.behaviour),  # what (4) and (6) compare with
                 ("update", self.update),  # (4)-(7), with the weight of (16)
                 ("sync", self.sync),
-                ("adversary", self.learn)):  # (10)-(13), (17)-(18), (20)-(21)
+                ("adversary", self.learn)):  # (10)-(13), (17)-(18), (21)
             progress(phase)
             start = time.perf_counter()
             method(s)
@@ -319,6 +319,7 @@ class Trainer:
 
     def advantages(self, s: Step) -> None:
         """(3), times the rule's factor."""
+        # what the rule multiplies a prompt's advantages by, for its own successes
         s.factor_P = RULES[self.cfg.rule](s.correct_P, s.n_P, s.estimate_P)
         offsets_P = np.concatenate(([0], s.n_P.cumsum()))
         advantage, constant = group_advantage(
@@ -363,7 +364,6 @@ class Trainer:
         weight_R = s.weight_P[batch.owner]
         s.surrogate_R, s.kl_R = np.zeros(len(weight_R)), np.zeros(len(weight_R))  # 0 of what is left out
         losses, norms, clipped, active = [], [], 0, 0
-        self.model.train()
         for start in range(0, P, cfg.minibatch_prompts):
             prompts = np.arange(start, min(start + cfg.minibatch_prompts, P))
             token_weight_R, loss_sum = token_weights(cfg.averaging, batch, s.n_P, prompts), 0.0
@@ -412,7 +412,7 @@ class Trainer:
         """The one place where adversaries and bins change; the same on every rank, which is checked."""
         P = len(s.n_P)
         s.loss_P = means_by(s.batch.owner, self.cfg.kl_beta * s.kl_R - s.surrogate_R, P)  # (6)-(7)
-        s.reward_P = means_by(s.batch.owner, s.reward_R, P)
+        s.reward_P = means_by(s.batch.owner, s.reward_R, P)  # the mean of a prompt's rollouts
         s.signals = {name: signal(s.loss_P, s.reward_P, s.n_P) for name, signal in SIGNALS.items()}
         self.prompt_gdro.update(s.bin_P, s.signals[self.cfg.prompt_signal])
         self.rollout_gdro.update(s.bin_P, s.n_P, s.loss_P, s.correct_P)

@@ -1,4 +1,4 @@
-"""GRPO's advantage (3) for rollout groups of any sizes, with the adversary's weight (16) on top.
+"""GRPO's advantage (3) for rollout groups of any sizes, with a weight for each on top: in training that of the rule.
 
     A[i, j] = clip((r[i, j] - mean_i) / (std_i + eps), -clip, clip) * weight[i]
 
