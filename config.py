@@ -211,8 +211,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Command]:
         if name in given:
             say(f"WARNING: --{name} has no effect {why}")
     if cfg.reward and cfg.rule in ("dr_grpo", "maxrl"):
-        say(f"WARNING: --rule {cfg.rule} is for rewards of two values: prompts whose rollouts are all above 0, or none, "
-            "teach nothing, however --reward grades them")
+        say(f"WARNING: --rule {cfg.rule} is for rewards of two values: a prompt whose rollouts are all above 0, or none "
+            "of them, teaches nothing, however --reward grades them")
     if cfg.mode in ("rollout", "both") and cfg.rollouts_per_prompt in (cfg.n_min, cfg.n_max):
         say(f"WARNING: a mean of {cfg.rollouts_per_prompt} rollouts from --n_min {cfg.n_min} to --n_max {cfg.n_max} "
             "leaves Rollout-GDRO no choice: every prompt gets as many")
@@ -338,5 +338,5 @@ def check(cfg: Config, needed: tuple[str, ...] = ("model", "train_data")) -> Non
                          "no other arm and moves no price: take a --rollout_utility that is known for every arm "
                          f"({known}) and --rollout_budget exact or spread")
     if cfg.allocation == "weights" and cfg.averaging == "prompt":
-        raise ValueError("--allocation weights stands for rollouts that weigh alike, --averaging rollout: with prompt a "
-                         "prompt weighs 1 however many rollouts it has")
+        raise ValueError("--allocation weights stands for rollouts that weigh alike, --averaging rollout: with prompt "
+                         "a prompt weighs 1 however many rollouts it has")

@@ -226,8 +226,8 @@ def expected_gain(arms_K: np.ndarray, rate_B: np.ndarray, k: int = 8) -> np.ndar
 
 
 def rank_value(arms_K: np.ndarray, rate_B: np.ndarray, n_bar: float) -> np.ndarray:
-    """-(n - n_rank)^2, (B, K): E3's rule (arXiv 2505.18573). n_rank = n_min + 2 (n_bar - n_min) rank, with ranks from 0 for the
-    easiest bin of the step to 1 for the hardest."""
+    """-(n - n_rank)^2, (B, K): E3's rule (arXiv 2505.18573). n_rank = n_min + 2 (n_bar - n_min) rank, with ranks from
+    0 for the easiest bin of the step to 1 for the hardest."""
     seen = np.isfinite(rate_B)
     rank_B = np.full(len(rate_B), np.nan)
     rank_B[seen] = np.argsort(np.argsort(-rate_B[seen], kind="stable")) / max(seen.sum() - 1, 1)

@@ -2,7 +2,7 @@
 
 `Trainer.step` is the algorithm, and the methods below it stand in the order in which it calls them. GRPO, Prompt-GDRO,
 Rollout-GDRO and both together are one path: in mode "grpo" every prompt's weight is 1 and every prompt's number of
-rollouts is n_bar. Apart from the policy, its optimiser and the engine's copy, state changes only in `learn`, at the end.
+rollouts is n_bar. Apart from the policy, its optimiser and the engine's copy, state changes in `learn`, at the end.
 
 With torchrun every rank knows the whole batch and holds a shard of the model (ranks.py); work (prompts to sample,
 rollouts to train on) is dealt out by tokens, and results meet as sums of arrays in which each rank filled its own
