@@ -211,8 +211,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Command]:
         if name in given:
             say(f"WARNING: --{name} has no effect {why}")
     if cfg.reward and cfg.rule in ("dr_grpo", "maxrl"):
-        say(f"WARNING: --rule {cfg.rule} is for rewards of two values: a prompt teaches nothing where all of its rollouts, "
-            "or none, are above 0, however --reward grades them")
+        say(f"WARNING: --rule {cfg.rule} is for rewards of two values: a prompt teaches nothing where all of its "
+            "rollouts, or none, are above 0, however --reward grades them")
     if cfg.mode in ("rollout", "both") and cfg.rollouts_per_prompt in (cfg.n_min, cfg.n_max):
         say(f"WARNING: a mean of {cfg.rollouts_per_prompt} rollouts from --n_min {cfg.n_min} to --n_max {cfg.n_max} "
             "leaves Rollout-GDRO no choice: every prompt gets as many")
