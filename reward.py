@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import multiprocessing
@@ -74,14 +73,12 @@ _END = re.compile(  # of what a line states: "12. I hope", "12, because"; but no
     r"""|(?<=\d)\.[*_`"'$)]*\s|,?\s(?:because|since|as|which)\b""")
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+"
 _NUMBER = re.compile(rf"""(?:(?<![\w.)}}\]])[-+]\$?)?(?:
-    (?:(?<![\^_])\d{{1,3}}(?:[ ~\u00a0]|\\[,;:\ ])?)?  # 2\frac23
-      (?:\\[dtc]?frac(?:[ ]?(?:\d|\{{[ ]?-?\d[\d,]*[ ]?\}})){{2}}|[¼-¾⅐-⅞])
+    (?:(?<![\^_])\d{{1,3}}[ \u00a0]?)?(?:\\[dt]?frac(?:\d|\{{-?\d+\}}){{2}}|[¼-¾⅐-⅞])  # 2\frac23
     | (?<![\^_])\d{{1,3}}[ \u00a0]\d\d?/\d{{1,3}}(?![\d/.])  # 2 2/3
-    | (?:\d{{1,3}}(?:(?:,\\!|\{{,\}}|\\[,;:\ ]|[~\u00a0\u2009\u202f])\d{{3}})+(?!\d)(?:\.\d+)?|{_DECIMAL})  # 1\,250
+    | (?:\d{{1,3}}(?:(?:,\\!|\{{,\}}|\\,|[\u00a0\u2009\u202f])\d{{3}})+(?!\d)(?:\.\d+)?|{_DECIMAL})  # 1\,250
       (?:/(?:{_DECIMAL}) | [eE][-+]?\d{{1,3}}(?!\w)
-       | (?:[ ]?(?:\\times|\\cdot|[×·*xX])[ ]?(?:10|\{{10\}}))?  # 1.2 \times 10^{{5}}
-         (?:(?:\^|\*\*)(?:\{{[-+]?\d+\}}|\([-+]?\d+\)|[-+]?\d+) | [⁺⁻]?[⁰¹²³⁴-⁹]+))?
-    )(?:\$?[ ](?:hundred|thousand|million|billion|trillion)\b)?""", re.VERBOSE)
+       | (?:[ ]?(?:\\times|\\cdot|[×·*])[ ]?10)?\^(?:\{{-?\d+\}}|-?\d+))?  # 1.2 \times 10^{{5}}
+    )(?:[ ](?:hundred|thousand|million|billion|trillion)\b)?""", re.VERBOSE)
 _LETTER = re.compile(r"""[\W_]*(?:(?i:option|choice|answer)\W+)?([A-J]|[a-j](?=\W*$|[).:,]))(?![\w'^=+/-])
     (?!(?<=[AI])\s(?!(?:because|since|as|is)\b)[a-z])  # "A neutron", "I think"
     (?P<more>\W*(?:[,&/]|\b(?:and|or)\b)\W*[A-J]\b)?""", re.VERBOSE)
@@ -162,20 +159,15 @@ def extract(response: str, style: str = "math") -> str | None:
 
 # ---- comparison
 
-_UNIT = {  # of words that mean a unit; another word is the same as itself and as its plural
-    "centimeter": "cm", "meter": "m", "kilometer": "km", "inche": "in", "inch": "in", "feet": "ft", "foot": "ft",
-    "mile": "mi", "gram": "g", "second": "s", "minute": "min", "hour": "h", "hr": "h", "liter": "L", "mph": "mi/h",
-    "square": "^{2}", "sq": "^{2}", "cubic": "^{3}", "per": "/",
-    **{unit: unit for unit in "mm cm km in ft yd kg lb min mi mL Hz m g s h L N J W V A K".split()}}
+_UNITS = {"centimeter": "cm", "meter": "m", "kilometer": "km", "inche": "in", "inch": "in", "feet": "ft", "foot": "ft",
+          "mile": "mi", "gram": "g", "second": "s", "minute": "min", "hour": "h", "hr": "h", "liter": "L", "per": "/"}
 _NO_UNITS = set("is not no wrong right more less than minus plus times over squared cubed out of if for when where but "
                 "then mod or and the a an base dozen half halves third thirds quarters tenths".split())
 _POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_CURRENCIES = {"£": "gbp", "€": "euro"}
 _MARK = "\x02"  # stands before what \text{...} held and before units: 5 \text{ m} is a length, 5 m may be a product
 _SIGNS = str.maketrans({
-    **dict.fromkeys("−–‐‑", "-"), **dict.fromkeys("⁄∕", "/"), **dict.fromkeys("\u200b\u200e\u200f\u2060\ufeff", ""),
-    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "±": r"\pm ", "∪": r"\cup ",
-    "≤": r"\le ", "≥": r"\ge ", "∈": r"\in ", "√": r"\sqrt ", "°": r"^\circ "})
+    **dict.fromkeys("−–‐‑", "-"), "⁄": "/", "\u200b": "", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "±": r"\pm ",
+    "∞": r"\infty ", "∪": r"\cup ", "≤": r"\le ", "≥": r"\ge ", "∈": r"\in ", "√": r"\sqrt ", "°": r"^\circ "})
 
 
 def _improper(mixed: re.Match) -> str:
@@ -188,29 +180,23 @@ _REWRITES = [(re.compile(pattern), new) for pattern, new in [
     # what NFKC alone would make a gap of any kind, 21/2, x2 and 101
     ("[\u00a0\u2009\u202f]", "~"), (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "), (r"([⁺⁻]?[⁰¹²³⁴-⁹]+)", r"^{\1}"),
     (r"([₀-₉]+)", r"_{\1}"), (r"[^\x00-\x7f]+", lambda m: unicodedata.normalize("NFKC", m[0]).translate(_SIGNS)),
-    (r"^\s*\\(?:boxed|fbox)\s*\{([^{}]*|.*\}[^{}]*)\}\s*$", r"\1"),
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])\.?", ""),
     (r"(?<!\\)\\[!,;: ]|~|\\q?quad(?![a-zA-Z])", "\x01"),  # a gap: between digits it groups thousands
     (r"(?<=\d)(?<![_^]\d)(?:,?\x01+|\{,\})(?=\d{3}(?!\d))", ""), (r"[\x01\s]+", " "),
     (r"^[* ]+|[* ]+$|(?<=.)[.,;]$", ""), (r"\\emptyset|∅|\\\{ ?\\\}", r"\\varnothing "),
-    (r"\\([gl])eq?(?:slant)?(?![a-zA-Z])", r"\\\1e "), (r"(?<![a-zA-Z\\])(pi|infty|sqrt)(?![a-zA-Z])", r"\\\1"),
-    (r"\\sqrt ?\(([^()]*)\)|\\sqrt (\d+)", r"\\sqrt{\1\2}"), (r"\\[dtc]frac", r"\\frac"),
-    (r"\\frac ?(\d) ?(?=[\d{])", r"\\frac{\1}"), (r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}"),
-    (r"(?<=\d) ?[xX*] ?(?=10\^)", r"\\times "), (r"(?<=[\d.])[eE]([-+]?\d{1,3})(?!\w)", r"\\times 10^{\1}"),
+    (r"(?<![a-zA-Z\\])(pi|infty|sqrt)(?![a-zA-Z])", r"\\\1"), (r"\\[dtc]frac", r"\\frac"),
+    (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"), (r"(?<=[\d.])[eE]([-+]?\d{1,3})(?!\w)", r"\\times 10^{\1}"),
     (r"(?<![\w.^{/])(\d+) ?\\frac\{(\d+)\}\{(\d+)\}|(?<![\w.^{/])(\d+) (\d+)/(\d+)(?![\w.])", _improper),
-    (r"\^([-+]\d+|\d{2,})", r"^{\1}"),
     (r"(?<=\d)(?:\^ ?\{? ?)?(?:\\(?:text|mathrm) ?\{)?(?:st|nd|rd|th)(?![a-zA-Z])\}*", ""),  # 12^{\text{th}}
-    (r"(?:\{\})?\^ ?\{? ?(?:\\circ|o) ?\}?(?![a-zA-Z])", f" {_MARK}degrees "), (r"\\?%|\\?\bpercent\b", "%"),
-    (r"\\(?:text|mbox) ?\{ ?(and|or) ?\}", r" \1 "),
-    (r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|it|sf)|mbox) ?\{ ?([^{}]*)\}", rf" {_MARK}\1 "),
-    (r"^([-+]?) ?(\\\$|\$(?=[^$]*$)|[£€]) ?(?=[\d.])(.*)",  # else $ is LaTeX's own
-     lambda m: f"{m[1]}{m[3]} {_MARK}{_CURRENCIES.get(m[2], 'dollar')}"),
+    (r"\^ ?\{? ?(?:\\circ|o) ?\}?(?![a-zA-Z])", f" {_MARK}degrees "), (r"\\?%|\\?\bpercent\b", "%"),
+    (r"\\text ?\{ ?(and|or) ?\}", r" \1 "),
+    (r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|mbox) ?\{ ?([^{}]*)\}", rf" {_MARK}\1 "),
+    (r"^([-+]?) ?(?:\\\$|\$(?=[^$]*$)) ?(?=[\d.])(.*)", rf"\1\2 {_MARK}dollar"),  # else $ is LaTeX's own
     (r"\\?\$|\\[()\[\]]", ""), (rf"([_^]) ?{_MARK}?(\w)", r"\1{\2}"), (rf"^[ {_MARK}]+| +$", ""),
     (rf"(?<=[\d}}]) *{_MARK}?({'|'.join(_POWERS)})\b", lambda m: rf"\times 10^{{{_POWERS[m[1]]}}}"), (r" +", " "),
     # words behind a number are its unit; 5m, 6xyz and 6 m g are products
-    (r"^([-+]?(?:[\d.,/ ]*\d\.?|\\frac\{\d+\}\{\d+\})(?:\\times 10\^\{-?\d+\})?)"
-     r"(?: ?(?=(?:[ckm]m|in|ft|yd|kg|lb|min|mi|mL|hr|sq|Hz)\b)"
-     r"| (?!(?:and|or)\b)(?=[A-Za-z]{3}|[mgshLNJWVAK](?:/[a-zA-Z]+)?(?:\^\{\d\})?$))", rf"\1 {_MARK}"),
+    (r"^([-+]?(?:[\d.,/ ]*\d\.?|\\frac\{\d+\}\{\d+\})(?:\\times 10\^\{-?\d+\})?)(?: ?(?=(?:[ckm]m|kg|in|ft|mi|hr)\b)"
+     r"| (?!(?:and|or)\b)(?=[A-Za-z]{3}|[mgshL](?:/[a-z]+)?(?:\^\{\d\})?$))", rf"\1 {_MARK}"),
 ]]
 
 
@@ -218,8 +204,7 @@ def normalise(text: str) -> str:
     """Text without what LaTeX, style and unicode put around the same mathematics; 1 \\pm 2 is 1 + 2, 1 - 2."""
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text)
-    both = [text.strip().replace(r"\pm", sign) for sign in "+-"]
-    return ", ".join(both) if text.count(r"\pm") == 1 else text.strip()
+    return text.replace(r"\pm", "+") + ", " + text.replace(r"\pm", "-") if text.count(r"\pm") == 1 else text.strip()
 
 
 _RATIONAL = re.compile(rf"""([-+]?)\ ?(?=[\d.\\])(?:(?:\\frac\{{\ ?(-?[\d,]+)\ ?\}}\{{\ ?(-?[\d,]+)\ ?\}}
@@ -241,14 +226,11 @@ def rational(text: str) -> Fraction | None:
 def _split_unit(text: str) -> tuple[str, str]:
     """("5", "cm") of "5 centimeters", ("5", "m/s") of "5 meters per second"; (text, "") where there is no unit."""
     value, _, phrase = text.partition(f" {_MARK}")
-    words = re.findall(r"[A-Za-z]+|/|\^\{[23]\}|[^\s.]", re.sub(rf"{_MARK}|\\cdot\b", "", phrase))
-    if not words or _NO_UNITS & set(words) or any(word[0] not in "/^" and not word.isalpha() for word in words):
+    words = re.findall(r"[A-Za-z]+|\^\{[23]\}|[^\s.]", re.sub(rf"{_MARK}|\\cdot\b", "", phrase))
+    if not words or _NO_UNITS & set(words) or not all(word[0] in "/^" or word.isalpha() for word in words):
         return text, ""
-    stems = [word if word in _UNIT or len(word) < 4 else word.lower().removesuffix("s") for word in words]
-    names = [_UNIT.get(stem, stem) for stem in stems]
-    if names[0][0] == "^":  # square cm
-        names[:2] = names[1::-1]
-    return value.strip(), "".join(names)
+    stems = [word if len(word) < 4 else word.lower().removesuffix("s") for word in words]
+    return value.strip(), "".join(_UNITS.get(stem, stem) for stem in stems)
 
 
 def _parts(text: str) -> tuple[str, list[str]]:
@@ -257,14 +239,14 @@ def _parts(text: str) -> tuple[str, list[str]]:
     grouped = re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda number: number[0].replace(",", ""), text)
     for brackets, inside in (*re.findall(r"^(\\\{|[(\[])(.*)(?:\\\}|[)\]])$", text, re.DOTALL), ("", grouped)):
         depth, parts = 0, [""]
-        for token, between in re.findall(r"(( ?[,;] ?(?:(?:and|or)\b)?| (?:and|or)\b)|.)", inside, re.DOTALL):
-            depth += (token in "([{") - (token in ")]}")
+        for char in re.sub(r",? (?:and|or)\b|;", ",", inside):
+            depth += (char in "([{") - (char in ")]}")
             if depth < 0:
                 break
-            if between and depth == 0:
+            if char == "," and depth == 0:
                 parts.append("")
             else:
-                parts[-1] += token
+                parts[-1] += char
         if depth == 0 and all(parts) and (len(parts) > 1 or brackets == r"\{"):
             return brackets and brackets[-1] + text[-1], [part.strip() for part in parts]
     return "", [text]
@@ -299,31 +281,31 @@ def _compare(answer: str, gold: str, ask: Ask | None) -> bool | None:
     if not answer or not gold:
         return False
     (kind, ours), (kind_gold, theirs) = _parts(answer), _parts(gold)
-    if len(ours) == len(theirs) == 1 or not kind or not kind_gold:
-        names = [None if len(parts) > 1 else _NAME.match(text) for text, parts in ((answer, ours), (gold, theirs))]
-        called = [_tight(name[1]) for name in names if name]
-        if len(called) == 1 and (answer + gold).count("=") == 1 or len(called) == 2 and called[0] == called[1]:
-            bare = (text[name.end() :] if name else text for text, name in zip((answer, gold), names, strict=True))
-            return _compare(*bare, ask)
-        if max(map(len, called), default=1) > 1:  # f(1) = 2 and f(2) = 2
-            return False
-    kinds, sizes = {kind, kind_gold}, {len(ours), len(theirs)}
-    if sizes == {1} and kinds != {"{}"}:
-        return _single(ours[0], theirs[0], ask)
-    if 1 in sizes and len(kinds) == 2 and "" in kinds and "{}" not in kinds:  # x > 3 and (3, \infty)
-        return _asked(answer, gold, ask)
-    if len(sizes) > 1 or not (kinds <= {"", "{}"} or kinds == {"", "()"} or kind == kind_gold):
+    name, name_gold = (_NAME.match(text) if text == parts[0] else None for text, parts in
+                       ((answer, ours), (gold, theirs)))
+    if name and name_gold and _tight(name[1]) == _tight(name_gold[1]):
+        return _compare(answer[name.end() :], gold[name_gold.end() :], ask)
+    if bool(name) != bool(name_gold) and (answer + gold).count("=") < 2:
+        return _compare(answer[name.end() if name else 0 :], gold[name_gold.end() if name_gold else 0 :], ask)
+    if name and name_gold and re.search(r"\d", name[1]) and re.search(r"\d", name_gold[1]):  # f(1) = 2 and f(2) = 2
         return False
-    orders = [theirs]  # a list may stand for a set, in any order, and for a tuple, in its own
-    if kinds <= {"", "{}"}:
-        ours.sort(), theirs.sort()
-        orders = itertools.permutations(theirs) if len(theirs) <= 4 else orders
-    found = {_all([_compare(a, g, ask) for a, g in zip(ours, order, strict=True)]) for order in orders}
-    return True if True in found else None if None in found else False
+    kinds = {kind, kind_gold}
+    if len(ours) == len(theirs) == 1 and kinds != {"{}"}:
+        return _single(ours[0], theirs[0], ask)
+    if len(ours) != len(theirs) or not (kinds <= {"", "{}"} or kinds == {"", "()"} or kind == kind_gold):
+        return False  # a list may stand for a set, in any order, and for a tuple, in its own
+    return _paired(ours, theirs, ask, in_order=not kinds <= {"", "{}"})
 
 
-def _all(verdicts: list[bool | None]) -> bool | None:
-    return False if False in verdicts else None if None in verdicts else True
+def _paired(ours: list[str], theirs: list[str], ask: Ask | None, in_order: bool) -> bool | None:
+    """Whether each part of an answer has a part of the gold to itself."""
+    left = list(theirs)
+    for part in ours:
+        verdicts = [_compare(part, other, ask) for other in (left[:1] if in_order else left)]
+        if True not in verdicts:
+            return None if None in verdicts else False
+        del left[verdicts.index(True)]
+    return True
 
 
 def _single(answer: str, gold: str, ask: Ask | None) -> bool | None:
@@ -340,28 +322,23 @@ def _single(answer: str, gold: str, ask: Ask | None) -> bool | None:
         return letters[0][1] == letters[1][1]
     if a.casefold() == g.casefold() and re.search("(?i)^(?:no|[a-j])$|[a-z]{3}", a) and "\\" not in a:
         return True
-    return False if percent[0] != percent[1] else _tight(a) == _tight(g) or _asked(a, g, ask)
+    if _tight(a) == _tight(g) and percent[0] == percent[1]:
+        return True
+    if percent[0] != percent[1] or _overlooked(a) != _overlooked(g) or ":" in a + g:
+        return False
+    return None if ask is None else ask(a, g)
 
 
 _COMMANDS = re.compile(  # what has letters and is none; math-verify drops the commands that are left here
     r"\\(?:begin|end|operatorname|mathbb|mathrm) ?\{[^{}]*\}|\\(?!prime|p?mod\b|[lc]?dots|[A-Z])[a-zA-Z]+")
 
 
-def _asked(answer: str, gold: str, ask: Ask | None) -> bool | None:
-    """math-verify's verdict, if what it does not look at agrees: it takes words for products, drops what it can't read.
-    """
-    words, letters, subscripts, relation = [], [], [], []
-    for text in (answer, gold):
-        bare = _COMMANDS.sub(" ", text)
-        words.append(sorted(re.findall(r"\\[a-zA-Z]+|'|[A-Z]{2,}|[a-zA-Z]{3,}|^[a-zA-Z]{2}$", bare)))  # dog, ABC
-        letters.append(set(re.findall("[A-Za-z]", bare)) - set("ei"))
-        subscripts.append(sorted(re.findall(r"(?<!\\log)_(?:\{[^{}]*\}|.)", text)))
-        relation.append(bool(re.search(r"[<>]|\\[lg]e\b", text)))  # x > 3 may be (3, \infty)
-    if words[0] != words[1] or subscripts[0] != subscripts[1] or ":" in answer + gold:
-        return False
-    if letters[0] != letters[1] and relation[0] == relation[1]:
-        return False
-    return None if ask is None else ask(answer, gold)
+def _overlooked(text: str) -> tuple[list[str], set[str], list[str]]:
+    """Words, letters and subscripts, which math-verify takes for products or drops: they must be the same."""
+    bare = _COMMANDS.sub(" ", text)
+    words = re.findall(r"\\[a-zA-Z]+|'|[A-Z]{2,}|[a-zA-Z]{3,}|^[a-zA-Z]{2}$", bare)  # dog, ABC
+    subscripts = re.findall(r"(?<!\\log)_(?:\{[^{}]*\}|.)", text)
+    return sorted(words), set(re.findall("[A-Za-z]", bare)) - set("ei"), sorted(subscripts)
 
 
 # ---- math-verify
@@ -387,9 +364,6 @@ def _no_code():
         del compiler.exec
 
 
-failures: list[str] = []  # names of the exceptions that math-verify raised in this process
-
-
 def ask_math_verify(answer: str, gold: str) -> bool:
     """math-verify's verdict on two expressions or equations, read as LaTeX alone (its other reader is `eval`), units
     kept. No time-out (its own are SIGALRM, which cannot interrupt a long call of C); an exception is no match."""
@@ -409,7 +383,7 @@ def ask_math_verify(answer: str, gold: str) -> bool:
                 parsed = [[e.xreplace(dict.fromkeys(symbols, sympy.I)) for e in found if isinstance(e, sympy.Basic)]
                           for found in parsed]
             return math_verify.verify(*parsed, float_rounding=DIGITS, numeric_precision=DIGITS, timeout_seconds=None,
-                                      allow_set_relation_comp=True, raise_on_error=True)
+                                      raise_on_error=True)
     except MemoryError:
         raise  # what comes after it is not to be trusted
     except Exception as error:  # no list of what math-verify, sympy and the parser raise is complete
