@@ -14,7 +14,6 @@ A reward of one's own, `--reward FILE.py:function`, takes the place of all that 
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
@@ -33,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple, SupportsFloat
+from typing import NamedTuple
 
 from watchdog import progress
 
@@ -366,7 +365,7 @@ def _no_code():
 
 def ask_math_verify(answer: str, gold: str) -> bool:
     """math-verify's verdict on two expressions or equations, read as LaTeX alone (its other reader is `eval`), units
-    kept. No time-out (its own are SIGALRM, which cannot interrupt a long call of C); an exception is no match."""
+    kept. No time-out (its own are SIGALRM, which cannot interrupt a long call of C). Nothing bounds what it raises."""
     import math_verify
     import sympy.physics.units  # noqa: F401  (simplify imports it late, and its names go through parse_expr)
     from latex2sympy2_extended import NormalizationConfig
@@ -374,26 +373,20 @@ def ask_math_verify(answer: str, gold: str) -> bool:
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time-outs are off
     dress = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, equations=False)
     config = math_verify.LatexExtractionConfig(boxed_match_priority=0, normalization_config=dress)
-    try:
-        with _no_code():
-            parsed = [math_verify.parse(rf"\boxed{{{text}}}", [config], parsing_timeout=None, raise_on_error=True)
-                      for text in (gold, answer)]
-            symbols = set().union(*(e.free_symbols for found in parsed for e in found if isinstance(e, sympy.Basic)))
-            if {x.name for x in symbols} == {"i"}:  # no index, no variable: the imaginary unit
-                parsed = [[e.xreplace(dict.fromkeys(symbols, sympy.I)) for e in found if isinstance(e, sympy.Basic)]
-                          for found in parsed]
-            return math_verify.verify(*parsed, float_rounding=DIGITS, numeric_precision=DIGITS, timeout_seconds=None,
-                                      raise_on_error=True)
-    except MemoryError:
-        raise  # what comes after it is not to be trusted
-    except Exception as error:  # no list of what math-verify, sympy and the parser raise is complete
-        failures.append(type(error).__name__)
-        return False
+    with _no_code():
+        parsed = [math_verify.parse(rf"\boxed{{{text}}}", [config], parsing_timeout=None, raise_on_error=True)
+                  for text in (gold, answer)]
+        symbols = set().union(*(e.free_symbols for found in parsed for e in found if isinstance(e, sympy.Basic)))
+        if {x.name for x in symbols} == {"i"}:  # no index, no variable: the imaginary unit
+            parsed = [[e.xreplace(dict.fromkeys(symbols, sympy.I)) for e in found if isinstance(e, sympy.Basic)]
+                      for found in parsed]
+        return math_verify.verify(*parsed, float_rounding=DIGITS, numeric_precision=DIGITS, timeout_seconds=None,
+                                  raise_on_error=True)
 
 
 def equivalent(answer: str | None, gold: str) -> bool:
     """Is `answer` the same as `gold`? In this process and without time-out: for answers one trusts."""
-    return bool(compare(answer, gold, ask_math_verify))
+    return _decide(None, answer, gold) == 1.0
 
 
 def score(response: str, answer: str, style: str = "math") -> float:
@@ -415,13 +408,11 @@ class _Source(NamedTuple):
     @classmethod
     def read(cls, spec: str) -> "_Source":
         path, _, function = spec.rpartition(":")
-        if not (function and path.endswith(".py")):
-            raise ValueError(f"--reward must be FILE.py:FUNCTION, got {spec!r}")
         try:
             content = Path(path).read_bytes()
             return cls(path, function, content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest())
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--reward {spec}: cannot read {path}: {error}") from error
+            raise ValueError(f"--reward is FILE.py:FUNCTION, got {spec!r}: cannot read {path}: {error}") from error
 
     def define(self) -> Callable[[str, Problem], float]:
         """Runs the file, which the user wrote and named, and returns its function."""
@@ -429,11 +420,9 @@ class _Source(NamedTuple):
         module.__file__ = self.path
         try:
             exec(compile(self.text, self.path, "exec"), vars(module))
+            return getattr(module, self.function)
         except Exception as error:
             raise ValueError(f"--reward: {self.path} does not run: {type(error).__name__}: {error}") from error
-        if not callable(function := getattr(module, self.function, None)):
-            raise ValueError(f"--reward: there is no function {self.function} in {self.path}")
-        return function
 
 
 # ---- workers
@@ -448,29 +437,25 @@ def _confine() -> None:
     import ctypes
     import resource
 
-    if ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL) != 0:  # 1 = PR_SET_PDEATHSIG
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
     with open("/proc/self/statm") as file:  # on top of what is mapped already
         limit = int(file.read().split()[0]) * resource.getpagesize() + WORKER_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _same(answer: str, gold: str) -> float | str:
-    """1 or -1, or what math-verify raised where nothing else made the answer right."""
-    failures.clear()
-    return 1.0 if equivalent(answer, gold) else failures[0] if failures else -1.0
-
-
-def _ask_user(function: Callable, response: str, problem: dict) -> float | str:
-    """What the user's function says, or the traceback of what went wrong in it."""
+def _decide(function: Callable | None, response: str, problem: dict | str) -> float | str:
+    """The reward, or the traceback of what went wrong: `function` says it of a response and its problem, or without one
+    1 or -1 for an answer and a gold."""
     try:
+        if function is None:
+            return 1.0 if compare(response, problem, ask_math_verify) else -1.0
         value = function(response, Problem(**problem))
-        if not isinstance(value, SupportsFloat) or not -1 <= float(value) <= 1:
+        if not -1 <= value <= 1:
             raise ValueError(f"a reward is a number from -1 to 1, not {value!r:.200}")
         return float(value)
     except MemoryError:
         raise  # what comes after it is not to be trusted
-    except Exception:
+    except Exception:  # no list of what math-verify, sympy, the parser and a user's function raise is complete
         return traceback.format_exc()
 
 
@@ -478,13 +463,13 @@ def _serve(pipe: multiprocessing.connection.Connection) -> None:
     """Worker. In comes what to do, a _Source or null, then jobs, [answer, gold] or [response, problem]; out goes null
     when it is ready, then for each job its reward, or a text that says what failed."""
     source = json.loads(pipe.recv_bytes())
-    decide = functools.partial(_ask_user, _Source(*source).define()) if source else _same
+    function = _Source(*source).define() if source else None
     ask_math_verify("x", "y")  # pays for the imports before the first deadline runs
     _confine()
     pipe.send_bytes(b"null")
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the trainer is gone
         while True:
-            pipe.send_bytes(json.dumps(decide(*json.loads(pipe.recv_bytes()))).encode())
+            pipe.send_bytes(json.dumps(_decide(function, *json.loads(pipe.recv_bytes()))).encode())
 
 
 class _Worker:
@@ -584,12 +569,10 @@ class Grader:
     def _ask(self, job: tuple) -> float | str | None:
         """What a worker says of it (see `_serve`), None where the deadline passed or two workers died of it."""
         for _ in range(2):  # a worker that dies (memory, a crash in C) may be bad luck; the second is the job's doing
-            worker = None
-            while not worker or worker.process.poll() is not None:
-                try:
-                    worker = self._workers.pop()
-                except IndexError:
-                    worker = _Worker(self.source)
+            try:
+                worker = self._workers.pop()
+            except IndexError:
+                worker = _Worker(self.source)
             try:
                 reply = worker.ask(job, self.timeout)
             except TimeoutError:
@@ -617,39 +600,26 @@ class Grader:
 
 # how a response that gives the gold answer ends, style by style
 _GIVEN = {"math": r"\boxed{%s}", "dapo": "Answer: %s", "gsm8k": "#### %s", "choice": "Answer: %s"}
-def bad_golds(problems: Sequence[Problem], grader: Grader) -> list[Problem]:
-    """The problems that hardly any response could get right, in their order; none for a reward of one's own.
 
-    Their gold is not graded right when a response gives it as its style asks; or is longer than MAX_ANSWER, right only
-    to the letter; or is text in which an answer stands: "So Ann has 14 apples", which 14 does not equal.
-    """
-    if grader.source:
-        return []
-    given = grader.grade([_GIVEN[p.style] % p.answer for p in problems], problems)
-    texts = [dataclasses.replace(p, style="math") for p in problems if _is_text(p.answer)]
-    read = grader.grade([p.answer for p in texts], texts)
-    unlike = {p.answer for p, grade in zip(texts, read, strict=True) if not grade.right}
-    return [p for p, grade in zip(problems, given, strict=True)
-            if not grade.right or len(p.answer) > MAX_ANSWER or p.answer in unlike]
 
 
 def _is_text(gold: str) -> bool:
     """Whether a gold is a sentence or says where the answer stands, rather than a number with its unit, a formula or a
-    name. Where there is no number a few words may well be the answer; the limits are from golds of a dozen benchmarks.
-    """
+    name: a worked solution, which no response repeats."""
     words = re.findall(r"(?<![A-Za-z_^])[A-Za-z]{2,}(?![A-Za-z])", _COMMANDS.sub(" ", gold))
-    verbs = {"is", "are", "was", "were", "has", "have", "had", "so", "we", "there"} & {word.lower() for word in words}
-    stated = boxed(gold) or any(_line_after(gold, pattern) for pattern in (_ANSWER, _HASHES))
-    return len(words) >= 6 or len(words) >= 3 and bool(verbs) and _last_number(gold) is not None or bool(stated)
+    return len(words) >= 6 or bool(boxed(gold) or _line_after(gold, _ANSWER) or _line_after(gold, _HASHES))
 
 
 def check_golds(problems: Sequence[Problem], grader: Grader, *, allowed: float, name: str) -> dict[str, int]:
-    """{"bad_golds": how many there are}, with a warning if there are any.
+    """{"bad_golds": how many golds hardly any response could match}, with a warning if there are any.
 
-    allowed: the share of the problems that may have one. name: of the data set, for messages. Raises ValueError for a
-    larger share, with examples and what to do.
+    A gold is bad that is not graded right when a response gives it as its style asks, is longer than MAX_ANSWER, or is
+    text; none is for a reward of one's own. allowed: the share of the problems that may have one. name: of the data
+    set, for messages. Raises ValueError for a larger share, with examples and what to do.
     """
-    bad = bad_golds(problems, grader)
+    given = [] if grader.source else grader.grade([_GIVEN[p.style] % p.answer for p in problems], problems)
+    bad = [p for p, grade in zip(problems, given, strict=False)
+           if not grade.right or len(p.answer) > MAX_ANSWER or _is_text(p.answer)]
     if bad:
         examples = "\n".join(f"  {p.id} ({p.style}): {p.answer[:70]!r}{'...' * (len(p.answer) > 70)}" for p in bad[:3])
         message = (f"{name}: {len(bad)} of {len(problems)} gold answers could hardly be met by any response, so that "
