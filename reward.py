@@ -13,11 +13,9 @@ A reward of one's own, `--reward FILE.py:function`, takes the place of all that 
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
-import multiprocessing
 import multiprocessing.connection
 import re
 import signal
@@ -29,7 +27,7 @@ import unicodedata
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -158,21 +156,13 @@ def extract(response: str, style: str = "math") -> str | None:
 
 # ---- comparison
 
-_UNITS = {"centimeter": "cm", "meter": "m", "kilometer": "km", "inche": "in", "inch": "in", "feet": "ft", "foot": "ft",
-          "mile": "mi", "gram": "g", "second": "s", "minute": "min", "hour": "h", "hr": "h", "liter": "L", "per": "/"}
-_NO_UNITS = set("is not no wrong right more less than minus plus times over squared cubed out of if for when where but "
-                "then mod or and the a an base dozen half halves third thirds quarters tenths".split())
-_POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_NO_UNITS = set(  # of words behind a number
+    "is not no wrong right more less than minus plus times over squared cubed out of if for when where but then mod or "
+    "and the a an base dozen half halves third thirds quarters hundred thousand million billion trillion".split())
 _MARK = "\x02"  # stands before what \text{...} held and before units: 5 \text{ m} is a length, 5 m may be a product
 _SIGNS = str.maketrans({
     **dict.fromkeys("−–‐‑", "-"), "⁄": "/", "\u200b": "", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "±": r"\pm ",
     "∞": r"\infty ", "∪": r"\cup ", "≤": r"\le ", "≥": r"\ge ", "∈": r"\in ", "√": r"\sqrt ", "°": r"^\circ "})
-
-
-def _improper(mixed: re.Match) -> str:
-    r"""2\frac{1}{2} and 2 1/2 as \frac{5}{2}; 2\frac{4}{3} is left the product that it is in 2\frac{4}{3}\pi."""
-    whole, top, bottom = (int(n) for n in mixed.groups() if n)
-    return rf"\frac{{{whole * bottom + top}}}{{{bottom}}}" if top < bottom else mixed[0]
 
 
 _REWRITES = [(re.compile(pattern), new) for pattern, new in [
@@ -185,14 +175,13 @@ _REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"^[* ]+|[* ]+$|(?<=.)[.,;]$", ""), (r"\\emptyset|∅|\\\{ ?\\\}", r"\\varnothing "),
     (r"(?<![a-zA-Z\\])(pi|infty|sqrt)(?![a-zA-Z])", r"\\\1"), (r"\\[dtc]frac", r"\\frac"),
     (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"), (r"(?<=[\d.])[eE]([-+]?\d{1,3})(?!\w)", r"\\times 10^{\1}"),
-    (r"(?<![\w.^{/])(\d+) ?\\frac\{(\d+)\}\{(\d+)\}|(?<![\w.^{/])(\d+) (\d+)/(\d+)(?![\w.])", _improper),
     (r"(?<=\d)(?:\^ ?\{? ?)?(?:\\(?:text|mathrm) ?\{)?(?:st|nd|rd|th)(?![a-zA-Z])\}*", ""),  # 12^{\text{th}}
     (r"\^ ?\{? ?(?:\\circ|o) ?\}?(?![a-zA-Z])", f" {_MARK}degrees "), (r"\\?%|\\?\bpercent\b", "%"),
     (r"\\text ?\{ ?(and|or) ?\}", r" \1 "),
     (r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|mbox) ?\{ ?([^{}]*)\}", rf" {_MARK}\1 "),
     (r"^([-+]?) ?(?:\\\$|\$(?=[^$]*$)) ?(?=[\d.])(.*)", rf"\1\2 {_MARK}dollar"),  # else $ is LaTeX's own
     (r"\\?\$|\\[()\[\]]", ""), (rf"([_^]) ?{_MARK}?(\w)", r"\1{\2}"), (rf"^[ {_MARK}]+| +$", ""),
-    (rf"(?<=[\d}}]) *{_MARK}?({'|'.join(_POWERS)})\b", lambda m: rf"\times 10^{{{_POWERS[m[1]]}}}"), (r" +", " "),
+    (r" +", " "),
     # words behind a number are its unit; 5m, 6xyz and 6 m g are products
     (r"^([-+]?(?:[\d.,/ ]*\d\.?|\\frac\{\d+\}\{\d+\})(?:\\times 10\^\{-?\d+\})?)(?: ?(?=(?:[ckm]m|kg|in|ft|mi|hr)\b)"
      r"| (?!(?:and|or)\b)(?=[A-Za-z]{3}|[mgshL](?:/[a-z]+)?(?:\^\{\d\})?$))", rf"\1 {_MARK}"),
@@ -206,30 +195,31 @@ def normalise(text: str) -> str:
     return text.replace(r"\pm", "+") + ", " + text.replace(r"\pm", "-") if text.count(r"\pm") == 1 else text.strip()
 
 
-_RATIONAL = re.compile(rf"""([-+]?)\ ?(?=[\d.\\])(?:(?:\\frac\{{\ ?(-?[\d,]+)\ ?\}}\{{\ ?(-?[\d,]+)\ ?\}}
-    |({_DECIMAL})(?:\ ?/\ ?({_DECIMAL}))?)(?=$|\ ?\\))?
-    (?:(?:(?<![\d.}}])|\ ?\\(?:times|cdot)\ ?)10\^\{{([-+]?\d{{1,3}})\}})?
-    """, re.VERBOSE)
+_RATIONAL = re.compile(rf"""([-+]?)\ ?(?:(\d+)\ )?(-?{_DECIMAL})(?:\ ?/\ ?(-?{_DECIMAL}))?
+    (?:\ ?\\(?:times|cdot)\ ?10\^\{{([-+]?\d{{1,3}})\}})?""", re.VERBOSE)
 
 
 def rational(text: str) -> Fraction | None:
-    r"""The exact value of a number in normal form: 1,000  -2.50  3/4  \frac{3}{4}  1.5\times 10^{-7}  10^{6}; None for
+    r"""The exact value of a number in normal form: 1,000  -2.50  3/4  2\frac{3}{4}  1.5\times 10^{-7}; None for
     anything else and more than 64 characters. Raises ZeroDivisionError for 1/0."""
+    text = re.sub(r" ?\\frac ?\{ ?(-?[\d,.]+) ?\} ?\{ ?(-?[\d,.]+) ?\}", r" \1/\2", text[:65]).strip()
     if len(text) > 64 or not (found := _RATIONAL.fullmatch(text)):
         return None
-    sign, top, bottom, decimal, divisor, ten = (group and group.replace(",", "") for group in found.groups())
-    value = Fraction(top or decimal or 1) / Fraction(bottom or divisor or 1) * Fraction(10) ** int(ten or 0)
+    sign, whole, top, bottom, ten = (group and group.replace(",", "") for group in found.groups())
+    value = Fraction(top) / Fraction(bottom or 1)
+    if whole and not 0 < value < 1:  # 2 3 and the product 2\frac{4}{3}
+        return None
+    value = (value + int(whole or 0)) * Fraction(10) ** int(ten or 0)
     return -value if sign == "-" else value
 
 
 def _split_unit(text: str) -> tuple[str, str]:
-    """("5", "cm") of "5 centimeters", ("5", "m/s") of "5 meters per second"; (text, "") where there is no unit."""
+    """("5", "meter") of "5 Meters", ("5", "m/s") of "5 m / s"; (text, "") where there is no unit."""
     value, _, phrase = text.partition(f" {_MARK}")
     words = re.findall(r"[A-Za-z]+|\^\{[23]\}|[^\s.]", re.sub(rf"{_MARK}|\\cdot\b", "", phrase))
     if not words or _NO_UNITS & set(words) or not all(word[0] in "/^" or word.isalpha() for word in words):
         return text, ""
-    stems = [word if len(word) < 4 else word.lower().removesuffix("s") for word in words]
-    return value.strip(), "".join(_UNITS.get(stem, stem) for stem in stems)
+    return value.strip(), "".join(word if len(word) < 4 else word.lower().removesuffix("s") for word in words)
 
 
 def _parts(text: str) -> tuple[str, list[str]]:
@@ -237,16 +227,9 @@ def _parts(text: str) -> tuple[str, list[str]]:
     (1, 2), "{}" of \{1, 2\}, "" of 1, 2 and of what has no parts."""
     grouped = re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda number: number[0].replace(",", ""), text)
     for brackets, inside in (*re.findall(r"^(\\\{|[(\[])(.*)(?:\\\}|[)\]])$", text, re.DOTALL), ("", grouped)):
-        depth, parts = 0, [""]
-        for char in re.sub(r",? (?:and|or)\b|;", ",", inside):
-            depth += (char in "([{") - (char in ")]}")
-            if depth < 0:
-                break
-            if char == "," and depth == 0:
-                parts.append("")
-            else:
-                parts[-1] += char
-        if depth == 0 and all(parts) and (len(parts) > 1 or brackets == r"\{"):
+        parts = re.split(r",(?![^()\[\]]*[)\]])", re.sub(r",? (?:and|or)\b|;", ",", inside))
+        nested = any(re.search(r"[()\[\]]|\\[{}]", re.sub(r"[(\[][^()\[\]]*[)\]]", "", part)) for part in parts)
+        if not nested and all(parts) and (len(parts) > 1 or brackets == r"\{"):
             return brackets and brackets[-1] + text[-1], [part.strip() for part in parts]
     return "", [text]
 
@@ -271,7 +254,7 @@ def _tight(text: str) -> str:
 
 
 # what an answer may be called, x = or f(2) = or 2 + 3 =
-_NAME = re.compile(r"([^-+*/^<>=!]*|(?:\\[a-z]+|[^A-Za-z=<>!\\])*)(?:=|\\in(?![a-zA-Z])) *")
+_NAME = re.compile(r"((?:[^-+*/^<>=!()]|\([^()]*\))*|(?:\\[a-z]+|[^A-Za-z=<>!\\])*)(?:=|\\in(?![a-zA-Z])) *")
 
 
 def _compare(answer: str, gold: str, ask: Ask | None) -> bool | None:
@@ -280,30 +263,23 @@ def _compare(answer: str, gold: str, ask: Ask | None) -> bool | None:
     if not answer or not gold:
         return False
     (kind, ours), (kind_gold, theirs) = _parts(answer), _parts(gold)
-    name, name_gold = (_NAME.match(text) if text == parts[0] else None for text, parts in
-                       ((answer, ours), (gold, theirs)))
+    name, name_gold = len(ours) == 1 and _NAME.match(answer), len(theirs) == 1 and _NAME.match(gold)
     if name and name_gold and _tight(name[1]) == _tight(name_gold[1]):
         return _compare(answer[name.end() :], gold[name_gold.end() :], ask)
     if bool(name) != bool(name_gold) and (answer + gold).count("=") < 2:
         return _compare(answer[name.end() if name else 0 :], gold[name_gold.end() if name_gold else 0 :], ask)
-    if name and name_gold and re.search(r"\d", name[1]) and re.search(r"\d", name_gold[1]):  # f(1) = 2 and f(2) = 2
-        return False
     kinds = {kind, kind_gold}
     if len(ours) == len(theirs) == 1 and kinds != {"{}"}:
-        return _single(ours[0], theirs[0], ask)
+        numbered = name and name_gold and re.search(r"\d", name[1]) and re.search(r"\d", name_gold[1])
+        return False if numbered else _single(ours[0], theirs[0], ask)  # f(1) = 2 is not f(2) = 2
     if len(ours) != len(theirs) or not (kinds <= {"", "{}"} or kinds == {"", "()"} or kind == kind_gold):
-        return False  # a list may stand for a set, in any order, and for a tuple, in its own
-    return _paired(ours, theirs, ask, in_order=not kinds <= {"", "{}"})
-
-
-def _paired(ours: list[str], theirs: list[str], ask: Ask | None, in_order: bool) -> bool | None:
-    """Whether each part of an answer has a part of the gold to itself."""
-    left = list(theirs)
+        return False
+    in_order = not kinds <= {"", "{}"}  # a list may stand for a set, in any order, and for a tuple, in its own
     for part in ours:
-        verdicts = [_compare(part, other, ask) for other in (left[:1] if in_order else left)]
+        verdicts = [_compare(part, other, ask) for other in (theirs[:1] if in_order else theirs)]
         if True not in verdicts:
             return None if None in verdicts else False
-        del left[verdicts.index(True)]
+        del theirs[verdicts.index(True)]  # each part has one of the gold to itself
     return True
 
 
@@ -316,9 +292,6 @@ def _single(answer: str, gold: str, ask: Ask | None) -> bool | None:
     x, y = rational(a), rational(g)
     if x is not None and y is not None:  # 50% is 1/2, and also 50, as golds often leave the sign out
         return x == y or percent[0] > percent[1] and x == 100 * y or percent[0] < percent[1] and 100 * x == y
-    letters = [re.fullmatch(r"\(?([A-J])(?:\)?|(?:\)|[.:)] ).*)", text) for text in (a, g)]
-    if all(letters) and min(len(a), len(g)) <= 3:  # "(B) 12" or "B. red" where the gold is B
-        return letters[0][1] == letters[1][1]
     if a.casefold() == g.casefold() and re.search("(?i)^(?:no|[a-j])$|[a-z]{3}", a) and "\\" not in a:
         return True
     if _tight(a) == _tight(g) and percent[0] == percent[1]:
@@ -335,7 +308,7 @@ _COMMANDS = re.compile(  # what has letters and is none; math-verify drops the c
 def _overlooked(text: str) -> tuple[list[str], set[str], list[str]]:
     """Words, letters and subscripts, which math-verify takes for products or drops: they must be the same."""
     bare = _COMMANDS.sub(" ", text)
-    words = re.findall(r"\\[a-zA-Z]+|'|[A-Z]{2,}|[a-zA-Z]{3,}|^[a-zA-Z]{2}$", bare)  # dog, ABC
+    words = re.findall(r"\\[a-zA-Z{}]+|'|,(?!\d{3})|[A-Z]{2,}|[a-zA-Z]{3,}|^[a-zA-Z]{2}$", bare)  # dog, ABC
     subscripts = re.findall(r"(?<!\\log)_(?:\{[^{}]*\}|.)", text)
     return sorted(words), set(re.findall("[A-Za-z]", bare)) - set("ei"), sorted(subscripts)
 
@@ -368,18 +341,12 @@ def ask_math_verify(answer: str, gold: str) -> bool:
     kept. No time-out (its own are SIGALRM, which cannot interrupt a long call of C). Nothing bounds what it raises."""
     import math_verify
     import sympy.physics.units  # noqa: F401  (simplify imports it late, and its names go through parse_expr)
-    from latex2sympy2_extended import NormalizationConfig
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time-outs are off
-    dress = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, equations=False)
-    config = math_verify.LatexExtractionConfig(boxed_match_priority=0, normalization_config=dress)
+    config = math_verify.LatexExtractionConfig(boxed_match_priority=0)
     with _no_code():
         parsed = [math_verify.parse(rf"\boxed{{{text}}}", [config], parsing_timeout=None, raise_on_error=True)
                   for text in (gold, answer)]
-        symbols = set().union(*(e.free_symbols for found in parsed for e in found if isinstance(e, sympy.Basic)))
-        if {x.name for x in symbols} == {"i"}:  # no index, no variable: the imaginary unit
-            parsed = [[e.xreplace(dict.fromkeys(symbols, sympy.I)) for e in found if isinstance(e, sympy.Basic)]
-                      for found in parsed]
         return math_verify.verify(*parsed, float_rounding=DIGITS, numeric_precision=DIGITS, timeout_seconds=None,
                                   raise_on_error=True)
 
@@ -489,7 +456,7 @@ class _Worker:
     def ask(self, message: object, seconds: float) -> float | str | None:
         """Its reply. After so many seconds it is killed: TimeoutError. If it died: EOFError or another OSError."""
         try:
-            self.pipe.send_bytes(json.dumps(message, default=dataclasses.asdict).encode())
+            self.pipe.send_bytes(json.dumps(message, default=asdict).encode())
             if not self.pipe.poll(seconds):
                 raise TimeoutError
             reply = json.loads(self.pipe.recv_bytes())
@@ -518,7 +485,7 @@ class Grade(NamedTuple):
         return self.reward > 0
 
 
-class Grader:
+class Grader(contextlib.AbstractContextManager):
     """Grades responses; no answer can hold it for longer than `timeout` seconds. A context manager.
 
     workers: processes, started when first needed. timeout: seconds for one answer, hard: its worker is killed and
@@ -527,8 +494,6 @@ class Grader:
     """
 
     def __init__(self, *, workers: int = 2, timeout: float = 5.0, reward: str = ""):
-        if workers < 1 or timeout <= 0:
-            raise ValueError(f"{workers=}, {timeout=}: both must be positive")
         self.timeout = timeout
         self.source = _Source.read(reward) if reward else None
         if self.source:
@@ -540,24 +505,17 @@ class Grader:
 
     def grade(self, responses: Sequence[str], problems: Sequence[Problem], *,
               cut: Sequence[bool] | None = None) -> list[Grade]:
-        """One verdict a response; R texts and the R problems they answer, whose styles are keys of STYLES, else
-        ValueError. Equal pairs of answer and gold, or of response and problem, are decided once.
-
-        `cut`: which responses ended at the length limit (none if not given); those are wrong, whatever they say.
-        """
-        if unknown := {p.style for p in problems} - STYLES.keys():
-            raise ValueError(f"unknown answer style {sorted(unknown)}; there are {', '.join(STYLES)}")
+        """One verdict for each of R responses to R problems; equal pairs are decided once. cut: which responses ended
+        at the length limit: those are wrong, whatever they say."""
         cut = [False] * len(responses) if cut is None else cut
         rows = list(zip(responses, problems, cut, strict=True))
         found = [None if over else extract(response, p.style) for response, p, over in rows]
         if self.source:
-            jobs = [(None if over else response, p) for response, p, over in rows]
-            verdicts = {job: -1.0 if job[0] is None else None for job in jobs}
+            jobs = [None if over else (response, p) for response, p, over in rows]
         else:
-            jobs = [(answer, p.answer) for answer, p in zip(found, problems, strict=True)]
-            verdicts = {job: same if same is None else 2.0 * same - 1 for job in set(jobs) for same in [compare(*job)]}
-        hard = [job for job in dict.fromkeys(jobs) if verdicts[job] is None]
-        verdicts |= zip(hard, self._threads.map(self._ask, hard), strict=True)
+            jobs = [answer and (answer, p.answer) for answer, p in zip(found, problems, strict=True)]
+        distinct = list(dict.fromkeys(jobs))
+        verdicts = dict(zip(distinct, self._threads.map(self._verdict, distinct), strict=True))
         why = next((v for v in verdicts.values() if isinstance(v, str)), None)
         if self.source and why and not self._warned:
             log.warning("%s:%s failed; where it does, a response counts as wrong. This is said once:\n%s",
@@ -566,8 +524,12 @@ class Grader:
         return [Grade(verdicts[job] if isinstance(verdicts[job], float) else -1.0, answer, verdicts[job] is None,
                       isinstance(verdicts[job], str)) for job, answer in zip(jobs, found, strict=True)]
 
-    def _ask(self, job: tuple) -> float | str | None:
-        """What a worker says of it (see `_serve`), None where the deadline passed or two workers died of it."""
+    def _verdict(self, job: tuple | None) -> float | str | None:
+        """The reward of a job, what failed, or None where the deadline passed or two workers died of it."""
+        if job is None:
+            return -1.0
+        if not self.source and (same := compare(*job)) is not None:
+            return 2.0 * same - 1
         for _ in range(2):  # a worker that dies (memory, a crash in C) may be bad luck; the second is the job's doing
             try:
                 worker = self._workers.pop()
@@ -588,9 +550,6 @@ class Grader:
         self._threads.shutdown(cancel_futures=True)
         while self._workers:
             self._workers.pop().kill()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *exc):
         self.close()
