@@ -1,28 +1,27 @@
 r"""Is this response right? +1 or -1, for text that a model wrote and that nobody has read.
 
 `extract` finds the answer in the response, in time linear in its length; where it looks is a named style. `compare`
-decides in this process what is exact and cheap, nearly all that training meets: the same text once its dress is off,
-numbers as fractions, units, words, lists and sets part by part. What is left (surds, polynomials, equations) is asked
-of math-verify, whose running time nothing bounds (`9^{9^{9^9}}`): `Grader` asks it in worker processes that can be
-killed. What math-verify does not look at (the order of letters, subscripts, units, repeated entries of a list, set
-against tuple) must agree before it is asked: a false match is what training would find.
+decides in this process what is exact and cheap, nearly all that training meets: equal text, plain numbers, units,
+words, lists and sets part by part. What is left (surds, polynomials, equations) is asked of math-verify, whose running
+time nothing bounds (`9^{9^{9^9}}`): `Grader` asks it in worker processes that can be killed. What math-verify does not
+look at (letters, subscripts, units) must agree before it is asked: a false match is what training would find.
 
-A worker is this very file run as a program, so it starts in about a second whatever the trainer has imported, shares
-no memory with CUDA or vLLM, and gets its work through a pipe as JSON: bytes that are text, parsed and never unpickled.
-A reward of one's own, `--reward FILE.py:function`, takes the place of all that in the same workers.
+A worker is this very file run as a program: it starts in a second whatever the trainer has imported, shares no memory
+with CUDA or vLLM, and gets its work through a pipe as JSON, parsed and never unpickled.
 """
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import logging
 import multiprocessing.connection
 import re
+import resource
 import signal
 import subprocess
 import sys
 import traceback
-import types
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -37,9 +36,7 @@ from watchdog import progress
 log = logging.getLogger(__name__)
 
 MAX_ANSWER = 512  # characters; a longer answer is right only if it is the gold answer to the letter
-START_SECONDS = 120  # for a worker's imports from a slow disk
 WORKER_BYTES = 2 << 30  # of address space that a worker may add: 10^5 x 10^5 zeros are a MemoryError, no swap storm
-DAPO_TAIL = 300  # characters at the end of a response that count in the style `dapo`, as in verl's math_dapo
 DIGITS = 1000  # to which math-verify compares irrational numbers, in place of 15: 10^{-20} is not 10^{-21}
 
 
@@ -56,34 +53,29 @@ class Problem:
 
 # ---- extraction
 
-Found = tuple[int, str]  # where in a response an answer is stated, and the answer
-
 _BRACE = re.compile(r"\\{1,2}(?P<box>boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _COLON = re.compile(r"""answer[*_`"']{0,4}\s{0,4}[:：]""", re.IGNORECASE)
-_ANSWER = re.compile(rf"\b(?:{_COLON.pattern}|answer\**\s{{1,4}}is\b)|^[#* ]{{0,8}}(?:final )?answer[* ]{{0,8}}$",
-                     re.IGNORECASE | re.MULTILINE)
-_HASHES = re.compile(  # not those of a heading
-    r"(?<!#)#{4,}(?!#|\W{0,9}(?:step|part|case|problem|solution|explanation|final|check)\b)", re.IGNORECASE)
-_FILLER = re.compile(r"(?:indeed|therefore|thus|then|simply|just|exactly|equal to)\b[\s,:]*")
+_ANSWER = re.compile(
+    rf"\b(?:{_COLON.pattern}|answer\**\s{{1,4}}is\b(?:\s(?:indeed|therefore|thus|then|simply|just|exactly|equal to)\b)?)"
+    r"|^[#* ]{0,8}(?:final )?answer[* ]{0,8}$", re.IGNORECASE | re.MULTILINE)
+_HASHES = re.compile(r"(?<!#)#{4,}(?!#|\W{0,9}(?:step|part|case|problem|solution|final)\b)", re.IGNORECASE)  # no title
 _END = re.compile(  # of what a line states: "12. I hope", "12, because"; but not in Mr. Smith, J. Smith, U.S. team
-    r"""(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bvs)(?<![\s.("'][A-Z])\.[*_`"'$)]*\s+(?=[^\w\s]|[A-Z])"""
-    r"""|(?<=\d)\.[*_`"'$)]*\s|,?\s(?:because|since|as|which)\b""")
+    r"""(?<!\b[MDS][rst])(?<![\s.("'][A-Z])\.[*_`"'$)]*\s+(?=[^\w\s]|[A-Z])|(?<=\d)\.[*_`"'$)]*\s"""
+    r"""|,?\s(?:because|since|as|which)\b""")
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+"
 _NUMBER = re.compile(rf"""(?:(?<![\w.)}}\]])[-+]\$?)?(?:
-    (?:(?<![\^_])\d{{1,3}}[ \u00a0]?)?(?:\\[dt]?frac(?:\d|\{{-?\d+\}}){{2}}|[¼-¾⅐-⅞])  # 2\frac23
-    | (?<![\^_])\d{{1,3}}[ \u00a0]\d\d?/\d{{1,3}}(?![\d/.])  # 2 2/3
+    (?:(?<![\^_])\d{{1,3}}[ \u00a0]?)?(?:\\[dt]?frac(?:\d|\{{-?\d+\}}){{2}}|[¼-¾⅐-⅞]|\d\d?/\d{{1,3}}(?![\d/.]))  # 2 2/3
     | (?:\d{{1,3}}(?:(?:,\\!|\{{,\}}|\\,|[\u00a0\u2009\u202f])\d{{3}})+(?!\d)(?:\.\d+)?|{_DECIMAL})  # 1\,250
-      (?:/(?:{_DECIMAL}) | [eE][-+]?\d{{1,3}}(?!\w)
-       | (?:[ ]?(?:\\times|\\cdot|[×·*])[ ]?10)?\^(?:\{{-?\d+\}}|-?\d+))?  # 1.2 \times 10^{{5}}
+      (?:/(?:{_DECIMAL})|(?:[ ]?(?:\\times|\\cdot|[×·*])[ ]?10)?\^(?:\{{-?\d+\}}|-?\d+))?  # 1.2 \times 10^{{5}}
     )(?:[ ](?:hundred|thousand|million|billion|trillion)\b)?""", re.VERBOSE)
-_LETTER = re.compile(r"""[\W_]*(?:(?i:option|choice|answer)\W+)?([A-J]|[a-j](?=\W*$|[).:,]))(?![\w'^=+/-])
-    (?!(?<=[AI])\s(?!(?:because|since|as|is)\b)[a-z])  # "A neutron", "I think"
+_LETTER = re.compile(r"""[\W_]*(?:(?i:option|choice|answer)\W+)?([A-J]|[a-j](?=\W*$|[).:,]))
+    (?![\w'^=+/-]|\s(?!and|or)[a-z])  # "A neutron"
     (?P<more>\W*(?:[,&/]|\b(?:and|or)\b)\W*[A-J]\b)?""", re.VERBOSE)
 _LETTER_IN_BRACKETS = re.compile(r"\(([A-J])\)|^\W*([A-J])\W*$", re.MULTILINE)
 
 
-def _box(text: str) -> Found | None:
-    """The last-opened box that is closed and not empty (an echoed "within \\boxed{}" is no answer)."""
+def _box(text: str) -> tuple[int, str] | None:
+    """Where the last-opened box that is closed and not empty (no echoed "within \\boxed{}") starts, and its content."""
     stack, best = [], (-1, -1)
     for token in _BRACE.finditer(text):
         if token["box"] or token[0] == "{":
@@ -100,10 +92,10 @@ def boxed(text: str) -> str | None:
     return found[1] if (found := _box(text)) else None
 
 
-def _line_after(text: str, pattern: re.Pattern) -> Found | None:
-    """What the first line behind the last match states; "Answer: **Mr. X**, since he ... I hope ..." is "Mr. X"."""
+def _line_after(text: str, pattern: re.Pattern) -> tuple[int, str] | None:
+    """Where the last match ends, and what the first line behind it states: "Mr. X" of "Answer: **Mr. X**, since he"."""
     start = next(iter(deque((m.end() for m in pattern.finditer(text)), maxlen=1)), len(text))
-    line = _FILLER.sub("", text[start:].lstrip(" \t\r\n*_:：`\"'").partition("\n")[0], count=1)
+    line = text[start:].lstrip(" \t\r\n*_:：`\"'").partition("\n")[0]
     line = _END.split(f" {line}", maxsplit=1)[0].strip(" \t\r*_`\"'.,;")
     return (start, line) if line else None
 
@@ -123,8 +115,8 @@ def _math(text: str) -> str | None:
 
 
 def _dapo(text: str) -> str | None:
-    """What "Answer: x" says in the last 300 characters, nothing else."""
-    found = _line_after(text[-DAPO_TAIL:], _COLON)
+    """What "Answer: x" says in the last 300 characters, nothing else, as in verl's math_dapo."""
+    found = _line_after(text[-300:], _COLON)
     return found and (boxed(found[1]) or found[1])
 
 
@@ -161,10 +153,8 @@ _NO_UNITS = set(  # of words behind a number
     "and the a an base dozen half halves third thirds quarters hundred thousand million billion trillion".split())
 _MARK = "\x02"  # stands before what \text{...} held and before units: 5 \text{ m} is a length, 5 m may be a product
 _SIGNS = str.maketrans({
-    **dict.fromkeys("−–‐‑", "-"), "⁄": "/", "\u200b": "", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "±": r"\pm ",
-    "∞": r"\infty ", "∪": r"\cup ", "≤": r"\le ", "≥": r"\ge ", "∈": r"\in ", "√": r"\sqrt ", "°": r"^\circ "})
-
-
+    **dict.fromkeys("−–‐‑", "-"), "⁄": "/", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "±": r"\pm ",
+    "∞": r"\infty ", "∪": r"\cup ", "≤": r"\le ", "≥": r"\ge ", "√": r"\sqrt ", "∈": r"\in ", "°": r"^\circ "})
 _REWRITES = [(re.compile(pattern), new) for pattern, new in [
     # what NFKC alone would make a gap of any kind, 21/2, x2 and 101
     ("[\u00a0\u2009\u202f]", "~"), (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "), (r"([⁺⁻]?[⁰¹²³⁴-⁹]+)", r"^{\1}"),
@@ -172,16 +162,13 @@ _REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])\.?", ""),
     (r"(?<!\\)\\[!,;: ]|~|\\q?quad(?![a-zA-Z])", "\x01"),  # a gap: between digits it groups thousands
     (r"(?<=\d)(?<![_^]\d)(?:,?\x01+|\{,\})(?=\d{3}(?!\d))", ""), (r"[\x01\s]+", " "),
-    (r"^[* ]+|[* ]+$|(?<=.)[.,;]$", ""), (r"\\emptyset|∅|\\\{ ?\\\}", r"\\varnothing "),
-    (r"(?<![a-zA-Z\\])(pi|infty|sqrt)(?![a-zA-Z])", r"\\\1"), (r"\\[dtc]frac", r"\\frac"),
-    (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"), (r"(?<=[\d.])[eE]([-+]?\d{1,3})(?!\w)", r"\\times 10^{\1}"),
+    (r"^[* ]+|[* ]+$|(?<=.)[.,;]$", ""), (r"(?<![a-zA-Z\\])(pi|infty|sqrt)(?![a-zA-Z])", r"\\\1"),
+    (r"\\[dtc]frac", r"\\frac"), (r"(?<=[\d.])[eE]([-+]?\d{1,3})(?!\w)", r"\\times 10^{\1}"),
     (r"(?<=\d)(?:\^ ?\{? ?)?(?:\\(?:text|mathrm) ?\{)?(?:st|nd|rd|th)(?![a-zA-Z])\}*", ""),  # 12^{\text{th}}
     (r"\^ ?\{? ?(?:\\circ|o) ?\}?(?![a-zA-Z])", f" {_MARK}degrees "), (r"\\?%|\\?\bpercent\b", "%"),
-    (r"\\text ?\{ ?(and|or) ?\}", r" \1 "),
-    (r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|mbox) ?\{ ?([^{}]*)\}", rf" {_MARK}\1 "),
+    (r"\\text ?\{ ?(and|or) ?\}", r" \1 "), (r"\\(?:text\w*|math\w+|mbox) ?\{ ?([^{}]*)\}", rf" {_MARK}\1 "),
     (r"^([-+]?) ?(?:\\\$|\$(?=[^$]*$)) ?(?=[\d.])(.*)", rf"\1\2 {_MARK}dollar"),  # else $ is LaTeX's own
-    (r"\\?\$|\\[()\[\]]", ""), (rf"([_^]) ?{_MARK}?(\w)", r"\1{\2}"), (rf"^[ {_MARK}]+| +$", ""),
-    (r" +", " "),
+    (r"\\?\$|\\[()\[\]]", ""), (rf"([_^]) ?{_MARK}?(\w)", r"\1{\2}"), (rf"^[ {_MARK}]+", ""), (r" +", " "),
     # words behind a number are its unit; 5m, 6xyz and 6 m g are products
     (r"^([-+]?(?:[\d.,/ ]*\d\.?|\\frac\{\d+\}\{\d+\})(?:\\times 10\^\{-?\d+\})?)(?: ?(?=(?:[ckm]m|kg|in|ft|mi|hr)\b)"
      r"| (?!(?:and|or)\b)(?=[A-Za-z]{3}|[mgshL](?:/[a-z]+)?(?:\^\{\d\})?$))", rf"\1 {_MARK}"),
@@ -214,12 +201,12 @@ def rational(text: str) -> Fraction | None:
 
 
 def _split_unit(text: str) -> tuple[str, str]:
-    """("5", "meter") of "5 Meters", ("5", "m/s") of "5 m / s"; (text, "") where there is no unit."""
-    value, _, phrase = text.partition(f" {_MARK}")
-    words = re.findall(r"[A-Za-z]+|\^\{[23]\}|[^\s.]", re.sub(rf"{_MARK}|\\cdot\b", "", phrase))
-    if not words or _NO_UNITS & set(words) or not all(word[0] in "/^" or word.isalpha() for word in words):
+    """("5", "meter") of "5 meters", ("5", "m/s") of "5 m / s"; (text, "") where there is no unit."""
+    value, _, unit = text.partition(f" {_MARK}")
+    words = set(re.findall("[a-z]+", unit))
+    if not re.fullmatch(rf"(?:[A-Za-z/. {_MARK}]|\^\{{[23]\}}|\\cdot)+", unit) or _NO_UNITS & words:
         return text, ""
-    return value.strip(), "".join(word if len(word) < 4 else word.lower().removesuffix("s") for word in words)
+    return value.strip(), re.sub(rf"(?<=\w\w)s\b|[. {_MARK}]", "", unit)
 
 
 def _parts(text: str) -> tuple[str, list[str]]:
@@ -234,11 +221,8 @@ def _parts(text: str) -> tuple[str, list[str]]:
     return "", [text]
 
 
-Ask = Callable[[str, str], bool]  # answer, gold -> does math-verify take these two expressions for equal?
-
-
-def compare(answer: str | None, gold: str, ask: Ask | None = None) -> bool | None:
-    """Whether `answer` is the same as `gold`; None where only `ask` could tell and it was not given."""
+def compare(answer: str | None, gold: str, ask: Callable | None = None) -> bool | None:
+    """Whether `answer` is the same as `gold`; None where only `ask`, math-verify, could tell and was not given."""
     if not answer or not answer.strip():
         return False
     if max(len(answer), len(gold)) > MAX_ANSWER:
@@ -257,21 +241,18 @@ def _tight(text: str) -> str:
 _NAME = re.compile(r"((?:[^-+*/^<>=!()]|\([^()]*\))*|(?:\\[a-z]+|[^A-Za-z=<>!\\])*)(?:=|\\in(?![a-zA-Z])) *")
 
 
-def _compare(answer: str, gold: str, ask: Ask | None) -> bool | None:
+def _compare(answer: str, gold: str, ask: Callable | None) -> bool | None:
     if _tight(answer) == _tight(gold):
         return answer != ""
-    if not answer or not gold:
-        return False
     (kind, ours), (kind_gold, theirs) = _parts(answer), _parts(gold)
     name, name_gold = len(ours) == 1 and _NAME.match(answer), len(theirs) == 1 and _NAME.match(gold)
-    if name and name_gold and _tight(name[1]) == _tight(name_gold[1]):
-        return _compare(answer[name.end() :], gold[name_gold.end() :], ask)
-    if bool(name) != bool(name_gold) and (answer + gold).count("=") < 2:
+    if name and name_gold and _tight(name[1]) != _tight(name_gold[1]):
+        return False  # f(1) = 2 and f(2) = 2
+    if name and name_gold or (name or name_gold) and (answer + gold).count("=") < 2:
         return _compare(answer[name.end() if name else 0 :], gold[name_gold.end() if name_gold else 0 :], ask)
     kinds = {kind, kind_gold}
     if len(ours) == len(theirs) == 1 and kinds != {"{}"}:
-        numbered = name and name_gold and re.search(r"\d", name[1]) and re.search(r"\d", name_gold[1])
-        return False if numbered else _single(ours[0], theirs[0], ask)  # f(1) = 2 is not f(2) = 2
+        return _single(ours[0], theirs[0], ask)
     if len(ours) != len(theirs) or not (kinds <= {"", "{}"} or kinds == {"", "()"} or kind == kind_gold):
         return False
     in_order = not kinds <= {"", "{}"}  # a list may stand for a set, in any order, and for a tuple, in its own
@@ -283,7 +264,7 @@ def _compare(answer: str, gold: str, ask: Ask | None) -> bool | None:
     return True
 
 
-def _single(answer: str, gold: str, ask: Ask | None) -> bool | None:
+def _single(answer: str, gold: str, ask: Callable | None) -> bool | None:
     (a, unit), (g, unit_gold) = _split_unit(answer), _split_unit(gold)
     percent = a.endswith("%"), g.endswith("%")
     if unit != unit_gold and (unit and unit_gold or any(percent)):
@@ -292,11 +273,11 @@ def _single(answer: str, gold: str, ask: Ask | None) -> bool | None:
     x, y = rational(a), rational(g)
     if x is not None and y is not None:  # 50% is 1/2, and also 50, as golds often leave the sign out
         return x == y or percent[0] > percent[1] and x == 100 * y or percent[0] < percent[1] and 100 * x == y
-    if a.casefold() == g.casefold() and re.search("(?i)^(?:no|[a-j])$|[a-z]{3}", a) and "\\" not in a:
+    if percent[0] != percent[1]:
+        return False
+    if _tight(a) == _tight(g) or a.casefold() == g.casefold() and re.search(r"(?i)^no$|^[^\\]*[a-z]{3}[^\\]*$", a):
         return True
-    if _tight(a) == _tight(g) and percent[0] == percent[1]:
-        return True
-    if percent[0] != percent[1] or _overlooked(a) != _overlooked(g) or ":" in a + g:
+    if _overlooked(a) != _overlooked(g) or ":" in a + g:
         return False
     return None if ask is None else ask(a, g)
 
@@ -318,6 +299,8 @@ def _overlooked(text: str) -> tuple[list[str], set[str], list[str]]:
 @contextlib.contextmanager
 def _no_code():
     """Within, no text of an answer reaches sympy's `eval` (parse_expr) or `exec` (lambdify, of infinite sums)."""
+    from unittest import mock
+
     import sympy  # noqa: F401  (loads both modules; by name, as `sympy.utilities.lambdify` is a function)
 
     parser, compiler = sys.modules["sympy.parsing.sympy_parser"], sys.modules["sympy.utilities.lambdify"]
@@ -328,12 +311,9 @@ def _no_code():
             return parse_expr(text, *args, **kwargs)
         raise NotImplementedError("an answer is data: nothing in it is run")  # evalf then sums without lambdify
 
-    parser.parse_expr, compiler.exec = refuse, lambda *args: refuse("")  # a module's globals shadow the builtins
-    try:
+    with (mock.patch.object(parser, "parse_expr", refuse),
+          mock.patch.object(compiler, "exec", refuse, create=True)):  # a module's globals shadow the builtins
         yield
-    finally:
-        parser.parse_expr = parse_expr
-        del compiler.exec
 
 
 def ask_math_verify(answer: str, gold: str) -> bool:
@@ -383,32 +363,14 @@ class _Source(NamedTuple):
 
     def define(self) -> Callable[[str, Problem], float]:
         """Runs the file, which the user wrote and named, and returns its function."""
-        module = sys.modules["_custom_reward"] = types.ModuleType("_custom_reward")
-        module.__file__ = self.path
-        try:
-            exec(compile(self.text, self.path, "exec"), vars(module))
-            return getattr(module, self.function)
-        except Exception as error:
-            raise ValueError(f"--reward: {self.path} does not run: {type(error).__name__}: {error}") from error
+        names = {"__name__": "_custom_reward", "__file__": self.path}
+        exec(compile(self.text, self.path, "exec"), names)
+        if not callable(names.get(self.function)):
+            raise ValueError(f"--reward: there is no function {self.function} in {self.path}")
+        return names[self.function]
 
 
 # ---- workers
-
-def _confine() -> None:
-    """Leave signals to the trainer; on Linux also die with the parent, even if it is killed with -9, and bound memory.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to the whole process group; the trainer ends us
-    if sys.platform != "linux":
-        return  # there the end of the pipe, which closes with the parent, ends a worker that is not computing
-    import ctypes
-    import resource
-
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
-    with open("/proc/self/statm") as file:  # on top of what is mapped already
-        limit = int(file.read().split()[0]) * resource.getpagesize() + WORKER_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
 
 def _decide(function: Callable | None, response: str, problem: dict | str) -> float | str:
     """The reward, or the traceback of what went wrong: `function` says it of a response and its problem, or without one
@@ -429,10 +391,16 @@ def _decide(function: Callable | None, response: str, problem: dict | str) -> fl
 def _serve(pipe: multiprocessing.connection.Connection) -> None:
     """Worker. In comes what to do, a _Source or null, then jobs, [answer, gold] or [response, problem]; out goes null
     when it is ready, then for each job its reward, or a text that says what failed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to the whole process group; the trainer ends us
     source = json.loads(pipe.recv_bytes())
     function = _Source(*source).define() if source else None
     ask_math_verify("x", "y")  # pays for the imports before the first deadline runs
-    _confine()
+    if sys.platform == "linux":  # elsewhere a worker that is not computing ends with the pipe, which its parent closes
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG: die even with a parent killed by -9
+        with open("/proc/self/statm") as file:  # on top of what is mapped already
+            limit = int(file.read().split()[0]) * resource.getpagesize() + WORKER_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     pipe.send_bytes(b"null")
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the trainer is gone
         while True:
@@ -447,11 +415,7 @@ class _Worker:
         self.process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], stdin=subprocess.DEVNULL,
                                         pass_fds=[theirs.fileno()])  # a new program: never a fork of one with a GPU
         theirs.close()  # ours must be the only other end, or neither side would ever see end-of-file
-        try:
-            self.ask(source, START_SECONDS)
-        except (OSError, EOFError) as error:
-            raise RuntimeError(f"a grading worker did not start (exit code {self.process.returncode}): see its output "
-                               "above; is math-verify installed?") from error
+        self.ask(source, seconds=120)  # imports from a slow disk
 
     def ask(self, message: object, seconds: float) -> float | str | None:
         """Its reply. After so many seconds it is killed: TimeoutError. If it died: EOFError or another OSError."""
@@ -508,25 +472,22 @@ class Grader(contextlib.AbstractContextManager):
         """One verdict for each of R responses to R problems; equal pairs are decided once. cut: which responses ended
         at the length limit: those are wrong, whatever they say."""
         cut = [False] * len(responses) if cut is None else cut
-        rows = list(zip(responses, problems, cut, strict=True))
-        found = [None if over else extract(response, p.style) for response, p, over in rows]
-        if self.source:
-            jobs = [None if over else (response, p) for response, p, over in rows]
-        else:
-            jobs = [answer and (answer, p.answer) for answer, p in zip(found, problems, strict=True)]
+        texts = [None if over else text for text, over in zip(responses, cut, strict=True)]
+        found = [text and extract(text, p.style) for text, p in zip(texts, problems, strict=True)]
+        jobs = [(text, p) if self.source else (answer, p.answer)
+                for text, answer, p in zip(texts, found, problems, strict=True)]
         distinct = list(dict.fromkeys(jobs))
         verdicts = dict(zip(distinct, self._threads.map(self._verdict, distinct), strict=True))
         why = next((v for v in verdicts.values() if isinstance(v, str)), None)
         if self.source and why and not self._warned:
-            log.warning("%s:%s failed; where it does, a response counts as wrong. This is said once:\n%s",
-                        self.source.path, self.source.function, why)
+            log.warning("%s failed; there a response counts as wrong. This is said once:\n%s", self.source.path, why)
             self._warned = True
         return [Grade(verdicts[job] if isinstance(verdicts[job], float) else -1.0, answer, verdicts[job] is None,
                       isinstance(verdicts[job], str)) for job, answer in zip(jobs, found, strict=True)]
 
-    def _verdict(self, job: tuple | None) -> float | str | None:
+    def _verdict(self, job: tuple) -> float | str | None:
         """The reward of a job, what failed, or None where the deadline passed or two workers died of it."""
-        if job is None:
+        if job[0] is None:
             return -1.0
         if not self.source and (same := compare(*job)) is not None:
             return 2.0 * same - 1
@@ -545,45 +506,33 @@ class Grader(contextlib.AbstractContextManager):
             return reply
         return None
 
-    def close(self) -> None:
+    def close(self, *exc) -> None:
         """Kills the workers and ends."""
         self._threads.shutdown(cancel_futures=True)
         while self._workers:
             self._workers.pop().kill()
 
-    def __exit__(self, *exc):
-        self.close()
+    __exit__ = close
 
 
 # ---- golds
 
-# how a response that gives the gold answer ends, style by style
-_GIVEN = {"math": r"\boxed{%s}", "dapo": "Answer: %s", "gsm8k": "#### %s", "choice": "Answer: %s"}
-
-
-
-def _is_text(gold: str) -> bool:
-    """Whether a gold is a sentence or says where the answer stands, rather than a number with its unit, a formula or a
-    name: a worked solution, which no response repeats."""
-    words = re.findall(r"(?<![A-Za-z_^])[A-Za-z]{2,}(?![A-Za-z])", _COMMANDS.sub(" ", gold))
-    return len(words) >= 6 or bool(boxed(gold) or _line_after(gold, _ANSWER) or _line_after(gold, _HASHES))
-
-
 def check_golds(problems: Sequence[Problem], grader: Grader, *, allowed: float, name: str) -> dict[str, int]:
     """{"bad_golds": how many golds hardly any response could match}, with a warning if there are any.
 
-    A gold is bad that is not graded right when a response gives it as its style asks, is longer than MAX_ANSWER, or is
-    text; none is for a reward of one's own. allowed: the share of the problems that may have one. name: of the data
-    set, for messages. Raises ValueError for a larger share, with examples and what to do.
+    Bad is a gold that is not graded right when a response gives it in a box, is longer than MAX_ANSWER, or is
+    a worked solution, which no response repeats. allowed: the share that may be; more is a ValueError, with examples.
     """
-    given = [] if grader.source else grader.grade([_GIVEN[p.style] % p.answer for p in problems], problems)
-    bad = [p for p, grade in zip(problems, given, strict=False)
-           if not grade.right or len(p.answer) > MAX_ANSWER or _is_text(p.answer)]
+    if grader.source:
+        return {"bad_golds": 0}
+    given = grader.grade([rf"Answer: \boxed{{{p.answer}}}" for p in problems], problems)
+    bad = [p for p, grade in zip(problems, given, strict=True)
+           if not grade.right or len(p.answer) > MAX_ANSWER or _ANSWER.search(p.answer)
+           or len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", p.answer)) > 5]
     if bad:
-        examples = "\n".join(f"  {p.id} ({p.style}): {p.answer[:70]!r}{'...' * (len(p.answer) > 70)}" for p in bad[:3])
-        message = (f"{name}: {len(bad)} of {len(problems)} gold answers could hardly be met by any response, so that "
-                   f"all would count as wrong (in brackets the style):\n{examples}\n"
-                   r"give a column `answer` with the bare answer (14, \frac{1}{2}) or another `style`")
+        examples = "\n".join(f"  {p.id} ({p.style}): {p.answer[:70]!r}" for p in bad[:3])
+        message = (f"{name}: {len(bad)} of {len(problems)} gold answers could hardly be met by any response, such as\n"
+                   f"{examples}\ngive a column `answer` with the bare answer (14, \\frac{{1}}{{2}}) or another `style`")
         if len(bad) > allowed * len(problems):
             raise ValueError(f"{message}, or admit a share of them with --allow_bad_golds SHARE (now {allowed:g})")
         log.warning("%s", message)
