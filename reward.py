@@ -56,7 +56,7 @@ class Problem:
 _BRACE = re.compile(r"\\{1,2}(?P<box>boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _COLON = re.compile(r"""answer[*_`"']{0,4}\s{0,4}[:：]""", re.IGNORECASE)
 _ANSWER = re.compile(
-    rf"\b(?:{_COLON.pattern}|answer\**\s{{1,4}}is\b(?:\s(?:indeed|therefore|thus|then|simply|just|exactly|equal to)\b)?)"
+    rf"\b(?:{_COLON.pattern}|answer\**\s{{1,4}}is\b(?:\s(?:indeed|therefore|thus|then|simply|exactly|equal to)\b)?)"
     r"|^[#* ]{0,8}(?:final )?answer[* ]{0,8}$", re.IGNORECASE | re.MULTILINE)
 _HASHES = re.compile(r"(?<!#)#{4,}(?!#|\W{0,9}(?:step|part|case|problem|solution|final)\b)", re.IGNORECASE)  # no title
 _END = re.compile(  # of what a line states: "12. I hope", "12, because"; but not in Mr. Smith, J. Smith, U.S. team
@@ -148,9 +148,8 @@ def extract(response: str, style: str = "math") -> str | None:
 
 # ---- comparison
 
-_NO_UNITS = set(  # of words behind a number
-    "is not no wrong right more less than minus plus times over squared cubed out of if for when where but then mod or "
-    "and the a an base dozen half halves third thirds quarters hundred thousand million billion trillion".split())
+_NO_UNITS = set("not wrong more less than minus plus times over squared cubed out of if for when where mod or and is base "
+                "dozen half halves third thirds quarters hundred thousand million billion trillion".split())
 _MARK = "\x02"  # stands before what \text{...} held and before units: 5 \text{ m} is a length, 5 m may be a product
 _SIGNS = str.maketrans({
     **dict.fromkeys("−–‐‑", "-"), "⁄": "/", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "±": r"\pm ",
@@ -255,9 +254,8 @@ def _compare(answer: str, gold: str, ask: Callable | None) -> bool | None:
         return _single(ours[0], theirs[0], ask)
     if len(ours) != len(theirs) or not (kinds <= {"", "{}"} or kinds == {"", "()"} or kind == kind_gold):
         return False
-    in_order = not kinds <= {"", "{}"}  # a list may stand for a set, in any order, and for a tuple, in its own
-    for part in ours:
-        verdicts = [_compare(part, other, ask) for other in (theirs[:1] if in_order else theirs)]
+    for part in ours:  # a list may stand for a set, in any order, and for a tuple, in its own
+        verdicts = [_compare(part, other, ask) for other in (theirs if kinds <= {"", "{}"} else theirs[:1])]
         if True not in verdicts:
             return None if None in verdicts else False
         del theirs[verdicts.index(True)]  # each part has one of the gold to itself
@@ -398,9 +396,8 @@ def _serve(pipe: multiprocessing.connection.Connection) -> None:
     ask_math_verify("x", "y")  # pays for the imports before the first deadline runs
     if sys.platform == "linux":  # elsewhere a worker that is not computing ends with the pipe, which its parent closes
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG: die even with a parent killed by -9
-        with open("/proc/self/statm") as file:  # on top of what is mapped already
-            limit = int(file.read().split()[0]) * resource.getpagesize() + WORKER_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + WORKER_BYTES, mapped + WORKER_BYTES))
     pipe.send_bytes(b"null")
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the trainer is gone
         while True:

@@ -30,7 +30,6 @@ from reward import (
     Grader,
     Problem,
     ask_math_verify,
-    bad_golds,
     check_golds,
     compare,
     equivalent,
