@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import traceback
+import types
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -148,8 +149,8 @@ def extract(response: str, style: str = "math") -> str | None:
 
 # ---- comparison
 
-_NO_UNITS = set("not wrong more less than minus plus times over squared cubed out of if for when where mod or and is base "
-                "dozen half halves third thirds quarters hundred thousand million billion trillion".split())
+_NO_UNITS = set("not more less than minus plus times over squared cubed out of if for when where mod or and base "
+                "half halves third thirds quarters tenths dozen hundred thousand million billion trillion".split())
 _MARK = "\x02"  # stands before what \text{...} held and before units: 5 \text{ m} is a length, 5 m may be a product
 _SIGNS = str.maketrans({
     **dict.fromkeys("−–‐‑", "-"), "⁄": "/", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "±": r"\pm ",
@@ -158,18 +159,18 @@ _REWRITES = [(re.compile(pattern), new) for pattern, new in [
     # what NFKC alone would make a gap of any kind, 21/2, x2 and 101
     ("[\u00a0\u2009\u202f]", "~"), (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "), (r"([⁺⁻]?[⁰¹²³⁴-⁹]+)", r"^{\1}"),
     (r"([₀-₉]+)", r"_{\1}"), (r"[^\x00-\x7f]+", lambda m: unicodedata.normalize("NFKC", m[0]).translate(_SIGNS)),
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])\.?", ""),
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])\.?", ""), (r"\\[dtc]frac", r"\\frac"),
     (r"(?<!\\)\\[!,;: ]|~|\\q?quad(?![a-zA-Z])", "\x01"),  # a gap: between digits it groups thousands
     (r"(?<=\d)(?<![_^]\d)(?:,?\x01+|\{,\})(?=\d{3}(?!\d))", ""), (r"[\x01\s]+", " "),
     (r"^[* ]+|[* ]+$|(?<=.)[.,;]$", ""), (r"(?<![a-zA-Z\\])(pi|infty|sqrt)(?![a-zA-Z])", r"\\\1"),
-    (r"\\[dtc]frac", r"\\frac"), (r"(?<=[\d.])[eE]([-+]?\d{1,3})(?!\w)", r"\\times 10^{\1}"),
+    (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"), (r"(?<=[\d.])[eE]([-+]?\d{1,3})(?!\w)", r"\\times 10^{\1}"),
     (r"(?<=\d)(?:\^ ?\{? ?)?(?:\\(?:text|mathrm) ?\{)?(?:st|nd|rd|th)(?![a-zA-Z])\}*", ""),  # 12^{\text{th}}
     (r"\^ ?\{? ?(?:\\circ|o) ?\}?(?![a-zA-Z])", f" {_MARK}degrees "), (r"\\?%|\\?\bpercent\b", "%"),
     (r"\\text ?\{ ?(and|or) ?\}", r" \1 "), (r"\\(?:text\w*|math\w+|mbox) ?\{ ?([^{}]*)\}", rf" {_MARK}\1 "),
     (r"^([-+]?) ?(?:\\\$|\$(?=[^$]*$)) ?(?=[\d.])(.*)", rf"\1\2 {_MARK}dollar"),  # else $ is LaTeX's own
     (r"\\?\$|\\[()\[\]]", ""), (rf"([_^]) ?{_MARK}?(\w)", r"\1{\2}"), (rf"^[ {_MARK}]+", ""), (r" +", " "),
     # words behind a number are its unit; 5m, 6xyz and 6 m g are products
-    (r"^([-+]?(?:[\d.,/ ]*\d\.?|\\frac\{\d+\}\{\d+\})(?:\\times 10\^\{-?\d+\})?)(?: ?(?=(?:[ckm]m|kg|in|ft|mi|hr)\b)"
+    (r"^([-+]?(?:[\d.,/ ]*\d\.?|\d*\\frac\{\d+\}\{\d+\})(?:\\times 10\^\{-?\d+\})?)(?: ?(?=(?:[ckm]m|kg|in|ft|mi|hr)\b)"
      r"| (?!(?:and|or)\b)(?=[A-Za-z]{3}|[mgshL](?:/[a-z]+)?(?:\^\{\d\})?$))", rf"\1 {_MARK}"),
 ]]
 
@@ -275,9 +276,7 @@ def _single(answer: str, gold: str, ask: Callable | None) -> bool | None:
         return False
     if _tight(a) == _tight(g) or a.casefold() == g.casefold() and re.search(r"(?i)^no$|^[^\\]*[a-z]{3}[^\\]*$", a):
         return True
-    if _overlooked(a) != _overlooked(g) or ":" in a + g:
-        return False
-    return None if ask is None else ask(a, g)
+    return False if _overlooked(a) != _overlooked(g) else ask and ask(a, g)
 
 
 _COMMANDS = re.compile(  # what has letters and is none; math-verify drops the commands that are left here
@@ -285,9 +284,9 @@ _COMMANDS = re.compile(  # what has letters and is none; math-verify drops the c
 
 
 def _overlooked(text: str) -> tuple[list[str], set[str], list[str]]:
-    """Words, letters and subscripts, which math-verify takes for products or drops: they must be the same."""
+    """Words, letters, subscripts and ratios, which math-verify takes for products or drops: they must be the same."""
     bare = _COMMANDS.sub(" ", text)
-    words = re.findall(r"\\[a-zA-Z{}]+|'|,(?!\d{3})|[A-Z]{2,}|[a-zA-Z]{3,}|^[a-zA-Z]{2}$", bare)  # dog, ABC
+    words = re.findall(r".*:.*|\\[a-zA-Z{}]+|'|,(?!\d{3})|[A-Z]{2,}|[a-zA-Z]{3,}|^[a-zA-Z]{2}$", bare)  # dog, ABC
     subscripts = re.findall(r"(?<!\\log)_(?:\{[^{}]*\}|.)", text)
     return sorted(words), set(re.findall("[A-Za-z]", bare)) - set("ei"), sorted(subscripts)
 
@@ -361,11 +360,12 @@ class _Source(NamedTuple):
 
     def define(self) -> Callable[[str, Problem], float]:
         """Runs the file, which the user wrote and named, and returns its function."""
-        names = {"__name__": "_custom_reward", "__file__": self.path}
-        exec(compile(self.text, self.path, "exec"), names)
-        if not callable(names.get(self.function)):
+        module = sys.modules["_custom_reward"] = types.ModuleType("_custom_reward")
+        module.__file__ = self.path
+        exec(compile(self.text, self.path, "exec"), vars(module))
+        if not callable(function := getattr(module, self.function, None)):
             raise ValueError(f"--reward: there is no function {self.function} in {self.path}")
-        return names[self.function]
+        return function
 
 
 # ---- workers
