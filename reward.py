@@ -61,7 +61,7 @@ _ANSWER = re.compile(
     r"|^[#* ]{0,8}(?:final )?answer[* ]{0,8}$", re.IGNORECASE | re.MULTILINE)
 _HASHES = re.compile(r"(?<!#)#{4,}(?!#|\W{0,9}(?:step|part|case|problem|solution|final)\b)", re.IGNORECASE)  # no title
 _END = re.compile(  # of what a line states: "12. I hope", "12, because"; but not in Mr. Smith, J. Smith, U.S. team
-    r"""(?<!\b[MDS][rst])(?<![\s.("'][A-Z])\.[*_`"'$)]*\s+(?=[^\w\s]|[A-Z])|(?<=\d)\.[*_`"'$)]*\s"""
+    r"""(?<!\b[MDS][rst])(?<!\bMrs)(?<![\s.("'][A-Z])\.[*_`"'$)]*\s+(?=[^\w\s]|[A-Z])|(?<=\d)\.[*_`"'$)]*\s"""
     r"""|,?\s(?:because|since|as|which)\b""")
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+"
 _NUMBER = re.compile(rf"""(?:(?<![\w.)}}\]])[-+]\$?)?(?:
@@ -274,7 +274,7 @@ def _single(answer: str, gold: str, ask: Callable | None) -> bool | None:
         return x == y or percent[0] > percent[1] and x == 100 * y or percent[0] < percent[1] and 100 * x == y
     if percent[0] != percent[1]:
         return False
-    if _tight(a) == _tight(g) or a.casefold() == g.casefold() and re.search(r"(?i)^no$|^[^\\]*[a-z]{3}[^\\]*$", a):
+    if _tight(a) == _tight(g) or a.casefold() == g.casefold() and re.search(r"(?i)^(?:no|[a-j])$|^[^\\]*[a-z]{3}[^\\]*$", a):
         return True
     return False if _overlooked(a) != _overlooked(g) else ask and ask(a, g)
 
