@@ -274,7 +274,7 @@ def _single(answer: str, gold: str, ask: Callable | None) -> bool | None:
         return x == y or percent[0] > percent[1] and x == 100 * y or percent[0] < percent[1] and 100 * x == y
     if percent[0] != percent[1]:
         return False
-    if _tight(a) == _tight(g) or a.casefold() == g.casefold() and re.search(r"(?i)^(?:no|[a-j])$|^[^\\]*[a-z]{3}[^\\]*$", a):
+    if _tight(a) == _tight(g) or a.lower() == g.lower() and re.search(r"(?i)^(?:no|[a-j])$|^[^\\]*[a-z]{3}[^\\]*$", a):
         return True
     return False if _overlooked(a) != _overlooked(g) else ask and ask(a, g)
 

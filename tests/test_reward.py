@@ -2,8 +2,8 @@
 
 answers.jsonl holds answers beside gold answers as a careful human grader judges them, without the question before him,
 from their meaning and not from what any program says of them: the gold answer is exact, so a rounded value is wrong; a
-form (reduced, factored) is not asked for; a unit that only one side gives is no mistake, one that differs is. Not in it,
-as the grader gets it wrong: 2\\frac{1}{2}\\pi is taken for the product \\pi and not for 5\\pi/2.
+form (reduced, factored) is not asked for; a unit that only one side gives is no mistake, one that differs is. Not in
+it, as the grader gets it wrong: 2\\frac{1}{2}\\pi is taken for the product \\pi and not for 5\\pi/2.
 """
 
 import hashlib
