@@ -1,27 +1,23 @@
 r"""Is this response right? +1 or -1, for text that a model wrote and that nobody has read.
 
 `extract` finds the answer in the response, in time linear in its length; where it looks is a named style. `compare`
-decides in this process what is exact and cheap, nearly all that training meets: the same text once its dress is off,
-numbers as fractions, units, words, lists and sets part by part. What is left (surds, polynomials, equations) is asked
-of math-verify, whose running time nothing bounds (`9^{9^{9^9}}`): `Grader` asks it in worker processes that can be
-killed. What math-verify does not look at (the order of letters, subscripts, units, repeated entries of a list, set
-against tuple) must agree before it is asked: a false match is what training would find.
+decides in this process what is exact and cheap, nearly all that training meets: equal text, plain numbers, units,
+words, lists and sets part by part. What is left (surds, polynomials, equations) is asked of math-verify, whose running
+time nothing bounds (`9^{9^{9^9}}`): `Grader` asks it in worker processes that can be killed. What math-verify does not
+look at (letters, subscripts, units) must agree before it is asked: a false match is what training would find.
 
-A worker is this very file run as a program, so it starts in about a second whatever the trainer has imported, shares
-no memory with CUDA or vLLM, and gets its work through a pipe as JSON: bytes that are text, parsed and never unpickled.
-A reward of one's own, `--reward FILE.py:function`, takes the place of all that in the same workers.
+A worker is this very file run as a program: it starts in a second whatever the trainer has imported, shares no memory
+with CUDA or vLLM, and gets its work through a pipe as JSON, parsed and never unpickled.
 """
 
 import contextlib
-import dataclasses
-import functools
+import ctypes
 import hashlib
-import itertools
 import json
 import logging
-import multiprocessing
 import multiprocessing.connection
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -31,19 +27,17 @@ import unicodedata
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple, SupportsFloat
+from typing import NamedTuple
 
 from watchdog import progress
 
 log = logging.getLogger(__name__)
 
 MAX_ANSWER = 512  # characters; a longer answer is right only if it is the gold answer to the letter
-START_SECONDS = 120  # for a worker's imports from a slow disk
 WORKER_BYTES = 2 << 30  # of address space that a worker may add: 10^5 x 10^5 zeros are a MemoryError, no swap storm
-DAPO_TAIL = 300  # characters at the end of a response that count in the style `dapo`, as in verl's math_dapo
 DIGITS = 1000  # to which math-verify compares irrational numbers, in place of 15: 10^{-20} is not 10^{-21}
 
 
@@ -60,36 +54,29 @@ class Problem:
 
 # ---- extraction
 
-Found = tuple[int, str]  # where in a response an answer is stated, and the answer
-
 _BRACE = re.compile(r"\\{1,2}(?P<box>boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _COLON = re.compile(r"""answer[*_`"']{0,4}\s{0,4}[:：]""", re.IGNORECASE)
-_ANSWER = re.compile(rf"\b(?:{_COLON.pattern}|answer\**\s{{1,4}}is\b)|^[#* ]{{0,8}}(?:final )?answer[* ]{{0,8}}$",
-                     re.IGNORECASE | re.MULTILINE)
-_HASHES = re.compile(  # not those of a heading
-    r"(?<!#)#{4,}(?!#|\W{0,9}(?:step|part|case|problem|solution|explanation|final|check)\b)", re.IGNORECASE)
-_FILLER = re.compile(r"(?:indeed|therefore|thus|then|simply|just|exactly|equal to)\b[\s,:]*")
+_ANSWER = re.compile(
+    rf"\b(?:{_COLON.pattern}|answer\**\s{{1,4}}is\b(?:\s(?:indeed|therefore|thus|then|simply|exactly|equal to)\b)?)"
+    r"|^[#* ]{0,8}(?:final )?answer[* ]{0,8}$", re.IGNORECASE | re.MULTILINE)
+_HASHES = re.compile(r"(?<!#)#{4,}(?!#|\W{0,9}(?:step|part|case|problem|solution|final)\b)", re.IGNORECASE)  # no title
 _END = re.compile(  # of what a line states: "12. I hope", "12, because"; but not in Mr. Smith, J. Smith, U.S. team
-    r"""(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bvs)(?<![\s.("'][A-Z])\.[*_`"'$)]*\s+(?=[^\w\s]|[A-Z])"""
-    r"""|(?<=\d)\.[*_`"'$)]*\s|,?\s(?:because|since|as|which)\b""")
+    r"""(?<!\b[MDS][rst])(?<!\bMrs)(?<![\s.("'][A-Z])\.[*_`"'$)]*\s+(?=[^\w\s]|[A-Z])|(?<=\d)\.[*_`"'$)]*\s"""
+    r"""|,?\s(?:because|since|as|which)\b""")
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+"
 _NUMBER = re.compile(rf"""(?:(?<![\w.)}}\]])[-+]\$?)?(?:
-    (?:(?<![\^_])\d{{1,3}}(?:[ ~\u00a0]|\\[,;:\ ])?)?  # 2\frac23
-      (?:\\[dtc]?frac(?:[ ]?(?:\d|\{{[ ]?-?\d[\d,]*[ ]?\}})){{2}}|[¼-¾⅐-⅞])
-    | (?<![\^_])\d{{1,3}}[ \u00a0]\d\d?/\d{{1,3}}(?![\d/.])  # 2 2/3
-    | (?:\d{{1,3}}(?:(?:,\\!|\{{,\}}|\\[,;:\ ]|[~\u00a0\u2009\u202f])\d{{3}})+(?!\d)(?:\.\d+)?|{_DECIMAL})  # 1\,250
-      (?:/(?:{_DECIMAL}) | [eE][-+]?\d{{1,3}}(?!\w)
-       | (?:[ ]?(?:\\times|\\cdot|[×·*xX])[ ]?(?:10|\{{10\}}))?  # 1.2 \times 10^{{5}}
-         (?:(?:\^|\*\*)(?:\{{[-+]?\d+\}}|\([-+]?\d+\)|[-+]?\d+) | [⁺⁻]?[⁰¹²³⁴-⁹]+))?
-    )(?:\$?[ ](?:hundred|thousand|million|billion|trillion)\b)?""", re.VERBOSE)
-_LETTER = re.compile(r"""[\W_]*(?:(?i:option|choice|answer)\W+)?([A-J]|[a-j](?=\W*$|[).:,]))(?![\w'^=+/-])
-    (?!(?<=[AI])\s(?!(?:because|since|as|is)\b)[a-z])  # "A neutron", "I think"
+    (?:(?<![\^_])\d{{1,3}}[ \u00a0]?)?(?:\\[dt]?frac(?:\d|\{{-?\d+\}}){{2}}|[¼-¾⅐-⅞]|\d\d?/\d{{1,3}}(?![\d/.]))  # 2 2/3
+    | (?:\d{{1,3}}(?:(?:,\\!|\{{,\}}|\\,|[\u00a0\u2009\u202f])\d{{3}})+(?!\d)(?:\.\d+)?|{_DECIMAL})  # 1\,250
+      (?:/(?:{_DECIMAL})|(?:[ ]?(?:\\times|\\cdot|[×·*])[ ]?10)?\^(?:\{{-?\d+\}}|-?\d+))?  # 1.2 \times 10^{{5}}
+    )(?:[ ](?:hundred|thousand|million|billion|trillion)\b)?""", re.VERBOSE)
+_LETTER = re.compile(r"""[\W_]*(?:(?i:option|choice|answer)\W+)?([A-J]|[a-j](?=\W*$|[).:,]))
+    (?![\w'^=+/-]|\s(?!and|or)[a-z])  # "A neutron"
     (?P<more>\W*(?:[,&/]|\b(?:and|or)\b)\W*[A-J]\b)?""", re.VERBOSE)
 _LETTER_IN_BRACKETS = re.compile(r"\(([A-J])\)|^\W*([A-J])\W*$", re.MULTILINE)
 
 
-def _box(text: str) -> Found | None:
-    """The last-opened box that is closed and not empty (an echoed "within \\boxed{}" is no answer)."""
+def _box(text: str) -> tuple[int, str] | None:
+    """Where the last-opened box that is closed and not empty (no echoed "within \\boxed{}") starts, and its content."""
     stack, best = [], (-1, -1)
     for token in _BRACE.finditer(text):
         if token["box"] or token[0] == "{":
@@ -106,10 +93,10 @@ def boxed(text: str) -> str | None:
     return found[1] if (found := _box(text)) else None
 
 
-def _line_after(text: str, pattern: re.Pattern) -> Found | None:
-    """What the first line behind the last match states; "Answer: **Mr. X**, since he ... I hope ..." is "Mr. X"."""
+def _line_after(text: str, pattern: re.Pattern) -> tuple[int, str] | None:
+    """Where the last match ends, and what the first line behind it states: "Mr. X" of "Answer: **Mr. X**, since he"."""
     start = next(iter(deque((m.end() for m in pattern.finditer(text)), maxlen=1)), len(text))
-    line = _FILLER.sub("", text[start:].lstrip(" \t\r\n*_:：`\"'").partition("\n")[0], count=1)
+    line = text[start:].lstrip(" \t\r\n*_:：`\"'").partition("\n")[0]
     line = _END.split(f" {line}", maxsplit=1)[0].strip(" \t\r*_`\"'.,;")
     return (start, line) if line else None
 
@@ -129,8 +116,8 @@ def _math(text: str) -> str | None:
 
 
 def _dapo(text: str) -> str | None:
-    """What "Answer: x" says in the last 300 characters, nothing else."""
-    found = _line_after(text[-DAPO_TAIL:], _COLON)
+    """What "Answer: x" says in the last 300 characters, nothing else, as in verl's math_dapo."""
+    found = _line_after(text[-300:], _COLON)
     return found and (boxed(found[1]) or found[1])
 
 
@@ -162,55 +149,29 @@ def extract(response: str, style: str = "math") -> str | None:
 
 # ---- comparison
 
-_UNIT = {  # of words that mean a unit; another word is the same as itself and as its plural
-    "centimeter": "cm", "meter": "m", "kilometer": "km", "inche": "in", "inch": "in", "feet": "ft", "foot": "ft",
-    "mile": "mi", "gram": "g", "second": "s", "minute": "min", "hour": "h", "hr": "h", "liter": "L", "mph": "mi/h",
-    "square": "^{2}", "sq": "^{2}", "cubic": "^{3}", "per": "/",
-    **{unit: unit for unit in "mm cm km in ft yd kg lb min mi mL Hz m g s h L N J W V A K".split()}}
-_NO_UNITS = set("is not no wrong right more less than minus plus times over squared cubed out of if for when where but "
-                "then mod or and the a an base dozen half halves third thirds quarters tenths".split())
-_POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_CURRENCIES = {"£": "gbp", "€": "euro"}
+_NO_UNITS = set("not more less than minus plus times over squared cubed out of if for when where mod or and base "
+                "half halves third thirds quarters tenths dozen hundred thousand million billion trillion".split())
 _MARK = "\x02"  # stands before what \text{...} held and before units: 5 \text{ m} is a length, 5 m may be a product
 _SIGNS = str.maketrans({
-    **dict.fromkeys("−–‐‑", "-"), **dict.fromkeys("⁄∕", "/"), **dict.fromkeys("\u200b\u200e\u200f\u2060\ufeff", ""),
-    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "±": r"\pm ", "∪": r"\cup ",
-    "≤": r"\le ", "≥": r"\ge ", "∈": r"\in ", "√": r"\sqrt ", "°": r"^\circ "})
-
-
-def _improper(mixed: re.Match) -> str:
-    r"""2\frac{1}{2} and 2 1/2 as \frac{5}{2}; 2\frac{4}{3} is left the product that it is in 2\frac{4}{3}\pi."""
-    whole, top, bottom = (int(n) for n in mixed.groups() if n)
-    return rf"\frac{{{whole * bottom + top}}}{{{bottom}}}" if top < bottom else mixed[0]
-
-
+    **dict.fromkeys("−–‐‑", "-"), "⁄": "/", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "±": r"\pm ",
+    "∞": r"\infty ", "∪": r"\cup ", "≤": r"\le ", "≥": r"\ge ", "√": r"\sqrt ", "∈": r"\in ", "°": r"^\circ "})
 _REWRITES = [(re.compile(pattern), new) for pattern, new in [
     # what NFKC alone would make a gap of any kind, 21/2, x2 and 101
     ("[\u00a0\u2009\u202f]", "~"), (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "), (r"([⁺⁻]?[⁰¹²³⁴-⁹]+)", r"^{\1}"),
     (r"([₀-₉]+)", r"_{\1}"), (r"[^\x00-\x7f]+", lambda m: unicodedata.normalize("NFKC", m[0]).translate(_SIGNS)),
-    (r"^\s*\\(?:boxed|fbox)\s*\{([^{}]*|.*\}[^{}]*)\}\s*$", r"\1"),
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])\.?", ""),
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])\.?", ""), (r"\\[dtc]frac", r"\\frac"),
     (r"(?<!\\)\\[!,;: ]|~|\\q?quad(?![a-zA-Z])", "\x01"),  # a gap: between digits it groups thousands
     (r"(?<=\d)(?<![_^]\d)(?:,?\x01+|\{,\})(?=\d{3}(?!\d))", ""), (r"[\x01\s]+", " "),
-    (r"^[* ]+|[* ]+$|(?<=.)[.,;]$", ""), (r"\\emptyset|∅|\\\{ ?\\\}", r"\\varnothing "),
-    (r"\\([gl])eq?(?:slant)?(?![a-zA-Z])", r"\\\1e "), (r"(?<![a-zA-Z\\])(pi|infty|sqrt)(?![a-zA-Z])", r"\\\1"),
-    (r"\\sqrt ?\(([^()]*)\)|\\sqrt (\d+)", r"\\sqrt{\1\2}"), (r"\\[dtc]frac", r"\\frac"),
-    (r"\\frac ?(\d) ?(?=[\d{])", r"\\frac{\1}"), (r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}"),
-    (r"(?<=\d) ?[xX*] ?(?=10\^)", r"\\times "), (r"(?<=[\d.])[eE]([-+]?\d{1,3})(?!\w)", r"\\times 10^{\1}"),
-    (r"(?<![\w.^{/])(\d+) ?\\frac\{(\d+)\}\{(\d+)\}|(?<![\w.^{/])(\d+) (\d+)/(\d+)(?![\w.])", _improper),
-    (r"\^([-+]\d+|\d{2,})", r"^{\1}"),
+    (r"^[* ]+|[* ]+$|(?<=.)[.,;]$", ""), (r"(?<![a-zA-Z\\])(pi|infty|sqrt)(?![a-zA-Z])", r"\\\1"),
+    (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"), (r"(?<=[\d.])[eE]([-+]?\d{1,3})(?!\w)", r"\\times 10^{\1}"),
     (r"(?<=\d)(?:\^ ?\{? ?)?(?:\\(?:text|mathrm) ?\{)?(?:st|nd|rd|th)(?![a-zA-Z])\}*", ""),  # 12^{\text{th}}
-    (r"(?:\{\})?\^ ?\{? ?(?:\\circ|o) ?\}?(?![a-zA-Z])", f" {_MARK}degrees "), (r"\\?%|\\?\bpercent\b", "%"),
-    (r"\\(?:text|mbox) ?\{ ?(and|or) ?\}", r" \1 "),
-    (r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|it|sf)|mbox) ?\{ ?([^{}]*)\}", rf" {_MARK}\1 "),
-    (r"^([-+]?) ?(\\\$|\$(?=[^$]*$)|[£€]) ?(?=[\d.])(.*)",  # else $ is LaTeX's own
-     lambda m: f"{m[1]}{m[3]} {_MARK}{_CURRENCIES.get(m[2], 'dollar')}"),
-    (r"\\?\$|\\[()\[\]]", ""), (rf"([_^]) ?{_MARK}?(\w)", r"\1{\2}"), (rf"^[ {_MARK}]+| +$", ""),
-    (rf"(?<=[\d}}]) *{_MARK}?({'|'.join(_POWERS)})\b", lambda m: rf"\times 10^{{{_POWERS[m[1]]}}}"), (r" +", " "),
+    (r"\^ ?\{? ?(?:\\circ|o) ?\}?(?![a-zA-Z])", f" {_MARK}degrees "), (r"\\?%|\\?\bpercent\b", "%"),
+    (r"\\text ?\{ ?(and|or) ?\}", r" \1 "), (r"\\(?:text\w*|math\w+|mbox) ?\{ ?([^{}]*)\}", rf" {_MARK}\1 "),
+    (r"^([-+]?) ?(?:\\\$|\$(?=[^$]*$)) ?(?=[\d.])(.*)", rf"\1\2 {_MARK}dollar"),  # else $ is LaTeX's own
+    (r"\\?\$|\\[()\[\]]", ""), (rf"([_^]) ?{_MARK}?(\w)", r"\1{\2}"), (rf"^[ {_MARK}]+", ""), (r" +", " "),
     # words behind a number are its unit; 5m, 6xyz and 6 m g are products
-    (r"^([-+]?(?:[\d.,/ ]*\d\.?|\\frac\{\d+\}\{\d+\})(?:\\times 10\^\{-?\d+\})?)"
-     r"(?: ?(?=(?:[ckm]m|in|ft|yd|kg|lb|min|mi|mL|hr|sq|Hz)\b)"
-     r"| (?!(?:and|or)\b)(?=[A-Za-z]{3}|[mgshLNJWVAK](?:/[a-zA-Z]+)?(?:\^\{\d\})?$))", rf"\1 {_MARK}"),
+    (r"^([-+]?(?:[\d.,/ ]*\d\.?|\d*\\frac\{\d+\}\{\d+\})(?:\\times 10\^\{-?\d+\})?)(?: ?(?=(?:[ckm]m|kg|in|ft|mi|hr)\b)"
+     r"| (?!(?:and|or)\b)(?=[A-Za-z]{3}|[mgshL](?:/[a-z]+)?(?:\^\{\d\})?$))", rf"\1 {_MARK}"),
 ]]
 
 
@@ -218,37 +179,34 @@ def normalise(text: str) -> str:
     """Text without what LaTeX, style and unicode put around the same mathematics; 1 \\pm 2 is 1 + 2, 1 - 2."""
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text)
-    both = [text.strip().replace(r"\pm", sign) for sign in "+-"]
-    return ", ".join(both) if text.count(r"\pm") == 1 else text.strip()
+    return text.replace(r"\pm", "+") + ", " + text.replace(r"\pm", "-") if text.count(r"\pm") == 1 else text.strip()
 
 
-_RATIONAL = re.compile(rf"""([-+]?)\ ?(?=[\d.\\])(?:(?:\\frac\{{\ ?(-?[\d,]+)\ ?\}}\{{\ ?(-?[\d,]+)\ ?\}}
-    |({_DECIMAL})(?:\ ?/\ ?({_DECIMAL}))?)(?=$|\ ?\\))?
-    (?:(?:(?<![\d.}}])|\ ?\\(?:times|cdot)\ ?)10\^\{{([-+]?\d{{1,3}})\}})?
-    """, re.VERBOSE)
+_RATIONAL = re.compile(rf"""([-+]?)\ ?(?:(\d+)\ )?(-?{_DECIMAL})(?:\ ?/\ ?(-?{_DECIMAL}))?
+    (?:\ ?\\(?:times|cdot)\ ?10\^\{{([-+]?\d{{1,3}})\}})?""", re.VERBOSE)
 
 
 def rational(text: str) -> Fraction | None:
-    r"""The exact value of a number in normal form: 1,000  -2.50  3/4  \frac{3}{4}  1.5\times 10^{-7}  10^{6}; None for
+    r"""The exact value of a number in normal form: 1,000  -2.50  3/4  2\frac{3}{4}  1.5\times 10^{-7}; None for
     anything else and more than 64 characters. Raises ZeroDivisionError for 1/0."""
+    text = re.sub(r" ?\\frac ?\{ ?(-?[\d,.]+) ?\} ?\{ ?(-?[\d,.]+) ?\}", r" \1/\2", text[:65]).strip()
     if len(text) > 64 or not (found := _RATIONAL.fullmatch(text)):
         return None
-    sign, top, bottom, decimal, divisor, ten = (group and group.replace(",", "") for group in found.groups())
-    value = Fraction(top or decimal or 1) / Fraction(bottom or divisor or 1) * Fraction(10) ** int(ten or 0)
+    sign, whole, top, bottom, ten = (group and group.replace(",", "") for group in found.groups())
+    value = Fraction(top) / Fraction(bottom or 1)
+    if whole and not 0 < value < 1:  # 2 3 and the product 2\frac{4}{3}
+        return None
+    value = (value + int(whole or 0)) * Fraction(10) ** int(ten or 0)
     return -value if sign == "-" else value
 
 
 def _split_unit(text: str) -> tuple[str, str]:
-    """("5", "cm") of "5 centimeters", ("5", "m/s") of "5 meters per second"; (text, "") where there is no unit."""
-    value, _, phrase = text.partition(f" {_MARK}")
-    words = re.findall(r"[A-Za-z]+|/|\^\{[23]\}|[^\s.]", re.sub(rf"{_MARK}|\\cdot\b", "", phrase))
-    if not words or _NO_UNITS & set(words) or any(word[0] not in "/^" and not word.isalpha() for word in words):
+    """("5", "meter") of "5 meters", ("5", "m/s") of "5 m / s"; (text, "") where there is no unit."""
+    value, _, unit = text.partition(f" {_MARK}")
+    words = set(re.findall("[a-z]+", unit))
+    if not re.fullmatch(rf"(?:[A-Za-z/. {_MARK}]|\^\{{[23]\}}|\\cdot)+", unit) or _NO_UNITS & words:
         return text, ""
-    stems = [word if word in _UNIT or len(word) < 4 else word.lower().removesuffix("s") for word in words]
-    names = [_UNIT.get(stem, stem) for stem in stems]
-    if names[0][0] == "^":  # square cm
-        names[:2] = names[1::-1]
-    return value.strip(), "".join(names)
+    return value.strip(), re.sub(rf"(?<=\w\w)s\b|[. {_MARK}]", "", unit)
 
 
 def _parts(text: str) -> tuple[str, list[str]]:
@@ -256,25 +214,15 @@ def _parts(text: str) -> tuple[str, list[str]]:
     (1, 2), "{}" of \{1, 2\}, "" of 1, 2 and of what has no parts."""
     grouped = re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda number: number[0].replace(",", ""), text)
     for brackets, inside in (*re.findall(r"^(\\\{|[(\[])(.*)(?:\\\}|[)\]])$", text, re.DOTALL), ("", grouped)):
-        depth, parts = 0, [""]
-        for token, between in re.findall(r"(( ?[,;] ?(?:(?:and|or)\b)?| (?:and|or)\b)|.)", inside, re.DOTALL):
-            depth += (token in "([{") - (token in ")]}")
-            if depth < 0:
-                break
-            if between and depth == 0:
-                parts.append("")
-            else:
-                parts[-1] += token
-        if depth == 0 and all(parts) and (len(parts) > 1 or brackets == r"\{"):
+        parts = re.split(r",(?![^()\[\]]*[)\]])", re.sub(r",? (?:and|or)\b|;", ",", inside))
+        nested = any(re.search(r"[()\[\]]|\\[{}]", re.sub(r"[(\[][^()\[\]]*[)\]]", "", part)) for part in parts)
+        if not nested and all(parts) and (len(parts) > 1 or brackets == r"\{"):
             return brackets and brackets[-1] + text[-1], [part.strip() for part in parts]
     return "", [text]
 
 
-Ask = Callable[[str, str], bool]  # answer, gold -> does math-verify take these two expressions for equal?
-
-
-def compare(answer: str | None, gold: str, ask: Ask | None = None) -> bool | None:
-    """Whether `answer` is the same as `gold`; None where only `ask` could tell and it was not given."""
+def compare(answer: str | None, gold: str, ask: Callable | None = None) -> bool | None:
+    """Whether `answer` is the same as `gold`; None where only `ask`, math-verify, could tell and was not given."""
     if not answer or not answer.strip():
         return False
     if max(len(answer), len(gold)) > MAX_ANSWER:
@@ -290,43 +238,32 @@ def _tight(text: str) -> str:
 
 
 # what an answer may be called, x = or f(2) = or 2 + 3 =
-_NAME = re.compile(r"([^-+*/^<>=!]*|(?:\\[a-z]+|[^A-Za-z=<>!\\])*)(?:=|\\in(?![a-zA-Z])) *")
+_NAME = re.compile(r"((?:[^-+*/^<>=!()]|\([^()]*\))*|(?:\\[a-z]+|[^A-Za-z=<>!\\])*)(?:=|\\in(?![a-zA-Z])) *")
 
 
-def _compare(answer: str, gold: str, ask: Ask | None) -> bool | None:
+def _compare(answer: str, gold: str, ask: Callable | None) -> bool | None:
     if _tight(answer) == _tight(gold):
         return answer != ""
-    if not answer or not gold:
-        return False
     (kind, ours), (kind_gold, theirs) = _parts(answer), _parts(gold)
-    if len(ours) == len(theirs) == 1 or not kind or not kind_gold:
-        names = [None if len(parts) > 1 else _NAME.match(text) for text, parts in ((answer, ours), (gold, theirs))]
-        called = [_tight(name[1]) for name in names if name]
-        if len(called) == 1 and (answer + gold).count("=") == 1 or len(called) == 2 and called[0] == called[1]:
-            bare = (text[name.end() :] if name else text for text, name in zip((answer, gold), names, strict=True))
-            return _compare(*bare, ask)
-        if max(map(len, called), default=1) > 1:  # f(1) = 2 and f(2) = 2
-            return False
-    kinds, sizes = {kind, kind_gold}, {len(ours), len(theirs)}
-    if sizes == {1} and kinds != {"{}"}:
+    name, name_gold = len(ours) == 1 and _NAME.match(answer), len(theirs) == 1 and _NAME.match(gold)
+    if name and name_gold and _tight(name[1]) != _tight(name_gold[1]):
+        return False  # f(1) = 2 and f(2) = 2
+    if name and name_gold or (name or name_gold) and (answer + gold).count("=") < 2:
+        return _compare(answer[name.end() if name else 0 :], gold[name_gold.end() if name_gold else 0 :], ask)
+    kinds = {kind, kind_gold}
+    if len(ours) == len(theirs) == 1 and kinds != {"{}"}:
         return _single(ours[0], theirs[0], ask)
-    if 1 in sizes and len(kinds) == 2 and "" in kinds and "{}" not in kinds:  # x > 3 and (3, \infty)
-        return _asked(answer, gold, ask)
-    if len(sizes) > 1 or not (kinds <= {"", "{}"} or kinds == {"", "()"} or kind == kind_gold):
+    if len(ours) != len(theirs) or not (kinds <= {"", "{}"} or kinds == {"", "()"} or kind == kind_gold):
         return False
-    orders = [theirs]  # a list may stand for a set, in any order, and for a tuple, in its own
-    if kinds <= {"", "{}"}:
-        ours.sort(), theirs.sort()
-        orders = itertools.permutations(theirs) if len(theirs) <= 4 else orders
-    found = {_all([_compare(a, g, ask) for a, g in zip(ours, order, strict=True)]) for order in orders}
-    return True if True in found else None if None in found else False
+    for part in ours:  # a list may stand for a set, in any order, and for a tuple, in its own
+        verdicts = [_compare(part, other, ask) for other in (theirs if kinds <= {"", "{}"} else theirs[:1])]
+        if True not in verdicts:
+            return None if None in verdicts else False
+        del theirs[verdicts.index(True)]  # each part has one of the gold to itself
+    return True
 
 
-def _all(verdicts: list[bool | None]) -> bool | None:
-    return False if False in verdicts else None if None in verdicts else True
-
-
-def _single(answer: str, gold: str, ask: Ask | None) -> bool | None:
+def _single(answer: str, gold: str, ask: Callable | None) -> bool | None:
     (a, unit), (g, unit_gold) = _split_unit(answer), _split_unit(gold)
     percent = a.endswith("%"), g.endswith("%")
     if unit != unit_gold and (unit and unit_gold or any(percent)):
@@ -335,33 +272,23 @@ def _single(answer: str, gold: str, ask: Ask | None) -> bool | None:
     x, y = rational(a), rational(g)
     if x is not None and y is not None:  # 50% is 1/2, and also 50, as golds often leave the sign out
         return x == y or percent[0] > percent[1] and x == 100 * y or percent[0] < percent[1] and 100 * x == y
-    letters = [re.fullmatch(r"\(?([A-J])(?:\)?|(?:\)|[.:)] ).*)", text) for text in (a, g)]
-    if all(letters) and min(len(a), len(g)) <= 3:  # "(B) 12" or "B. red" where the gold is B
-        return letters[0][1] == letters[1][1]
-    if a.casefold() == g.casefold() and re.search("(?i)^(?:no|[a-j])$|[a-z]{3}", a) and "\\" not in a:
+    if percent[0] != percent[1]:
+        return False
+    if _tight(a) == _tight(g) or a.lower() == g.lower() and re.search(r"(?i)^(?:no|[a-j])$|^[^\\]*[a-z]{3}[^\\]*$", a):
         return True
-    return False if percent[0] != percent[1] else _tight(a) == _tight(g) or _asked(a, g, ask)
+    return False if _overlooked(a) != _overlooked(g) else ask and ask(a, g)
 
 
 _COMMANDS = re.compile(  # what has letters and is none; math-verify drops the commands that are left here
     r"\\(?:begin|end|operatorname|mathbb|mathrm) ?\{[^{}]*\}|\\(?!prime|p?mod\b|[lc]?dots|[A-Z])[a-zA-Z]+")
 
 
-def _asked(answer: str, gold: str, ask: Ask | None) -> bool | None:
-    """math-verify's verdict, if what it does not look at agrees: it takes words for products, drops what it can't read.
-    """
-    words, letters, subscripts, relation = [], [], [], []
-    for text in (answer, gold):
-        bare = _COMMANDS.sub(" ", text)
-        words.append(sorted(re.findall(r"\\[a-zA-Z]+|'|[A-Z]{2,}|[a-zA-Z]{3,}|^[a-zA-Z]{2}$", bare)))  # dog, ABC
-        letters.append(set(re.findall("[A-Za-z]", bare)) - set("ei"))
-        subscripts.append(sorted(re.findall(r"(?<!\\log)_(?:\{[^{}]*\}|.)", text)))
-        relation.append(bool(re.search(r"[<>]|\\[lg]e\b", text)))  # x > 3 may be (3, \infty)
-    if words[0] != words[1] or subscripts[0] != subscripts[1] or ":" in answer + gold:
-        return False
-    if letters[0] != letters[1] and relation[0] == relation[1]:
-        return False
-    return None if ask is None else ask(answer, gold)
+def _overlooked(text: str) -> tuple[list[str], set[str], list[str]]:
+    """Words, letters, subscripts and ratios, which math-verify takes for products or drops: they must be the same."""
+    bare = _COMMANDS.sub(" ", text)
+    words = re.findall(r".*:.*|\\[a-zA-Z{}]+|'|,(?!\d{3})|[A-Z]{2,}|[a-zA-Z]{3,}|^[a-zA-Z]{2}$", bare)  # dog, ABC
+    subscripts = re.findall(r"(?<!\\log)_(?:\{[^{}]*\}|.)", text)
+    return sorted(words), set(re.findall("[A-Za-z]", bare)) - set("ei"), sorted(subscripts)
 
 
 # ---- math-verify
@@ -369,6 +296,8 @@ def _asked(answer: str, gold: str, ask: Ask | None) -> bool | None:
 @contextlib.contextmanager
 def _no_code():
     """Within, no text of an answer reaches sympy's `eval` (parse_expr) or `exec` (lambdify, of infinite sums)."""
+    from unittest import mock
+
     import sympy  # noqa: F401  (loads both modules; by name, as `sympy.utilities.lambdify` is a function)
 
     parser, compiler = sys.modules["sympy.parsing.sympy_parser"], sys.modules["sympy.utilities.lambdify"]
@@ -379,47 +308,29 @@ def _no_code():
             return parse_expr(text, *args, **kwargs)
         raise NotImplementedError("an answer is data: nothing in it is run")  # evalf then sums without lambdify
 
-    parser.parse_expr, compiler.exec = refuse, lambda *args: refuse("")  # a module's globals shadow the builtins
-    try:
+    with (mock.patch.object(parser, "parse_expr", refuse),
+          mock.patch.object(compiler, "exec", refuse, create=True)):  # a module's globals shadow the builtins
         yield
-    finally:
-        parser.parse_expr = parse_expr
-        del compiler.exec
-
-
-failures: list[str] = []  # names of the exceptions that math-verify raised in this process
 
 
 def ask_math_verify(answer: str, gold: str) -> bool:
     """math-verify's verdict on two expressions or equations, read as LaTeX alone (its other reader is `eval`), units
-    kept. No time-out (its own are SIGALRM, which cannot interrupt a long call of C); an exception is no match."""
+    kept. No time-out (its own are SIGALRM, which cannot interrupt a long call of C). Nothing bounds what it raises."""
     import math_verify
     import sympy.physics.units  # noqa: F401  (simplify imports it late, and its names go through parse_expr)
-    from latex2sympy2_extended import NormalizationConfig
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time-outs are off
-    dress = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, equations=False)
-    config = math_verify.LatexExtractionConfig(boxed_match_priority=0, normalization_config=dress)
-    try:
-        with _no_code():
-            parsed = [math_verify.parse(rf"\boxed{{{text}}}", [config], parsing_timeout=None, raise_on_error=True)
-                      for text in (gold, answer)]
-            symbols = set().union(*(e.free_symbols for found in parsed for e in found if isinstance(e, sympy.Basic)))
-            if {x.name for x in symbols} == {"i"}:  # no index, no variable: the imaginary unit
-                parsed = [[e.xreplace(dict.fromkeys(symbols, sympy.I)) for e in found if isinstance(e, sympy.Basic)]
-                          for found in parsed]
-            return math_verify.verify(*parsed, float_rounding=DIGITS, numeric_precision=DIGITS, timeout_seconds=None,
-                                      allow_set_relation_comp=True, raise_on_error=True)
-    except MemoryError:
-        raise  # what comes after it is not to be trusted
-    except Exception as error:  # no list of what math-verify, sympy and the parser raise is complete
-        failures.append(type(error).__name__)
-        return False
+    config = math_verify.LatexExtractionConfig(boxed_match_priority=0)
+    with _no_code():
+        parsed = [math_verify.parse(rf"\boxed{{{text}}}", [config], parsing_timeout=None, raise_on_error=True)
+                  for text in (gold, answer)]
+        return math_verify.verify(*parsed, float_rounding=DIGITS, numeric_precision=DIGITS, timeout_seconds=None,
+                                  raise_on_error=True)
 
 
 def equivalent(answer: str | None, gold: str) -> bool:
     """Is `answer` the same as `gold`? In this process and without time-out: for answers one trusts."""
-    return bool(compare(answer, gold, ask_math_verify))
+    return _decide(None, answer, gold) == 1.0
 
 
 def score(response: str, answer: str, style: str = "math") -> float:
@@ -441,22 +352,17 @@ class _Source(NamedTuple):
     @classmethod
     def read(cls, spec: str) -> "_Source":
         path, _, function = spec.rpartition(":")
-        if not (function and path.endswith(".py")):
-            raise ValueError(f"--reward must be FILE.py:FUNCTION, got {spec!r}")
         try:
             content = Path(path).read_bytes()
             return cls(path, function, content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest())
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--reward {spec}: cannot read {path}: {error}") from error
+            raise ValueError(f"--reward is FILE.py:FUNCTION, got {spec!r}: cannot read {path}: {error}") from error
 
     def define(self) -> Callable[[str, Problem], float]:
         """Runs the file, which the user wrote and named, and returns its function."""
         module = sys.modules["_custom_reward"] = types.ModuleType("_custom_reward")
         module.__file__ = self.path
-        try:
-            exec(compile(self.text, self.path, "exec"), vars(module))
-        except Exception as error:
-            raise ValueError(f"--reward: {self.path} does not run: {type(error).__name__}: {error}") from error
+        exec(compile(self.text, self.path, "exec"), vars(module))
         if not callable(function := getattr(module, self.function, None)):
             raise ValueError(f"--reward: there is no function {self.function} in {self.path}")
         return function
@@ -464,53 +370,38 @@ class _Source(NamedTuple):
 
 # ---- workers
 
-def _confine() -> None:
-    """Leave signals to the trainer; on Linux also die with the parent, even if it is killed with -9, and bound memory.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to the whole process group; the trainer ends us
-    if sys.platform != "linux":
-        return  # there the end of the pipe, which closes with the parent, ends a worker that is not computing
-    import ctypes
-    import resource
-
-    if ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL) != 0:  # 1 = PR_SET_PDEATHSIG
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    with open("/proc/self/statm") as file:  # on top of what is mapped already
-        limit = int(file.read().split()[0]) * resource.getpagesize() + WORKER_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
-def _same(answer: str, gold: str) -> float | str:
-    """1 or -1, or what math-verify raised where nothing else made the answer right."""
-    failures.clear()
-    return 1.0 if equivalent(answer, gold) else failures[0] if failures else -1.0
-
-
-def _ask_user(function: Callable, response: str, problem: dict) -> float | str:
-    """What the user's function says, or the traceback of what went wrong in it."""
+def _decide(function: Callable | None, response: str, problem: dict | str) -> float | str:
+    """The reward, or the traceback of what went wrong: `function` says it of a response and its problem, or without one
+    1 or -1 for an answer and a gold."""
     try:
+        if function is None:
+            return 1.0 if compare(response, problem, ask_math_verify) else -1.0
         value = function(response, Problem(**problem))
-        if not isinstance(value, SupportsFloat) or not -1 <= float(value) <= 1:
+        if not -1 <= value <= 1:
             raise ValueError(f"a reward is a number from -1 to 1, not {value!r:.200}")
         return float(value)
     except MemoryError:
         raise  # what comes after it is not to be trusted
-    except Exception:
+    except Exception:  # no list of what math-verify, sympy, the parser and a user's function raise is complete
         return traceback.format_exc()
 
 
 def _serve(pipe: multiprocessing.connection.Connection) -> None:
     """Worker. In comes what to do, a _Source or null, then jobs, [answer, gold] or [response, problem]; out goes null
     when it is ready, then for each job its reward, or a text that says what failed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to the whole process group; the trainer ends us
     source = json.loads(pipe.recv_bytes())
-    decide = functools.partial(_ask_user, _Source(*source).define()) if source else _same
+    function = _Source(*source).define() if source else None
     ask_math_verify("x", "y")  # pays for the imports before the first deadline runs
-    _confine()
+    if sys.platform == "linux":  # elsewhere a worker that is not computing ends with the pipe, which its parent closes
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG: die even with a parent killed by -9
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + WORKER_BYTES, mapped + WORKER_BYTES))
     pipe.send_bytes(b"null")
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the trainer is gone
         while True:
-            pipe.send_bytes(json.dumps(decide(*json.loads(pipe.recv_bytes()))).encode())
+            pipe.send_bytes(json.dumps(_decide(function, *json.loads(pipe.recv_bytes()))).encode())
 
 
 class _Worker:
@@ -521,16 +412,12 @@ class _Worker:
         self.process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], stdin=subprocess.DEVNULL,
                                         pass_fds=[theirs.fileno()])  # a new program: never a fork of one with a GPU
         theirs.close()  # ours must be the only other end, or neither side would ever see end-of-file
-        try:
-            self.ask(source, START_SECONDS)
-        except (OSError, EOFError) as error:
-            raise RuntimeError(f"a grading worker did not start (exit code {self.process.returncode}): see its output "
-                               "above; is math-verify installed?") from error
+        self.ask(source, seconds=120)  # imports from a slow disk
 
     def ask(self, message: object, seconds: float) -> float | str | None:
         """Its reply. After so many seconds it is killed: TimeoutError. If it died: EOFError or another OSError."""
         try:
-            self.pipe.send_bytes(json.dumps(message, default=dataclasses.asdict).encode())
+            self.pipe.send_bytes(json.dumps(message, default=asdict).encode())
             if not self.pipe.poll(seconds):
                 raise TimeoutError
             reply = json.loads(self.pipe.recv_bytes())
@@ -559,7 +446,7 @@ class Grade(NamedTuple):
         return self.reward > 0
 
 
-class Grader:
+class Grader(contextlib.AbstractContextManager):
     """Grades responses; no answer can hold it for longer than `timeout` seconds. A context manager.
 
     workers: processes, started when first needed. timeout: seconds for one answer, hard: its worker is killed and
@@ -568,8 +455,6 @@ class Grader:
     """
 
     def __init__(self, *, workers: int = 2, timeout: float = 5.0, reward: str = ""):
-        if workers < 1 or timeout <= 0:
-            raise ValueError(f"{workers=}, {timeout=}: both must be positive")
         self.timeout = timeout
         self.source = _Source.read(reward) if reward else None
         if self.source:
@@ -581,41 +466,33 @@ class Grader:
 
     def grade(self, responses: Sequence[str], problems: Sequence[Problem], *,
               cut: Sequence[bool] | None = None) -> list[Grade]:
-        """One verdict a response; R texts and the R problems they answer, whose styles are keys of STYLES, else
-        ValueError. Equal pairs of answer and gold, or of response and problem, are decided once.
-
-        `cut`: which responses ended at the length limit (none if not given); those are wrong, whatever they say.
-        """
-        if unknown := {p.style for p in problems} - STYLES.keys():
-            raise ValueError(f"unknown answer style {sorted(unknown)}; there are {', '.join(STYLES)}")
+        """One verdict for each of R responses to R problems; equal pairs are decided once. cut: which responses ended
+        at the length limit: those are wrong, whatever they say."""
         cut = [False] * len(responses) if cut is None else cut
-        rows = list(zip(responses, problems, cut, strict=True))
-        found = [None if over else extract(response, p.style) for response, p, over in rows]
-        if self.source:
-            jobs = [(None if over else response, p) for response, p, over in rows]
-            verdicts = {job: -1.0 if job[0] is None else None for job in jobs}
-        else:
-            jobs = [(answer, p.answer) for answer, p in zip(found, problems, strict=True)]
-            verdicts = {job: same if same is None else 2.0 * same - 1 for job in set(jobs) for same in [compare(*job)]}
-        hard = [job for job in dict.fromkeys(jobs) if verdicts[job] is None]
-        verdicts |= zip(hard, self._threads.map(self._ask, hard), strict=True)
+        texts = [None if over else text for text, over in zip(responses, cut, strict=True)]
+        found = [text and extract(text, p.style) for text, p in zip(texts, problems, strict=True)]
+        jobs = [(text, p) if self.source else (answer, p.answer)
+                for text, answer, p in zip(texts, found, problems, strict=True)]
+        distinct = list(dict.fromkeys(jobs))
+        verdicts = dict(zip(distinct, self._threads.map(self._verdict, distinct), strict=True))
         why = next((v for v in verdicts.values() if isinstance(v, str)), None)
         if self.source and why and not self._warned:
-            log.warning("%s:%s failed; where it does, a response counts as wrong. This is said once:\n%s",
-                        self.source.path, self.source.function, why)
+            log.warning("%s failed; there a response counts as wrong. This is said once:\n%s", self.source.path, why)
             self._warned = True
         return [Grade(verdicts[job] if isinstance(verdicts[job], float) else -1.0, answer, verdicts[job] is None,
                       isinstance(verdicts[job], str)) for job, answer in zip(jobs, found, strict=True)]
 
-    def _ask(self, job: tuple) -> float | str | None:
-        """What a worker says of it (see `_serve`), None where the deadline passed or two workers died of it."""
+    def _verdict(self, job: tuple) -> float | str | None:
+        """The reward of a job, what failed, or None where the deadline passed or two workers died of it."""
+        if job[0] is None:
+            return -1.0
+        if not self.source and (same := compare(*job)) is not None:
+            return 2.0 * same - 1
         for _ in range(2):  # a worker that dies (memory, a crash in C) may be bad luck; the second is the job's doing
-            worker = None
-            while not worker or worker.process.poll() is not None:
-                try:
-                    worker = self._workers.pop()
-                except IndexError:
-                    worker = _Worker(self.source)
+            try:
+                worker = self._workers.pop()
+            except IndexError:
+                worker = _Worker(self.source)
             try:
                 reply = worker.ask(job, self.timeout)
             except TimeoutError:
@@ -626,61 +503,33 @@ class Grader:
             return reply
         return None
 
-    def close(self) -> None:
+    def close(self, *exc) -> None:
         """Kills the workers and ends."""
         self._threads.shutdown(cancel_futures=True)
         while self._workers:
             self._workers.pop().kill()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self.close()
+    __exit__ = close
 
 
 # ---- golds
 
-# how a response that gives the gold answer ends, style by style
-_GIVEN = {"math": r"\boxed{%s}", "dapo": "Answer: %s", "gsm8k": "#### %s", "choice": "Answer: %s"}
-def bad_golds(problems: Sequence[Problem], grader: Grader) -> list[Problem]:
-    """The problems that hardly any response could get right, in their order; none for a reward of one's own.
+def check_golds(problems: Sequence[Problem], grader: Grader, *, allowed: float, name: str) -> dict[str, int]:
+    """{"bad_golds": how many golds hardly any response could match}, with a warning if there are any.
 
-    Their gold is not graded right when a response gives it as its style asks; or is longer than MAX_ANSWER, right only
-    to the letter; or is text in which an answer stands: "So Ann has 14 apples", which 14 does not equal.
+    Bad is a gold that is not graded right when a response gives it in a box, is longer than MAX_ANSWER, or is
+    a worked solution, which no response repeats. allowed: the share that may be; more is a ValueError, with examples.
     """
     if grader.source:
-        return []
-    given = grader.grade([_GIVEN[p.style] % p.answer for p in problems], problems)
-    texts = [dataclasses.replace(p, style="math") for p in problems if _is_text(p.answer)]
-    read = grader.grade([p.answer for p in texts], texts)
-    unlike = {p.answer for p, grade in zip(texts, read, strict=True) if not grade.right}
-    return [p for p, grade in zip(problems, given, strict=True)
-            if not grade.right or len(p.answer) > MAX_ANSWER or p.answer in unlike]
-
-
-def _is_text(gold: str) -> bool:
-    """Whether a gold is a sentence or says where the answer stands, rather than a number with its unit, a formula or a
-    name. Where there is no number a few words may well be the answer; the limits are from golds of a dozen benchmarks.
-    """
-    words = re.findall(r"(?<![A-Za-z_^])[A-Za-z]{2,}(?![A-Za-z])", _COMMANDS.sub(" ", gold))
-    verbs = {"is", "are", "was", "were", "has", "have", "had", "so", "we", "there"} & {word.lower() for word in words}
-    stated = boxed(gold) or any(_line_after(gold, pattern) for pattern in (_ANSWER, _HASHES))
-    return len(words) >= 6 or len(words) >= 3 and bool(verbs) and _last_number(gold) is not None or bool(stated)
-
-
-def check_golds(problems: Sequence[Problem], grader: Grader, *, allowed: float, name: str) -> dict[str, int]:
-    """{"bad_golds": how many there are}, with a warning if there are any.
-
-    allowed: the share of the problems that may have one. name: of the data set, for messages. Raises ValueError for a
-    larger share, with examples and what to do.
-    """
-    bad = bad_golds(problems, grader)
+        return {"bad_golds": 0}
+    given = grader.grade([rf"Answer: \boxed{{{p.answer}}}" for p in problems], problems)
+    bad = [p for p, grade in zip(problems, given, strict=True)
+           if not grade.right or len(p.answer) > MAX_ANSWER or _ANSWER.search(p.answer)
+           or len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", p.answer)) > 5]
     if bad:
-        examples = "\n".join(f"  {p.id} ({p.style}): {p.answer[:70]!r}{'...' * (len(p.answer) > 70)}" for p in bad[:3])
-        message = (f"{name}: {len(bad)} of {len(problems)} gold answers could hardly be met by any response, so that "
-                   f"all would count as wrong (in brackets the style):\n{examples}\n"
-                   r"give a column `answer` with the bare answer (14, \frac{1}{2}) or another `style`")
+        examples = "\n".join(f"  {p.id} ({p.style}): {p.answer[:70]!r}" for p in bad[:3])
+        message = (f"{name}: {len(bad)} of {len(problems)} gold answers could hardly be met by any response, such as\n"
+                   f"{examples}\ngive a column `answer` with the bare answer (14, \\frac{{1}}{{2}}) or another `style`")
         if len(bad) > allowed * len(problems):
             raise ValueError(f"{message}, or admit a share of them with --allow_bad_golds SHARE (now {allowed:g})")
         log.warning("%s", message)
