@@ -154,7 +154,7 @@ class RunFolder:
             file.write("".join(json.dumps(x) + "\n" for x in lines))
 
     def write_evaluations(self, evaluations: list[Evaluation]) -> None:
-        write_json(self.path / "eval.json", [e.to_json() for e in evaluations])
+        write_json(self.path / "eval.json", [dataclasses.asdict(e) for e in evaluations])
 
     def save(self, tensors: dict[str, torch.Tensor], arrays: dict[str, np.ndarray], state: dict, ranks: Ranks) -> None:
         """Writes all that is needed to go on exactly; all ranks call it, and each writes what it holds of `tensors`.

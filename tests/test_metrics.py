@@ -1,5 +1,6 @@
 """pass@k is unbiased, intervals cover the truth, and an evaluation survives its file."""
 
+import dataclasses
 import json
 from itertools import combinations
 
@@ -49,16 +50,16 @@ def evaluation(step: int) -> Evaluation:
 
 def test_figures_are_means_over_problems_and_by_kind():
     e = evaluation(0)
-    assert e.mean == pytest.approx((0.25 + 0 + 1) / 3) and sorted(e.passes) == [1, 2, 4, 8, 16]
-    assert e.passes[1] == pytest.approx(e.mean) and e.passes[16] == pytest.approx(2 / 3)
+    assert e.mean == pytest.approx((0.25 + 0 + 1) / 3) and list(e.passes) == [f"pass@{k}" for k in (1, 2, 4, 8, 16)]
+    assert e.passes["pass@1"] == pytest.approx(e.mean) and e.passes["pass@16"] == pytest.approx(2 / 3)
     assert e.by_kind["sum"] == [2, 0.125, pytest.approx(pass_at_k(np.array([4]), 16, 8)[0] / 2)]
-    assert e.by_kind["product"] == [1, 1.0, 1.0] and e.k == 8
+    assert e.by_kind["product"] == [1, 1.0, 1.0] and e.shown == "pass@8"
 
 
 def test_evaluations_survive_json_and_print_as_markdown():
     e = evaluation(3)
     assert e.intervals["mean@16"][0] < e.mean < e.intervals["mean@16"][1]
-    assert Evaluation.from_json(json.loads(json.dumps(e.to_json()))) == e
+    assert Evaluation(**json.loads(json.dumps(dataclasses.asdict(e)))) == e
     lines = table([evaluation(0), e]).strip().splitlines()
     assert lines[0] == "| 3 held-out problems x 16, percent | step 0 | step 3 |"
     assert {line.count("|") for line in lines} == {4} and lines[2].startswith("| mean@16 | 41.7")
