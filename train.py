@@ -547,6 +547,7 @@ def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, 
     ranks, folder = Ranks(max(900, 2 * cfg.stall_seconds)), RunFolder(cfg)
     ranks.check_work(cfg.prompts_per_step, cfg.minibatch_prompts * cfg.rollouts_per_prompt)
     loaded = folder.loaded_before(resume)
+    folder.check_shared(ranks)
     trainer, evaluations = Trainer(cfg, ranks, loaded), []
     if saved := folder.load(trainer.tensors(), ranks):
         evaluations = trainer.restore(*saved)
