@@ -19,31 +19,23 @@ def pass_at_k(correct: np.ndarray, drawn: int, k: int) -> np.ndarray:
     return table[np.asarray(correct)]
 
 
-def bootstrap(strata: list[np.ndarray], draws: int = 2000) -> tuple[float, float]:
-    """95% interval of the mean over strata of their means over problems, (P_i, figures) -> 2 of (figures,).
-
-    Problems are drawn again within each stratum; the draws are a function of the shapes alone.
-    """
-    rng, total = np.random.default_rng(0), 0.0
-    for values in strata:
-        counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=draws)  # (draws, P)
-        total = total + counts @ values / len(values)  # (draws, figures)
-    return tuple(np.percentile(total / len(strata), (2.5, 97.5), axis=0))
+def bootstrap(values: np.ndarray, draws: int = 2000) -> tuple[np.ndarray, np.ndarray]:
+    """95% interval of the means over problems of values (P, figures): their ends, (figures,) each. What is drawn is a
+    function of the shape alone."""
+    P = len(values)
+    counts = np.random.default_rng(0).multinomial(P, np.full(P, 1 / P), size=draws)  # (draws, P)
+    return tuple(np.percentile(counts @ values / P, (2.5, 97.5), axis=0))
 
 
-def figures(strata: list[np.ndarray]) -> dict[str, list[float]]:
-    """name -> [value, low, high] for mean@m and pass@1, 2, 4, ... up to m.
-
-    strata: right or wrong, (P_i, m) bool each. One is the rule; with several (AIME) a figure is the mean of theirs.
-    """
-    drawn = strata[0].shape[1]
-    powers = [2**i for i in range(drawn.bit_length()) if 2**i <= drawn]
-    columns = [np.stack([right.mean(axis=1), *(pass_at_k(right.sum(axis=1), drawn, k) for k in powers)], axis=1)
-               for right in strata]
-    values = np.mean([c.mean(axis=0) for c in columns], axis=0)
-    low, high = bootstrap(columns)
-    return {name: [float(v), float(a), float(b)] for name, v, a, b in
-            zip([f"mean@{drawn}", *(f"pass@{k}" for k in powers)], values, low, high, strict=True)}
+def figures(right: np.ndarray) -> dict[str, list[float]]:
+    """name -> [value, low, high] for mean@m and pass@1, 2, 4, ... up to m. right: (P, m) bool."""
+    drawn = right.shape[1]
+    by_problem = {f"mean@{drawn}": right.mean(axis=1)}  # (P,) each
+    for k in (2**i for i in range(drawn.bit_length())):
+        by_problem[f"pass@{k}"] = pass_at_k(right.sum(axis=1), drawn, k)
+    intervals = zip(*bootstrap(np.stack(list(by_problem.values()), axis=1)), strict=True)
+    return {name: [float(values.mean()), float(low), float(high)]
+            for (name, values), (low, high) in zip(by_problem.items(), intervals, strict=True)}
 
 
 def headline_k(drawn: int) -> int:
@@ -77,7 +69,7 @@ class Evaluation:
     def of(cls, step: int, kinds: list[str], right: np.ndarray, response_tokens_mean: float,
            truncated_frac: float) -> "Evaluation":
         """kinds: of the P problems, "" = of none in particular; right: (P, rollouts) bool."""
-        found = figures([right])
+        found = figures(right)
         passes = {name: f[0] for name, f in found.items() if name.startswith("pass@")}
         return cls(step, len(kinds), right.shape[1], float(right.mean()), passes, response_tokens_mean,
                    truncated_frac, by_kind(kinds, right), {name: f[1:] for name, f in found.items()})
