@@ -412,7 +412,7 @@ def main() -> None:
         if args.regrade:
             regrade(args)
         else:
-            with watching(args.out, args.cfg.stall_seconds, "The same command goes on where it was"):
+            with watching(args.out, args.cfg.stall_seconds):
                 evaluate(args)
     except (ValueError, OSError, RunError) as error:
         sys.exit(f"eval.py: {error}")

@@ -228,9 +228,8 @@ class RunFolder:
         """Drops what was logged and saved of steps from `step` on: they are done again."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.path / name
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < step]
-            replace_text(path, "".join(kept))
+            lines = path.read_text().split("\n")[:-1] if path.exists() else []  # whole ones
+            replace_text(path, "".join(x + "\n" for x in lines if json.loads(x)["step"] < step))
         for saved, path in self.checkpoints().items():
             if saved > step:  # damaged, or it would have been gone on from
                 shutil.rmtree(path)
@@ -275,13 +274,13 @@ def checksum(path: Path, names: list[str], state: dict, ranks: Ranks) -> str:
 
 def whole(path: Path, ranks: Ranks) -> dict | None:
     """The state of a checkpoint that is as it was written, None of one that is damaged. All ranks call it."""
-    names = ranks.from_all(sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".npz")))[0]
+    names = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".npz"))
     try:
         saved = json.loads((path / STATE).read_bytes())
         state, written = saved["state"], saved["checksum"]
     except (OSError, ValueError, KeyError, TypeError):  # not there, no JSON, or other JSON
         state = written = None
-    state, written = ranks.from_all((state, written))[0]
+    names, state, written = ranks.from_all((names, state, written))[0]
     return state if checksum(path, names, state, ranks) == written else None
 
 
