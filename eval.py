@@ -20,6 +20,7 @@ import sys
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,19 +50,19 @@ class Sample:
     """A line of eval_samples.jsonl: one response and the verdict on it."""
 
     benchmark: str
-    id: str  # of the problem
-    sample: int  # counts the problem's responses from 0
+    id: str  # of the problem, as are prompt (without suffix and template), gold, style (a key of reward.STYLES), kind
+    prompt: str
     gold: str
-    style: str  # where the answer is looked for, a key of reward.STYLES
+    style: str
+    kind: str
+    sample: int  # counts the problem's responses from 0
     response: str
-    extracted: str | None
-    right: bool
-    timed_out: bool  # the grader gave up: counts as wrong
     tokens: int
     finish: str  # "stop", or "length" for a response cut at the limit: counts as wrong
-    failed: bool  # the grader raised an exception over it: counts as wrong
-    prompt: str  # of the problem, without suffix and template
-    kind: str  # of the problem
+    extracted: str | None = None
+    right: bool = False
+    timed_out: bool = False  # the grader gave up: counts as wrong
+    failed: bool = False  # the grader raised an exception over it: counts as wrong
 
 
 def lines_of(samples: list[Sample]) -> str:
@@ -89,30 +90,26 @@ def grade(samples: list[Sample], grader: Grader) -> list[Sample]:
 
 def summary(samples: list[Sample]) -> dict[str, dict]:
     """benchmark -> problems, responses, figures, counts and, where its problems have kinds, metrics.by_kind; then
-    "aime", if both years are there, and "all"."""
-    right: dict[str, np.ndarray] = {}
-    rows: dict[str, dict] = {}
-
-    def add(name: str, strata: list[np.ndarray], of: list[Sample]) -> None:
-        rows[name] = {"problems": sum(map(len, strata)), "responses": strata[0].shape[1], **figures(strata),
-                      "tokens_mean": float(np.mean([s.tokens for s in of])),
-                      "truncated_frac": float(np.mean([s.finish == "length" for s in of])),
-                      "no_answer_frac": float(np.mean([s.extracted is None for s in of])),
-                      "grader_timeouts": sum(s.timed_out for s in of), "grader_failures": sum(s.failed for s in of)}
-
-    for name in dict.fromkeys(s.benchmark for s in samples):
-        of = [s for s in samples if s.benchmark == name]
-        by_problem = [list(group) for _, group in groupby(of, key=lambda s: s.id)]
+    "aime", the mean of its two years, which have 30 problems each, and "all"."""
+    names, rows = list(dict.fromkeys(s.benchmark for s in samples)), {}
+    together = {name: [name] for name in names}
+    if {"aime24", "aime25"} <= together.keys():
+        together["aime"] = ["aime24", "aime25"]
+    if len(names) > 1:
+        together["all"] = names
+    for row, benchmarks in together.items():
+        of = [s for s in samples if s.benchmark in benchmarks]
+        by_problem = [list(group) for _, group in groupby(of, key=lambda s: (s.benchmark, s.id))]
         if len({len(group) for group in by_problem}) > 1:
-            raise ValueError(f"{name}: some problems have more responses than others; the file is incomplete or mixed")
-        right[name] = np.array([[s.right for s in group] for group in by_problem])
-        add(name, [right[name]], of)
-        if any(kinds := [group[0].kind for group in by_problem]):
-            rows[name]["by_kind"] = by_kind(kinds, right[name])
-    if {"aime24", "aime25"} <= right.keys():
-        add("aime", [right["aime24"], right["aime25"]], [s for s in samples if s.benchmark in ("aime24", "aime25")])
-    if len(right) > 1 and len({r.shape[1] for r in right.values()}) == 1:
-        add("all", [np.concatenate(list(right.values()))], samples)
+            raise ValueError(f"{row}: some problems have more responses than others; the file is incomplete or mixed")
+        right = np.array([[s.right for s in group] for group in by_problem])
+        rows[row] = {"problems": len(right), "responses": right.shape[1], **figures(right),
+                     "tokens_mean": float(np.mean([s.tokens for s in of])),
+                     "truncated_frac": float(np.mean([s.finish == "length" for s in of])),
+                     "no_answer_frac": float(np.mean([s.extracted is None for s in of])),
+                     "grader_timeouts": sum(s.timed_out for s in of), "grader_failures": sum(s.failed for s in of)}
+        if row in names and any(kinds := [group[0].kind for group in by_problem]):
+            rows[row]["by_kind"] = by_kind(kinds, right)
     return rows
 
 
@@ -171,11 +168,10 @@ class TrainedRun:
     def held_out(self, cfg: Config) -> tuple[str, list[Problem], dict]:
         """What the run evaluates on, its first cfg.eval_problems (0: all): name, problems, record. Raises ValueError or
         FileNotFoundError where it cannot be had as it was."""
+        flag, split, limit = "train_data", "train", cfg.train_problems
         if cfg.eval_data:
-            flag, source, split, limit = "eval_data", cfg.eval_data, "heldout", cfg.eval_problems
-        else:
-            flag, source, split, limit = "train_data", cfg.train_data, "train", cfg.train_problems
-        was = self.loaded[flag]
+            flag, split, limit = "eval_data", "heldout", cfg.eval_problems
+        source, was = getattr(cfg, flag), self.loaded[flag]
         problems, record = tasks.load(source, split=split, limit=limit, revision=was.get("revision"))
         if record.get("sha256") != was.get("sha256"):
             raise ValueError(f"{source}, --{flag} of {self.folder}, has changed since: name the problems to evaluate "
@@ -189,20 +185,17 @@ class TrainedRun:
 # ------------------------------------------------------------------------------------------------ drawing
 
 
-@dataclass
-class Benchmark:
-    """The problems of one benchmark, encoded."""
-
-    name: str
-    problems: list[Problem]
-    prompts: list[list[int]]
-    record: dict
+class Question(NamedTuple):
+    benchmark: str
+    problem: Problem
+    tokens: list[int]  # its prompt, encoded
 
 
-def load_benchmarks(args: argparse.Namespace, cfg: Config, tokenizer, grader: Grader) -> list[Benchmark]:
-    """All but hub sets that cannot be had, of which it says so: gpqa wants a login. Raises ValueError or
-    FileNotFoundError for another, and where none is left."""
-    sets, found = [] if args.benchmarks else [args.run.held_out(cfg)], []
+def load_benchmarks(args: argparse.Namespace, cfg: Config, tokenizer,
+                    grader: Grader) -> tuple[list[Question], dict[str, dict]]:
+    """All that is asked, and the record of each benchmark by its name. Hub sets that cannot be had are left out with a
+    warning: gpqa wants a login. Raises ValueError or FileNotFoundError for another, and where none is left."""
+    sets, questions, records = [] if args.benchmarks else [args.run.held_out(cfg)], [], {}
     for name in args.benchmarks or []:
         try:
             sets.append((name, *tasks.load(name, split="heldout", limit=cfg.eval_problems)))
@@ -211,8 +204,8 @@ def load_benchmarks(args: argparse.Namespace, cfg: Config, tokenizer, grader: Gr
     if not sets:
         raise ValueError("no benchmark could be loaded")
     for name, problems, record in sets:
-        label = Path(name).stem if name.endswith(SUFFIXES) else name
-        if label in {b.name for b in found}:
+        label = label_of(name)
+        if label in records:
             raise ValueError(f"two benchmarks are called {label!r}; rename a file or name it once")
         suffix = cfg.prompt_suffix
         if suffix is None:
@@ -226,34 +219,32 @@ def load_benchmarks(args: argparse.Namespace, cfg: Config, tokenizer, grader: Gr
         check_golds(problems, grader, allowed=cfg.allow_bad_golds, name=label)
         # What is asked, to the token: the record cannot name the code of a built-in task or the tokenizer's files.
         asked = json.dumps([(p.answer, p.style, ids) for p, ids in zip(problems, prompts, strict=True)])
-        found.append(Benchmark(label, problems, prompts, {
-            "problems": len(problems), **record, "prompt_suffix": suffix, "encoded": counts,
-            "asked": hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()}))
-    return found
+        records[label] = {"problems": len(problems), **record, "prompt_suffix": suffix, "encoded": counts,
+                          "asked": hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()}
+        questions += [Question(label, problem, tokens) for problem, tokens in zip(problems, prompts, strict=True)]
+    return questions, records
 
 
-def draw_samples(benchmarks: list[Benchmark], path: Path, engine, ranks: Ranks, tokenizer, sampling: Sampling, *,
+def draw_samples(questions: list[Question], path: Path, engine, ranks: Ranks, tokenizer, sampling: Sampling, *,
                  k: int, seed: int, grader: Grader) -> list[Sample]:
     """Draws, grades and appends to `path` what is not there yet; all samples, in order, on the first rank."""
-    work = [(b, p) for b in benchmarks for p in range(len(b.problems))]
-    chunk = CHUNK * ranks.world
-    samples = read_samples(path) if ranks.rank == 0 and path.exists() else []
-    finished = len(samples) // (chunk * k) * chunk if len(samples) < len(work) * k else len(work)  # whole chunks
-    finished = ranks.from_all(finished)[0]
+    chunk, samples = CHUNK * ranks.world, []
     if ranks.rank == 0:
-        samples = samples[: finished * k]
+        samples = read_samples(path) if path.exists() else []
+        if len(samples) < len(questions) * k:
+            samples = samples[: len(samples) // (chunk * k) * chunk * k]  # whole chunks
         replace_text(path, lines_of(samples))
-    bar = tqdm(total=len(work), initial=finished, unit="problem", desc="evaluating", disable=ranks.rank > 0)
-    for start in range(finished, len(work), chunk):
-        part = work[start : start + chunk]
-        seed_P = [rollout_seed(seed, -1, b.problems[p].id) for b, p in part]
-        batch = draw_part(engine, ranks, [b.prompts[p] for b, p in part], [k] * len(part), seed_P,
-                          sampling).exchange(ranks)
+    finished = ranks.from_all(len(samples) // k)[0]
+    bar = tqdm(total=len(questions), initial=finished, unit="problem", desc="evaluating", disable=ranks.rank > 0)
+    for start in range(finished, len(questions), chunk):
+        part = questions[start : start + chunk]
+        batch = draw_part(engine, ranks, [q.tokens for q in part], [k] * len(part),
+                          [rollout_seed(seed, -1, q.problem.id) for q in part], sampling).exchange(ranks)
         if ranks.rank == 0:
-            responses = to_text(tokenizer, map(batch.response, range(len(batch.owner))))
-            drawn = [Sample(name, p.id, j, p.answer, p.style, responses[r], None, False, False, int(batch.lengths[r]),
-                            "length" if batch.truncated[r] else "stop", False, p.prompt, p.kind)
-                     for r, (name, p, j) in enumerate((b.name, b.problems[p], j) for b, p in part for j in range(k))]
+            texts = to_text(tokenizer, map(batch.response, range(len(batch.owner))))
+            drawn = [Sample(part[i].benchmark, p.id, p.prompt, p.answer, p.style, p.kind, r % k, texts[r],
+                            int(batch.lengths[r]), "length" if batch.truncated[r] else "stop")
+                     for r, i in enumerate(batch.owner) for p in [part[i].problem]]
             samples += grade(drawn, grader)
             with open(path, "a", encoding="utf-8") as file:
                 file.write(lines_of(samples[-len(drawn):]))
@@ -270,28 +261,32 @@ ASKED = ("eval_rollouts", "eval_temperature", "eval_top_p", "eval_top_k", "seed"
          "max_response_tokens", "chat_template", "answer_style")  # with others it is another evaluation
 FLAGS = (*ASKED, "eval_problems", "prompt_suffix", "stop_tokens", "reward", "allow_bad_golds", "engine", "dtype",
          "threads", "max_rollouts", "gpu_memory_utilization", "grader_workers", "grader_timeout", "stall_seconds")
-# Where no run says it: token limits from the model's context, a suffix for all but the built-in tasks.
-DEFAULTS = {"max_prompt_tokens": 0, "max_response_tokens": 0, "prompt_suffix": None}
-GPU_SHARE = 0.85  # no optimiser stands beside the engine
+# Where no run says it: token limits from the model's context, a suffix for all but the built-in tasks, and nearly the
+# whole GPU for the engine.
+DEFAULTS = {"max_prompt_tokens": 0, "max_response_tokens": 0, "prompt_suffix": None, "gpu_memory_utilization": 0.85}
 
 
 def flag_of(setting: str) -> str:
     return "k" if setting == "eval_rollouts" else setting.removeprefix("eval_")
 
 
+def label_of(benchmark: str) -> str:
+    """As tables and folders have it: of a file, its name without ending."""
+    return Path(benchmark).stem if benchmark.endswith(SUFFIXES) else benchmark
+
+
 def flags() -> argparse.ArgumentParser:
     """The command line. Of FLAGS only those that are given are in what it parses."""
-    usage = ("%(prog)s --model RUN|FOLDER|ID [--benchmarks NAME ...] [option ...]\n"
-             "       %(prog)s --regrade FOLDER|FILE [option ...]")
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s (--model RUN|FOLDER|ID [--benchmarks NAME ...] | --regrade FOLDER) [option ...]",
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     built_in = ", ".join(tasks.TASKS)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="a run of train.py (its last model; RUN/best: its best), evaluated as the run "
                                       "does it, but for the flags given; or a Hugging Face folder or hub "
                                       f"id[@revision]; {built_in} = the base model of a built-in task")
-    what.add_argument("--regrade", type=Path, metavar="FOLDER|FILE",
-                      help="grade the eval_samples.jsonl of an evaluation again, without any model; --answer_style and "
+    what.add_argument("--regrade", type=Path, metavar="FOLDER",
+                      help="grade the responses of an evaluation again, without any model; --answer_style and "
                            "--reward may be others")
     parser.add_argument("--benchmarks", nargs="+", metavar="NAME|FILE",
                         help=f"any of {', '.join(n for n in HUB_SETS if n != 'dapo')}, {built_in}, "
@@ -315,14 +310,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.run = run = TrainedRun.find(args.model) if args.model else None
     names = args.benchmarks or []
     if args.model and not args.out:
-        parts = [run.name if run else Path(args.model).resolve().name,
-                 *(Path(n).stem if n.endswith(SUFFIXES) else n for n in names)]
-        args.out = Path("out") / re.sub(r"[^\w.-]+", "-", "-".join(["eval", *parts]))
-    given = {"gpu_memory_utilization": GPU_SHARE, **given}
+        parts = ["eval", run.name if run else Path(args.model).resolve().name, *map(label_of, names)]
+        args.out = Path("out") / re.sub(r"[^\w.-]+", "-", "-".join(parts))
     if run:
         args.cfg, _ = of_run(run.folder, "auto", {"eval_problems": 0, **given} if names else given)
     else:
-        before = {"reward": settings_beside(args.regrade).get("reward", "")} if args.regrade else {}
+        before = {"reward": settings_in(args.regrade).get("reward", "")} if args.regrade else {}
         args.cfg = Config(**{**DEFAULTS, **before, **given})
     if names or not run:
         names = [m for n in names or ["paper"] for m in (PAPER_BENCHMARKS if n == "paper" else (n,))]
@@ -331,7 +324,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         check_bounds(Config.__dataclass_fields__[name], getattr(args.cfg, name), flag_of(name))
     if args.cfg.eval_temperature == 0 and args.cfg.eval_rollouts > 1:
         raise ValueError("--temperature 0 gives the same response every time: use it with --k 1")
-    if args.out and (args.out / "config.json").exists():
+    if args.model and (args.out / "config.json").exists():
         raise ValueError(f"--out {args.out} holds a run or a model, whose eval.json must stay; choose another")
     return args
 
@@ -339,54 +332,37 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------------ the two commands
 
 
-def settings_beside(samples: Path) -> dict:
-    """What eval.json says of the evaluation whose eval_samples.jsonl, or whose folder, this is; {} without one."""
-    path = (samples if samples.is_dir() else samples.parent) / "eval.json"
+def settings_in(folder: Path) -> dict:
+    """Of the evaluation in `folder`, as its eval.json has them; {} without one."""
+    path = folder / "eval.json"
     saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return saved["settings"] if "settings" in saved else {}  # a run's own eval.json is a list
 
 
 def regrade(args: argparse.Namespace) -> None:
-    cfg = args.cfg
-    path = args.regrade / "eval_samples.jsonl" if args.regrade.is_dir() else args.regrade
-    old = read_samples(path)
+    """Prints what the figures would be by the grader as it is now; nothing is written."""
+    cfg, old = args.cfg, read_samples(args.regrade / "eval_samples.jsonl")
     asked = old if cfg.answer_style == "auto" else [dataclasses.replace(s, style=cfg.answer_style) for s in old]
     with Grader(workers=cfg.grader_workers, timeout=cfg.grader_timeout, reward=cfg.reward) as grader:
         new = grade(asked, grader)
-    rows, model = summary(new), settings_beside(path).get("model", "")
-    print(markdown(rows, model))
-    print(f"\n{sum(a.right != b.right for a, b in zip(old, new, strict=True))} of {len(new)} verdicts changed"
-          + ("" if args.out else "; nothing is written without --out"))
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        replace_text(args.out / "eval_samples.jsonl", lines_of(new))
-        write_json(args.out / "eval.json", {
-            "settings": {"regraded": path.name, "model": model, "answer_style": cfg.answer_style,
-                         **reward_record(cfg, grader)}, "environment": environment(), "figures": rows})
-
-
-def reward_record(cfg: Config, grader: Grader) -> dict:
-    """What eval.json says of the reward; "" = that of reward.py."""
-    return {"reward": portable(cfg.reward), "reward_sha256": grader.source.sha256 if grader.source else None}
+    print(markdown(summary(new), settings_in(args.regrade).get("model", "")))
+    print(f"\n{sum(a.right != b.right for a, b in zip(old, new, strict=True))} of {len(new)} verdicts changed")
 
 
 def refuse_another(out: Path, settings: dict) -> None:
-    """Raises FileExistsError where `out` holds an evaluation of other weights, data or settings."""
-    if not (out / "eval.json").exists() and not (out / "eval_samples.jsonl").exists():
-        return
-    saved = settings_beside(out)
-    if saved.get("weights") != settings["weights"]:
-        what = "was made of other weights" if "weights" in saved else "does not say of which weights it was made"
-        raise FileExistsError(f"{out} {what}; choose another --out or delete it")
-    was, now = flat(saved), flat(settings)
-    if differing := [f"{k} {was.get(k)!r}" for k in {**was, **now} if was.get(k) != now.get(k)]:
-        raise FileExistsError(f"{out} holds an evaluation with {', '.join(differing)}; choose another --out")
+    """Raises FileExistsError where `out` holds an evaluation of other weights, data or settings. The name under which
+    weights lie is none."""
 
+    def items(of: dict) -> dict:
+        records = of.get("benchmarks", {})
+        by_record = {f"{name} {k}": v for name, record in records.items() for k, v in record.items()}
+        return {**of, "benchmarks": list(records), **by_record, "model": None, "folder": None}
 
-def flat(settings: dict) -> dict:
-    """What makes an evaluation another: all settings but the names under which weights lie, a benchmark's with it."""
-    of_benchmarks = {f"{name} {k}": v for name, record in settings["benchmarks"].items() for k, v in record.items()}
-    return {**settings, **of_benchmarks, "model": None, "folder": None, "benchmarks": list(settings["benchmarks"])}
+    was, now = items(settings_in(out)), items(settings)
+    differing = [f"{k} {was.get(k)!r}" for k in {**was, **now} if was.get(k) != now.get(k)]
+    if differing and ((out / "eval.json").exists() or (out / "eval_samples.jsonl").exists()):
+        raise FileExistsError(f"{out} holds another evaluation, with {', '.join(differing)}; choose another --out or "
+                              "delete it")
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -401,12 +377,13 @@ def evaluate(args: argparse.Namespace) -> None:
     kind, why = choose_engine(cfg.engine, ranks.device)
     say(f"engine: {kind}. {why}")
     with Grader(workers=cfg.grader_workers, timeout=cfg.grader_timeout, reward=cfg.reward) as grader:
-        benchmarks = load_benchmarks(args, cfg, policy.tokenizer, grader)
+        questions, records = load_benchmarks(args, cfg, policy.tokenizer, grader)
         asked = {name: getattr(cfg, name) for name in ASKED}
         settings = {"model": run.name if run else portable(args.model), "folder": folder.name,
                     "weights": policy.weights_hash() if ranks.rank == 0 else "", "engine": kind,
                     "dtype": str(policy.dtype)[6:], **asked, "stop_ids": list(policy.stop_ids),
-                    **reward_record(cfg, grader), "benchmarks": {b.name: b.record for b in benchmarks}}
+                    "reward": portable(cfg.reward), "reward_sha256": grader.source.sha256 if grader.source else None,
+                    "benchmarks": records}
         say(f"as {run.folder}:" if run else "settings:", ", ".join(f"{k} {v}" for k, v in asked.items()))
         if ranks.rank == 0:
             refuse_another(args.out, settings)
@@ -418,7 +395,7 @@ def evaluate(args: argparse.Namespace) -> None:
             args.out.mkdir(parents=True, exist_ok=True)
             write_json(args.out / "eval.json", {"settings": settings})
         sampling = Sampling(response, cfg.eval_temperature, cfg.eval_top_p, cfg.eval_top_k, policy.stop_ids)
-        samples = draw_samples(benchmarks, args.out / "eval_samples.jsonl", engine, ranks, policy.tokenizer, sampling,
+        samples = draw_samples(questions, args.out / "eval_samples.jsonl", engine, ranks, policy.tokenizer, sampling,
                                k=cfg.eval_rollouts, seed=cfg.seed, grader=grader)
     if ranks.rank == 0:
         rows = summary(samples)
@@ -435,7 +412,7 @@ def main() -> None:
         if args.regrade:
             regrade(args)
         else:
-            with watching(args.out, args.cfg.stall_seconds, "The same command goes on where it was"):
+            with watching(args.out, args.cfg.stall_seconds):
                 evaluate(args)
     except (ValueError, OSError, RunError) as error:
         sys.exit(f"eval.py: {error}")

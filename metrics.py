@@ -6,7 +6,6 @@
     [a, b]  95% interval: percentiles of the bootstrap over problems
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import comb
@@ -20,31 +19,23 @@ def pass_at_k(correct: np.ndarray, drawn: int, k: int) -> np.ndarray:
     return table[np.asarray(correct)]
 
 
-def bootstrap(strata: list[np.ndarray], draws: int = 2000) -> tuple[float, float]:
-    """95% interval of the mean over strata of their means over problems, (P_i, figures) -> 2 of (figures,).
-
-    Problems are drawn again within each stratum; the draws are a function of the shapes alone.
-    """
-    rng, total = np.random.default_rng(0), 0.0
-    for values in strata:
-        counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=draws)  # (draws, P)
-        total = total + counts @ values / len(values)  # (draws, figures)
-    return tuple(np.percentile(total / len(strata), (2.5, 97.5), axis=0))
+def bootstrap(values: np.ndarray, draws: int = 2000) -> tuple[np.ndarray, np.ndarray]:
+    """95% interval of the means over problems of values (P, figures): their ends, (figures,) each. What is drawn is a
+    function of the shape alone."""
+    P = len(values)
+    counts = np.random.default_rng(0).multinomial(P, np.full(P, 1 / P), size=draws)  # (draws, P)
+    return tuple(np.percentile(counts @ values / P, (2.5, 97.5), axis=0))
 
 
-def figures(strata: list[np.ndarray]) -> dict[str, list[float]]:
-    """name -> [value, low, high] for mean@m and pass@1, 2, 4, ... up to m.
-
-    strata: right or wrong, (P_i, m) bool each. One is the rule; with several (AIME) a figure is the mean of theirs.
-    """
-    drawn = strata[0].shape[1]
-    powers = [2**i for i in range(drawn.bit_length()) if 2**i <= drawn]
-    columns = [np.stack([right.mean(axis=1), *(pass_at_k(right.sum(axis=1), drawn, k) for k in powers)], axis=1)
-               for right in strata]
-    values = np.mean([c.mean(axis=0) for c in columns], axis=0)
-    low, high = bootstrap(columns)
-    return {name: [float(v), float(a), float(b)] for name, v, a, b in
-            zip([f"mean@{drawn}", *(f"pass@{k}" for k in powers)], values, low, high, strict=True)}
+def figures(right: np.ndarray) -> dict[str, list[float]]:
+    """name -> [value, low, high] for mean@m and pass@1, 2, 4, ... up to m. right: (P, m) bool."""
+    drawn = right.shape[1]
+    by_problem = {f"mean@{drawn}": right.mean(axis=1)}  # (P,) each
+    for k in (2**i for i in range(drawn.bit_length())):
+        by_problem[f"pass@{k}"] = pass_at_k(right.sum(axis=1), drawn, k)
+    intervals = zip(*bootstrap(np.stack(list(by_problem.values()), axis=1)), strict=True)
+    return {name: [float(values.mean()), float(low), float(high)]
+            for (name, values), (low, high) in zip(by_problem.items(), intervals, strict=True)}
 
 
 def headline_k(drawn: int) -> int:
@@ -62,42 +53,35 @@ def by_kind(kinds: list[str], right: np.ndarray) -> dict[str, list[float]]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of one evaluation during training."""
+    """The figures of one evaluation during training, by the names that they have in eval.json."""
 
     step: int  # training steps before it
     problems: int
     rollouts: int  # responses drawn per problem
     mean: float  # mean@rollouts
-    passes: dict[int, float]  # k -> pass@k, for the powers of two up to rollouts
+    passes: dict[str, float]  # "pass@1", "pass@2", "pass@4", ... up to rollouts
     response_tokens_mean: float
     truncated_frac: float
     by_kind: dict[str, list[float]]  # kind of problem -> [problems, mean, pass@k]
     intervals: dict[str, list[float]] = field(default_factory=dict)  # "mean@16" and so on -> [low, high], 95%
 
-    @property
-    def k(self) -> int:
-        return headline_k(self.rollouts)
-
     @classmethod
     def of(cls, step: int, kinds: list[str], right: np.ndarray, response_tokens_mean: float,
            truncated_frac: float) -> "Evaluation":
         """kinds: of the P problems, "" = of none in particular; right: (P, rollouts) bool."""
-        found = figures([right])
-        passes = {int(name.removeprefix("pass@")): f[0] for name, f in found.items() if name.startswith("pass@")}
+        found = figures(right)
+        passes = {name: f[0] for name, f in found.items() if name.startswith("pass@")}
         return cls(step, len(kinds), right.shape[1], float(right.mean()), passes, response_tokens_mean,
                    truncated_frac, by_kind(kinds, right), {name: f[1:] for name, f in found.items()})
 
-    def to_json(self) -> dict:
-        out = dataclasses.asdict(self)
-        return {**out, "passes": {f"pass@{k}": v for k, v in self.passes.items()}}
-
-    @classmethod
-    def from_json(cls, saved: dict) -> "Evaluation":
-        return cls(**{**saved, "passes": {int(k.removeprefix("pass@")): v for k, v in saved["passes"].items()}})
+    @property
+    def shown(self) -> str:
+        """The pass@k that is shown first, and by which evaluations are compared."""
+        return f"pass@{headline_k(self.rollouts)}"
 
     def line(self) -> str:
-        return (f"step {self.step}: mean@{self.rollouts} {self.mean:.1%}, pass@{self.k} {self.passes[self.k]:.1%} on "
-                f"{self.problems} held-out problems")
+        return (f"step {self.step}: mean@{self.rollouts} {self.mean:.1%}, {self.shown} {self.passes[self.shown]:.1%} "
+                f"on {self.problems} held-out problems")
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -109,8 +93,8 @@ def table(evaluations: list[Evaluation]) -> str:
     """A Markdown table in percent: one column an evaluation, rows for all problems and for each kind."""
     first = evaluations[0]
     figures = {f"mean@{first.rollouts}": [e.mean for e in evaluations],
-               f"pass@{first.k}": [e.passes[e.k] for e in evaluations]}
+               first.shown: [e.passes[e.shown] for e in evaluations]}
     if len(first.by_kind) > 1:
-        figures |= {f"pass@{first.k}, {kind}": [e.by_kind[kind][2] for e in evaluations] for kind in first.by_kind}
+        figures |= {f"{first.shown}, {kind}": [e.by_kind[kind][2] for e in evaluations] for kind in first.by_kind}
     head = [f"{first.problems} held-out problems x {first.rollouts}, percent", *(f"step {e.step}" for e in evaluations)]
     return "\n" + markdown(head, [[name, *(f"{100 * x:.1f}" for x in values)] for name, values in figures.items()])

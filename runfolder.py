@@ -13,6 +13,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -82,6 +84,7 @@ def replace_text(path: Path, text: str) -> None:
 
 # ------------------------------------------------------------------------------------------------ the folder
 
+PATIENCE = 60.0  # seconds after which every rank sees a new file: NFS may keep an old list that long
 FILES = ("model", "train_data", "eval_data", "reward")  # settings that may be files: compared by content, not by path
 
 
@@ -121,10 +124,21 @@ class RunFolder:
                              f"Only these may change: {', '.join(MAY_CHANGE)}")
         return self.saved["loaded"]
 
-    def checkpoints(self) -> list[Path]:
-        """checkpoint/step_N/, the newest first."""
-        found = [p for p in (self.path / "checkpoint").glob("step_*") if p.name.removeprefix("step_").isdecimal()]
-        return sorted(found, key=lambda p: int(p.name.removeprefix("step_")), reverse=True)
+    def check_shared(self, ranks: Ranks) -> None:
+        """Raises RunError on all ranks where one has another folder: each writes its part of a checkpoint."""
+        with tempfile.NamedTemporaryFile(prefix=".shared-", dir=self.path) as mine:  # no cache knows a new name
+            of_first, until = self.path / Path(ranks.from_all(mine.name)[0]).name, time.monotonic() + PATIENCE
+            while not (sees := of_first.exists()) and time.monotonic() < until:
+                time.sleep(0.1)
+            seen = ranks.from_all(sees)  # nobody's file goes before that
+        if not all(seen):
+            raise RunError(f"--out_dir {self.path} is not one folder for all: rank {seen.index(False)} does not see "
+                           "what rank 0 writes there; choose one that all nodes share")
+
+    def checkpoints(self) -> dict[int, Path]:
+        """step -> checkpoint/step_N/, the newest first."""
+        found = {p.name.removeprefix("step_"): p for p in (self.path / "checkpoint").glob("step_*")}
+        return {n: found[str(n)] for n in sorted((int(n) for n in found if n.isdecimal()), reverse=True)}
 
     def refuse_other(self, record: dict) -> None:
         """Raises ValueError where a run would go on with other data, or another model, reward or engine."""
@@ -134,14 +148,15 @@ class RunFolder:
                 raise ValueError(f"--resume with another {what}: it was {was}, now it is {now}")
 
     def record_change(self, step: int) -> None:
-        """Says and writes down which settings are others from `step` on."""
+        """Writes down which settings are others from `step` on, and says all that changed since the run began."""
         resumed = self.saved.get("resumed", [])
         before = {**self.saved, **{k: v for r in resumed for k, v in r["changed"].items()}}
         changed = {k: v for k, v in self.config.items() if before.get(k) != v}
-        say("; ".join([f"--{k} was {before.get(k)}, is {v} from now on" for k, v in changed.items()]
-                      + [f"--{k} is {before[k]}, as changed at step {r['step']}" for r in resumed
-                         for k in r["changed"] if k not in changed]) or "settings as they were")
-        write_json(self.path / "config.json", {**self.saved, "resumed": [*resumed, {"step": step, "changed": changed}]})
+        resumed = [*resumed, {"step": step, "changed": changed}]
+        for was in resumed:
+            for k, v in was["changed"].items():
+                say(f"--{k} is {v} from step {was['step']} on")
+        write_json(self.path / "config.json", {**self.saved, "resumed": resumed})
         write_json(self.path / "paths.json", self.paths)
 
     def start(self, preset: str, record: dict) -> None:
@@ -154,19 +169,17 @@ class RunFolder:
             file.write("".join(json.dumps(x) + "\n" for x in lines))
 
     def write_evaluations(self, evaluations: list[Evaluation]) -> None:
-        write_json(self.path / "eval.json", [e.to_json() for e in evaluations])
+        write_json(self.path / "eval.json", [dataclasses.asdict(e) for e in evaluations])
 
     def save(self, tensors: dict[str, torch.Tensor], arrays: dict[str, np.ndarray], state: dict, ranks: Ranks) -> None:
         """Writes all that is needed to go on exactly; all ranks call it, and each writes what it holds of `tensors`.
 
         `tensors`: master weights and the optimiser's moments, DTensors or plain (alike on all ranks); `arrays`: bins
         and adversaries; `state`: JSON with next_step. No pickle, and no random state, because there is none: every draw
-        is a function of (seed, step, prompt id).
+        is a function of (seed, step, prompt id). Written aside and renamed into place; only then all but the KEEP
+        newest are removed: a whole checkpoint is there whenever a rank is killed.
 
-        Written aside and renamed into place; only then all but the KEEP newest are removed. So a whole checkpoint is
-        there whenever a rank is killed. Raises OSError where there is already one of this step, and
-        CheckpointException, which holds the OSError, on all ranks for a rank that cannot write, and RunError on all
-        ranks when one has another folder.
+        Raises OSError where there is one of this step, CheckpointException on all ranks for a rank that cannot write.
         """
         final = self.path / "checkpoint" / f"step_{state['next_step']}"
         aside = final.with_suffix(".partial")
@@ -174,10 +187,7 @@ class RunFolder:
             for unfinished in final.parent.glob("*.partial"):
                 shutil.rmtree(unfinished)
             aside.mkdir(parents=True)
-        ranks.from_all(None)  # nobody looks or writes before that
-        if not all(sees := ranks.from_all(aside.exists())):
-            raise RunError(f"--out_dir {self.path} is not one folder for all: rank {sees.index(False)} does not see "
-                           "what rank 0 writes there; choose one that all nodes share")
+        ranks.from_all(None)  # nobody writes before that
         ends = np.cumsum([tensor.nbytes for tensor in tensors.values()]) // ranks.world  # of what a rank will write
         part = {name: 1 + int(end) // PART for name, end in zip(tensors, ends, strict=True)}
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is but one process
@@ -190,7 +200,7 @@ class RunFolder:
         if ranks.rank == 0:
             write_json(aside / STATE, {"state": state, "checksum": check})
             aside.rename(final)
-            for old in self.checkpoints()[KEEP:]:
+            for old in list(self.checkpoints().values())[KEEP:]:
                 shutil.rmtree(old)
 
     def load(self, tensors: dict[str, torch.Tensor], ranks: Ranks) -> tuple[dict[str, np.ndarray], dict] | None:
@@ -199,31 +209,29 @@ class RunFolder:
 
         Raises ValueError on all ranks when none is whole.
         """
-        folder = self.path / "checkpoint"
-        found = ranks.from_all([path.name for path in self.checkpoints()])[0]
-        for name in found:
-            state = whole(folder / name, ranks)
+        found = ranks.from_all(list(self.checkpoints().values()))[0]
+        for path in found:
+            state = whole(path, ranks)
             if state is None:
-                say(f"WARNING: the checkpoint {name} is damaged: a file is missing, or not as it was written")
+                say(f"WARNING: the checkpoint {path.name} is damaged: a file is missing, or not as it was written")
                 continue
-            say(f"resuming from {name}")
+            say(f"resuming from {path.name}")
             with warnings.catch_warnings(action="ignore", category=UserWarning):
-                dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder / name)))
-            with np.load(folder / name / ARRAYS, allow_pickle=False) as arrays:
+                dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+            with np.load(path / ARRAYS, allow_pickle=False) as arrays:
                 return dict(arrays), state
         if found:
-            raise ValueError(f"{folder} holds no checkpoint that is whole; delete it to begin anew")
+            raise ValueError(f"{found[0].parent} holds no checkpoint that is whole; delete it to begin anew")
         return None
 
     def forget_after(self, step: int) -> None:
         """Drops what was logged and saved of steps from `step` on: they are done again."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.path / name
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < step]
-            replace_text(path, "".join(kept))
-        for path in self.checkpoints():
-            if int(path.name.removeprefix("step_")) > step:  # damaged, or it would have been gone on from
+            lines = path.read_text().split("\n")[:-1] if path.exists() else []  # whole ones
+            replace_text(path, "".join(x + "\n" for x in lines if json.loads(x)["step"] < step))
+        for saved, path in self.checkpoints().items():
+            if saved > step:  # damaged, or it would have been gone on from
                 shutil.rmtree(path)
         best = self.path / "best" / "evaluation.json"
         if best.exists() and json.loads(best.read_text())["step"] > step:
@@ -237,11 +245,9 @@ class RunFolder:
         except (OSError, SafetensorError, CheckpointException) as error:
             if not any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
                 raise  # by what is said: safetensors has an exception of its own, torch's holds those of the ranks
-            for unfinished in list(self.path.rglob("*.partial")):
-                shutil.rmtree(unfinished, ignore_errors=True)  # the other ranks do the same
-            kept = [p.name for p in self.checkpoints()]
-            raise RunError(f"no space left in {self.path}; {kept[0] if kept else 'no checkpoint'} is kept. Free "
-                           f"{needed / 2**20:.0f} MiB, then go on with --resume") from error
+            kept = [path.name for path in self.checkpoints().values()] or ["no checkpoint"]
+            raise RunError(f"no space left in {self.path}; {kept[0]} is kept. Free {needed / 2**20:.0f} MiB, then go "
+                           "on with --resume") from error
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -268,13 +274,13 @@ def checksum(path: Path, names: list[str], state: dict, ranks: Ranks) -> str:
 
 def whole(path: Path, ranks: Ranks) -> dict | None:
     """The state of a checkpoint that is as it was written, None of one that is damaged. All ranks call it."""
-    names = ranks.from_all(sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".npz")))[0]
+    names = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".npz"))
     try:
         saved = json.loads((path / STATE).read_bytes())
         state, written = saved["state"], saved["checksum"]
     except (OSError, ValueError, KeyError, TypeError):  # not there, no JSON, or other JSON
         state = written = None
-    state, written = ranks.from_all((state, written))[0]
+    names, state, written = ranks.from_all((names, state, written))[0]
     return state if checksum(path, names, state, ranks) == written else None
 
 
@@ -286,32 +292,29 @@ class Tracker:
     truth: a tracker that fails is named once and left out from then on."""
 
     def __init__(self, kind: str, folder: Path):
-        self.kind, self.write = kind, None
-        self._try(self._open, folder)
+        self.kind, self.folder = kind, folder
+        self.write: Callable[[dict, int], object] | None = None  # opened by the first line
 
-    def _open(self, folder: Path) -> None:
+    def log(self, line: dict) -> None:
+        if self.kind == "none":
+            return
+        try:
+            self.write = self.write or self._open()
+            self.write(dict(scalars(line)), line["step"])
+        except Exception as error:  # whatever a network or a service raises must not end the run
+            say(f"WARNING: {self.kind} failed ({error}) and gets nothing more; metrics.jsonl goes on")
+            self.kind = "none"
+
+    def _open(self) -> Callable[[dict, int], object]:
         if self.kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(folder / "tensorboard"))
-            self.write = lambda values, step: [writer.add_scalar(k, v, step) for k, v in values.items()]
-        elif self.kind == "wandb":
-            import wandb
+            writer = SummaryWriter(str(self.folder / "tensorboard"))
+            return lambda values, step: [writer.add_scalar(k, v, step) for k, v in values.items()]
+        import wandb
 
-            own = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()  # names repeat
-            run = wandb.init(project="group-dro", name=folder.name, dir=str(folder), resume="allow", id=own)
-            self.write = lambda values, step: run.log(values, step=step)
-
-    def log(self, line: dict) -> None:
-        if self.write:
-            self._try(self.write, dict(scalars(line)), line["step"])
-
-    def _try(self, call: Callable, *arguments) -> None:
-        try:
-            call(*arguments)
-        except Exception as error:  # whatever a network or a service raises must not end the run
-            say(f"WARNING: {self.kind} failed ({error}) and gets nothing more; metrics.jsonl goes on")
-            self.write = None
+        own = hashlib.blake2b(str(self.folder.resolve()).encode(), digest_size=8).hexdigest()  # names repeat
+        return wandb.init(project="group-dro", name=self.folder.name, dir=str(self.folder), resume="allow", id=own).log
 
 
 def scalars(line: dict, prefix: str = ""):

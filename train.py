@@ -504,7 +504,7 @@ class Trainer:
         """All that is needed to go on exactly: tensors, arrays, and a state that is JSON."""
         arrays = {f"{name}/{k}": v for name, part in self._parts().items() for k, v in part.state_dict().items()}
         return self.tensors(), arrays, {"next_step": self.next_step, "optimizer_steps": self.optimizer_steps,
-                                        "evaluations": [e.to_json() for e in evaluations]}
+                                        "evaluations": [dataclasses.asdict(e) for e in evaluations]}
 
     def restore(self, arrays: dict, state: dict) -> list[Evaluation]:
         """Takes over what `checkpoint` gave, but for the tensors, which were filled in place; the evaluations until
@@ -514,7 +514,7 @@ class Trainer:
             moments["step"].fill_(self.optimizer_steps)
         for name, part in self._parts().items():
             part.load_state_dict({k.split("/")[1]: v for k, v in arrays.items() if k.startswith(name + "/")})
-        return [Evaluation.from_json(e) for e in state["evaluations"]]
+        return [Evaluation(**e) for e in state["evaluations"]]
 
     def _parts(self) -> dict:
         return {"bins": self.bins, "prompt": self.prompt_gdro, "rollout": self.rollout_gdro}
@@ -547,6 +547,7 @@ def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, 
     ranks, folder = Ranks(max(900, 2 * cfg.stall_seconds)), RunFolder(cfg)
     ranks.check_work(cfg.prompts_per_step, cfg.minibatch_prompts * cfg.rollouts_per_prompt)
     loaded = folder.loaded_before(resume)
+    folder.check_shared(ranks)
     trainer, evaluations = Trainer(cfg, ranks, loaded), []
     if saved := folder.load(trainer.tensors(), ranks):
         evaluations = trainer.restore(*saved)
@@ -575,12 +576,12 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
         latest = evaluations[-1]
         if first:
             folder.write_evaluations(evaluations)
-        if trainer.next_step and all(latest.passes[e.k] > e.passes[e.k] for e in evaluations[:-1]):
+        if trainer.next_step and all(latest.passes[e.shown] > e.passes[e.shown] for e in evaluations[:-1]):
             trainer.policy.save(trainer.model, folder.path / "best", write=first)
             if first:
-                write_json(folder.path / "best" / "evaluation.json", latest.to_json())
+                write_json(folder.path / "best" / "evaluation.json", dataclasses.asdict(latest))
         say(latest.line())
-        return {k: v for k, v in latest.to_json().items() if k != "by_kind"}
+        return {k: v for k, v in dataclasses.asdict(latest).items() if k != "by_kind"}
 
     def due() -> bool:
         return trainer.next_step == cfg.steps or bool(cfg.eval_every and trainer.next_step % cfg.eval_every == 0)

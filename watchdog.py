@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 POLL_SECONDS = 5.0  # at most, between two looks; a tenth of the limit where that is less
@@ -49,9 +48,8 @@ def progress(phase: str | None = None, *, step: int | None = None) -> None:
 
 
 @contextmanager
-def watching(folder: Path, seconds: float, remedy: str = "--resume goes on from the last checkpoint") -> Iterator[None]:
-    """Inside, the process ends with status 1, and a line that ends with `remedy`, once no rank has moved for so many
-    seconds; 0 = never.
+def watching(folder: Path, seconds: float) -> Iterator[None]:
+    """Inside, the process ends with status 1 once no rank has moved for so many seconds; 0 = never.
 
     The clock starts at the first `progress`: before it a model may have to be downloaded.
     """
@@ -61,7 +59,7 @@ def watching(folder: Path, seconds: float, remedy: str = "--resume goes on from 
         yield
         return
     over, poll = threading.Event(), min(POLL_SECONDS, seconds / 10)
-    watch = threading.Thread(target=_watch, args=(over, poll, folder, seconds, remedy), daemon=True)
+    watch = threading.Thread(target=_watch, args=(over, poll, folder, seconds), daemon=True)
     watch.start()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         threading.Thread(target=_listen, args=(over, poll), daemon=True).start()
@@ -81,7 +79,7 @@ def _silence() -> float:
     return time.monotonic() - max(_work.moved, _work.others_moved) if _work.moves else 0.0
 
 
-def _watch(over: threading.Event, poll: float, folder: Path, seconds: float, remedy: str) -> None:
+def _watch(over: threading.Event, poll: float, folder: Path, seconds: float) -> None:
     while _silence() <= seconds:
         # Where the main thread hangs and keeps Python's lock, this one never runs again: then a timer in C writes all
         # stacks to stderr and ends the process. So it does if the disk for the report does not answer.
@@ -89,7 +87,7 @@ def _watch(over: threading.Event, poll: float, folder: Path, seconds: float, rem
         if over.wait(poll):
             return
     faulthandler.dump_traceback_later(LATER, exit=True, file=STDERR)
-    _report(folder, seconds, remedy)
+    _report(folder, seconds)
     faulthandler.cancel_dump_traceback_later()
     time.sleep(3 * poll)  # a rank that goes breaks the others' collectives: let them write first
     os._exit(1)
@@ -109,15 +107,16 @@ def _listen(over: threading.Event, poll: float) -> None:
             _work.others_moved = time.monotonic()
 
 
-def _report(folder: Path, seconds: float, remedy: str) -> None:
+def _report(folder: Path, seconds: float) -> None:
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     path, own, silence = folder / f"stall-rank{rank}.txt", time.monotonic() - _work.moved, _silence()
     where = f"phase {_work.phase}" + (f", step {_work.step}" if _work.step is not None else "")
     print(f"rank {rank}: no rank has moved for {silence:.0f} seconds (--stall_seconds {seconds:g}), the run ends. This "
-          f"one is in {where}; its stacks: {path}. {remedy}", file=sys.stderr, flush=True)
+          f"one is in {where}; its stacks: {path}. Go on from what was saved with the same command, of train.py with "
+          "--resume", file=sys.stderr, flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
-        print(f"rank {rank} of {world}, {datetime.now():%Y-%m-%d %H:%M:%S}", where,
+        print(f"rank {rank} of {world}", where,
               f"this rank last moved {own:.1f} seconds ago, some rank {silence:.1f}\n", sep="\n", file=file, flush=True)
         faulthandler.dump_traceback(file)
     sys.stdout.flush()

@@ -59,9 +59,6 @@ class Task:
 
 
 # ------------------------------------------------------------------------------------------------ arithmetic
-#
-#     4731s2586=   S7,11,13,7:7317     the total of each column, the lowest first, what is carried included
-#
 # Two numbers of four digits, the first larger by 1,000 or more, so that every answer has at least four.
 
 
@@ -71,7 +68,8 @@ def two_numbers(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _columns(total: Callable[[int, int], int]) -> Callable[[str, str], tuple[str, str]]:
-    """The method that works column by column, the lowest first. total(x, y): of two digits, before what is carried."""
+    """The method that works column by column, the lowest first: the steps are the columns' totals, what is carried
+    included. total(x, y): of two digits, before what is carried."""
 
     def method(a: str, b: str) -> tuple[str, str]:
         totals, digits, carry = [], "", 0
@@ -85,7 +83,6 @@ def _columns(total: Callable[[int, int], int]) -> Callable[[str, str], tuple[str
 
 
 # ------------------------------------------------------------------------------------------------ permutations
-#
 #     3152476sad,ce=   S2153476:2143576     the row after the first move, after the second
 #
 # Two moves on a row of seven digits. Positions are the letters a to g; the sign says what a move does with its two,

@@ -2,13 +2,13 @@
 passed over, and a kill costs one interval."""
 
 import errno
-import hashlib
 import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -114,19 +114,6 @@ def test_the_lines_of_the_docs_read_a_checkpoint_without_our_code(writers, tmp_p
     assert set(read["arrays"]) == set(ARRAYS)
 
 
-def read_files(path: Path) -> list[str]:
-    """What this rank reads of a checkpoint's files to check them."""
-    names, digest = [], hashlib.file_digest
-    hashlib.file_digest = lambda file, how: (names.append(Path(file.name).name), digest(file, how))[1]
-    load(path)
-    return names
-
-
-def test_every_file_is_checked_by_one_rank(two_steps):
-    parts = gloo(3, read_files, two_steps)
-    assert sorted(sum(parts, [])) == sorted([*SHARDS, "adversaries.npz"]) and all(parts)
-
-
 # ---- what is damaged
 
 DAMAGE = {"missing": None, "truncated": lambda whole: whole[:-9], "too long": lambda whole: whole + b"0",
@@ -208,7 +195,6 @@ def full(path: Path, rank: int) -> str:
         runfolder.dcp.save = refused
     with pytest.raises(RunError) as error, at(path).full_disk_explained(3 * 2**20):
         save(path, [6])
-    assert not list((path / "checkpoint").glob("*.partial"))
     return str(error.value)
 
 
@@ -227,15 +213,21 @@ def test_what_else_goes_wrong_with_the_disk_is_not_called_full(run):
     assert error.value.errno == errno.EIO
 
 
-def save_apart(path: Path) -> str:
-    with pytest.raises(RunError) as error:
-        save(path / str(Ranks().rank), [5])
-    return str(error.value).partition(": ")[2]
+def look(path: Path, shared: bool) -> None:
+    """Asks whether the ranks share `path`, whose files show after a second, or folders in it, one a rank."""
+    runfolder.PATIENCE = 30.0 if shared else 0.2
+    exists, late = Path.exists, time.monotonic() + shared
+    Path.exists = lambda file: time.monotonic() > late and exists(file)
+    at(path if shared else path / str(Ranks().rank)).check_shared(Ranks())
 
 
-def test_a_folder_that_not_all_ranks_share_is_found_out(tmp_path):
-    assert set(gloo(3, save_apart, tmp_path)) == {
-        "rank 1 does not see what rank 0 writes there; choose one that all nodes share"}
+def test_a_folder_that_not_all_ranks_share_is_found_out_and_one_that_shows_files_late_is_not(tmp_path):
+    gloo(3, look, tmp_path, True)
+    assert not list(tmp_path.iterdir())
+    for rank in range(3):
+        (tmp_path / str(rank)).mkdir()
+    with pytest.raises(ProcessRaisedException, match="rank 1 does not see what rank 0 writes there; choose one that"):
+        gloo(3, look, tmp_path, False)
 
 
 # ---- what a run goes on with

@@ -1,8 +1,11 @@
 """An evaluation is the same however it was interrupted or shared out, and that of a run's model is the run's own; what
 was made of other weights, data or settings is refused."""
 
+import contextlib
 import dataclasses
+import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -45,9 +48,7 @@ def evaluated(base, tmp_path_factory) -> Path:
 def test_an_evaluation_writes_every_response_and_the_figures(evaluated):
     lines = [json.loads(x) for x in (evaluated / "eval_samples.jsonl").read_text().splitlines()]
     saved = json.loads((evaluated / "eval.json").read_text())
-    assert len(lines) == 800 and list(lines[0]) == ["benchmark", "id", "sample", "gold", "style", "response",
-                                                   "extracted", "right", "timed_out", "tokens", "finish",
-                                                   "failed", "prompt", "kind"]
+    assert len(lines) == 800 and lines[0].keys() == Sample.__dataclass_fields__.keys()
     assert [x["benchmark"] for x in lines] == ["sums"] * 400 + ["arithmetic"] * 400
     for row, of in ((saved["figures"]["sums"], lines[:400]), (saved["figures"]["all"], lines)):
         assert row["mean@4"][0] == pytest.approx(np.mean([x["right"] for x in of])) and 0 < row["mean@4"][0] < 1
@@ -101,10 +102,10 @@ def test_other_weights_are_refused_wherever_they_lie(base, evaluated, tmp_path):
     again = shutil.copytree(evaluated, tmp_path / "out")
     assert run(base, again, "--model", str(same))["figures"] == json.loads(
         (evaluated / "eval.json").read_text())["figures"]
-    with pytest.raises(FileExistsError, match="other weights; choose another --out or delete it"):
+    with pytest.raises(FileExistsError, match="another evaluation, with weights .*; choose another --out or delete it"):
         run(base, again, "--model", str(other))
     (again / "eval.json").unlink()  # responses that nothing speaks for
-    with pytest.raises(FileExistsError, match="does not say"):
+    with pytest.raises(FileExistsError, match="weights None"):
         run(base, again)
 
 
@@ -117,14 +118,12 @@ def test_the_same_weights_with_another_tokenizer_are_refused(base, evaluated, tm
         run(base, evaluated, "--model", str(tmp_path / "model"))
 
 
-@pytest.mark.parametrize("change", [lambda text: text.replace('"answer": 3}', '"answer": 4}'),
-                                    lambda text: "\n" + text])  # to the byte, as what it was cannot be known
-def test_a_changed_data_file_is_refused(base, tmp_path, change):
+def test_a_changed_data_file_is_refused(base, tmp_path):
     data = tmp_path / "sums.jsonl"
     shutil.copy(base.parent / "sums.jsonl", data)
     small = ["--benchmarks", str(data), "--problems", "3", "--k", "1"]
     run(base, tmp_path / "out", *small)
-    data.write_text(change(data.read_text()))
+    data.write_text("\n" + data.read_text())  # to the byte, as what it was cannot be known
     with pytest.raises(FileExistsError, match="sums sha256"):
         run(base, tmp_path / "out", *small)
 
@@ -225,38 +224,36 @@ def test_evaluations_have_folders_of_their_own(trained):
 
 # ---- grading
 
-def regraded(samples: Path, *more: str) -> list[Sample]:
-    """What --regrade makes of an evaluation: its folder is then samples.parent / "again"."""
-    out = samples.parent / "again"
-    eval_module.regrade(parse_args(["--regrade", str(samples), "--out", str(out), *more]))
-    return eval_module.read_samples(out / "eval_samples.jsonl")
+def changed(folder: Path, *more: str) -> int:
+    """How many verdicts --regrade changes."""
+    with pytest.MonkeyPatch.context() as context, contextlib.redirect_stdout(io.StringIO()) as printed:
+        context.chdir(folder)  # where a reward of one's own lies
+        eval_module.regrade(parse_args(["--regrade", ".", *more]))
+    return int(re.search(r"\n(\d+) of 800 verdicts changed", printed.getvalue())[1])
 
 
-def test_regrading_gives_the_same_table_and_counts_changed_verdicts(evaluated, tmp_path, capsys):
+def test_regrading_prints_the_same_table_and_counts_changed_verdicts(evaluated, tmp_path, capsys):
     old = eval_module.read_samples(evaluated / "eval_samples.jsonl")
     wrong = next(i for i, s in enumerate(old) if s.finish == "stop" and not s.right)
-    changed = [*old[:wrong], dataclasses.replace(old[wrong], right=True), *old[wrong + 1 :]]
-    (tmp_path / "s.jsonl").write_text(eval_module.lines_of(changed))
+    other = [*old[:wrong], dataclasses.replace(old[wrong], right=True), *old[wrong + 1 :]]
+    (tmp_path / "eval_samples.jsonl").write_text(eval_module.lines_of(other))
     (tmp_path / "eval.json").write_text(json.dumps({"settings": {"model": "me/Qwen3-8B-mine"}}))
-    assert regraded(tmp_path / "s.jsonl") == old
+    eval_module.regrade(parse_args(["--regrade", str(tmp_path)]))
     printed, rows = capsys.readouterr().out, json.loads((evaluated / "eval.json").read_text())["figures"]
     assert markdown(rows, "me/Qwen3-8B-mine") in printed and "1 of 800 verdicts changed" in printed
-    assert json.loads((tmp_path / "again" / "eval.json").read_text())["figures"] == rows
 
 
-def test_regrading_takes_a_folder_another_style_and_another_reward(evaluated, tmp_path, capsys):
+def test_regrading_takes_another_style_and_another_reward(evaluated, tmp_path):
     old = eval_module.read_samples(evaluated / "eval_samples.jsonl")
-    samples = shutil.copytree(evaluated, tmp_path / "out")
-    assert not any(s.right for s in regraded(samples, "--answer_style", "dapo"))  # nobody writes "Answer:"
-    assert f"\n{sum(s.right for s in old)} of 800 verdicts changed" in capsys.readouterr().out
-    (tmp_path / "mine.py").write_text("def asks_for_zero(response, problem):\n"
-                                      "    return 0.5 if problem.prompt.startswith('0s') else -0.5\n")
-    new = regraded(samples, "--reward", f"{tmp_path}/mine.py:asks_for_zero")
-    assert [s.right for s in new] == [s.prompt.startswith("0s") and s.finish == "stop" for s in old]
-    with pytest.MonkeyPatch.context() as there:  # what was graded so is graded so again
-        there.chdir(tmp_path)
-        eval_module.regrade(parse_args(["--regrade", "again"]))
-    assert "\n0 of 800 verdicts changed" in capsys.readouterr().out
+    out = shutil.copytree(evaluated, tmp_path / "out")
+    assert changed(out, "--answer_style", "dapo") == sum(s.right for s in old)  # nobody writes "Answer:"
+    (out / "mine.py").write_text("def asks_for_zero(response, problem):\n"
+                                 "    return 0.5 if problem.prompt.startswith('0s') else -0.5\n")
+    new = [s.prompt.startswith("0s") and s.finish == "stop" for s in old]
+    assert changed(out, "--reward", "mine.py:asks_for_zero") == sum(s.right != n for s, n in zip(old, new, strict=True))
+    settings = json.loads((out / "eval.json").read_text())["settings"] | {"reward": "mine.py:asks_for_zero"}
+    (out / "eval.json").write_text(json.dumps({"settings": settings}))
+    assert changed(out) == changed(out, "--reward", "mine.py:asks_for_zero") > 0  # what was graded so is graded so
 
 
 def test_an_evaluation_with_a_reward_of_ones_own_names_its_content(base, tmp_path):
@@ -291,40 +288,48 @@ def test_a_misspelt_file_is_an_error_before_anything_is_drawn(base, tmp_path):
     assert "misspelt.jsonl" in done.stderr and not (tmp_path / "out").exists()
 
 
-def test_local_files_are_benchmarks_and_the_whole_is_pooled_over_problems(base, tmp_path):
-    rows = [{"problem": f"{i}s1=", "answer": i + 1} for i in range(6)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "b.json").write_text(json.dumps([{"question": "2s2=", "final_answer": "4"}]))
-    evaluate(parse_args(flags(base, tmp_path / "out", "--benchmarks", *map(str, tmp_path.glob("?.json*")))))
-    rows = json.loads((tmp_path / "out" / "eval.json").read_text())["figures"]
-    assert [rows[x]["problems"] for x in ("a", "b", "all")] == [6, 1, 7]
-    assert rows["all"]["mean@4"][0] == pytest.approx((6 * rows["a"]["mean@4"][0] + rows["b"]["mean@4"][0]) / 7)
+def test_a_hub_set_that_cannot_be_had_is_left_out_with_a_warning(base, tmp_path, monkeypatch, capsys):
+    take = tasks.load_problems
+
+    def gated(source: str, revision: str | None):
+        if source == "gpqa":
+            raise ConnectionError("log in")
+        return take(source, revision=revision)
+
+    monkeypatch.setattr(tasks, "load_problems", gated)
+    small = ["--benchmarks", str(base.parent / "sums.jsonl"), "gpqa", "--problems", "3", "--k", "1"]
+    assert list(run(base, tmp_path / "out", *small)["figures"]) == ["sums"]
+    assert "WARNING: gpqa is left out. log in" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no benchmark could be loaded"):
+        run(base, tmp_path / "none", "--benchmarks", "gpqa")
 
 
-def test_the_papers_row_stands_beside_its_models():
-    samples = [Sample(b, "1", j, "1", "math", "1", "1", j > 3, False, 5, "stop", False, "1", "")
+def test_the_papers_row_stands_beside_its_models_and_aime_is_the_mean_of_two_years():
+    samples = [Sample(b, "1", "1", "1", "math", "", j, "1", 5, "stop", right=j > (1 if b == "aime24" else 3))
                for b in PAPER_BENCHMARKS for j in range(8)]
     rows = summary(samples)
     assert list(rows) == [*PAPER_BENCHMARKS, "aime", "all"]
+    assert rows["aime"]["mean@8"][0] == (rows["aime24"]["mean@8"][0] + rows["aime25"]["mean@8"][0]) / 2 == 0.625
     lines = {x.split(" | ")[0][2:]: x for x in markdown(rows, "Qwen/Qwen3-4B-Base").splitlines()}
     assert lines["aime"].endswith("| 11.25 | 12.92 | 13.96 |") and lines["all"].endswith("| 56.31 | 63.70 | 62.27 |")
     assert "paper" not in markdown(rows, "arithmetic")
     assert parse_args(["--model", "x"]).benchmarks == list(PAPER_BENCHMARKS)
 
 
-def test_kinds_have_rows_of_their_own():
-    of = {"sum": [[1, 0, 0, 0], [1, 1, 1, 1]], "root": [[0, 0, 0, 0]]}
-    samples = [Sample("mine", f"{kind}{i}", j, "1", "math", "1", "1", bool(r), False, 5, "stop", False, "1", kind)
+def test_kinds_have_rows_of_their_own_and_the_whole_is_pooled_over_problems():
+    of = {"sum": [[1, 0, 0, 0], [1, 1, 1, 1]], "root": [[0, 0, 0, 0]], "": [[1, 1, 1, 1]]}
+    samples = [Sample("mine" if kind else "other", f"{kind}{i}", "1", "1", "math", kind, j, "1", 5, "stop", right=r > 0)
                for kind, problems in of.items() for i, right in enumerate(problems) for j, r in enumerate(right)]
     rows = summary(samples)
     assert rows["mine"]["by_kind"] == {"sum": [2, 0.625, 1.0], "root": [1, 0.0, 0.0]}
     assert markdown(rows, "").splitlines()[-4:] == [
         "| mine, by kind | problems | pass@1 | pass@4 |", "| --- | --- | --- | --- |", "| sum | 2 | 62.5 | 100.0 |",
         "| root | 1 | 0.0 | 0.0 |"]
+    assert [rows[name]["problems"] for name in rows] == [3, 1, 4] and rows["all"]["mean@4"][0] == 9 / 16
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "--model"), (["--model", "x", "--regrade", "y"], "--regrade"), (["--model", "x", "--bench", "y"], "--bench"),
+    ([], "--model"), (["--model", "x", "--bench", "y"], "--bench"),
     (["--model", "x", "--k", "0"], "--k must be at least 1"),
     (["--model", "x", "--temperature", "0"], "use it with --k 1")])
 def test_wrong_flags_are_refused(arguments, message, capsys):

@@ -77,11 +77,11 @@ def test_every_flag_that_the_texts_give_is_one():
 def test_the_end_of_the_first_run_is_what_its_evaluation_says():
     first = ROOT / "results" / "first_run"
     last = json.loads((first / "eval.json").read_text())[-1]
-    assert f"`{Evaluation.from_json(last).line()}`" in TEXTS["README.md"]
+    assert f"`{Evaluation(**last).line()}`" in TEXTS["README.md"]
     others = list(first.glob("eval-*.json"))
     assert len(others) == 3
     for path in others:
-        passed = Evaluation.from_json(json.loads(path.read_text())[-1]).passes[8]
+        passed = Evaluation(**json.loads(path.read_text())[-1]).passes["pass@8"]
         assert f" {100 * passed:.1f}" in TEXTS["README.md"], path.name
 
 

@@ -419,8 +419,7 @@ def test_a_tracker_gets_every_number_and_one_that_fails_is_named_once_and_left_o
     assert numbers["reward_mean"] == line["reward_mean"] and numbers["seconds/total"] == line["seconds"]["total"]
     seen = {f"bins/share/{b}": q for b, q in enumerate(line["bins"]["share"])}
     assert seen.items() <= numbers.items() and "bins/reward/0" not in numbers  # null: no prompt stands there yet
-    tracker, calls = Tracker("none", tmp_path), []
-    tracker.log(line)
+    tracker, calls = Tracker("tensorboard", tmp_path), []
 
     def unreachable(values: dict, step: int):
         calls.append(step)
@@ -431,8 +430,8 @@ def test_a_tracker_gets_every_number_and_one_that_fails_is_named_once_and_left_o
     tracker.log(line)
     assert calls == [0] and capsys.readouterr().out.count("failed (no route)") == 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tracker, "_open", unreachable)
-        Tracker("wandb", 1).log(line)  # that it cannot be opened does not end the run either
+        patch.setattr(Tracker, "_open", lambda tracker: unreachable({}, 1))
+        Tracker("wandb", tmp_path).log(line)  # that it cannot be opened does not end the run either
     assert "wandb failed (no route)" in capsys.readouterr().out
 
 
@@ -462,12 +461,12 @@ def test_resume_alone_goes_on_with_the_settings_of_the_run_and_says_what_changed
     code, said = resume()
     assert code == 0 and "already at 2 of 2 steps" in said
     code, said = resume("--steps", "3", "--learning_rate", "2e-4")
-    assert code == 0 and "--learning_rate was 0.001, is 0.0002" in said
+    assert code == 0 and "--learning_rate is 0.0002 from step 2 on" in said
     assert "| 6 held-out problems x 2, percent | step 0 | step 3 |" in said and "| pass@2 |" in said
     config = json.loads((finished / "config.json").read_text())
     assert config["resumed"][-1] == {"step": 2, "changed": {"steps": 3, "learning_rate": 2e-4}}
     code, said = resume("--steps", "4")
-    assert code == 0 and "--learning_rate is 0.0002, as changed at step 2" in said
+    assert code == 0 and "--learning_rate is 0.0002 from step 2 on" in said
     assert [(line["step"], line["lr"]) for line in log(finished)] == [(0, 1e-3), (1, 1e-3), (2, 2e-4), (3, 2e-4)]
     assert [e["step"] for e in json.loads((finished / "eval.json").read_text())] == [0, 2, 3, 4]
     assert config["temperature"] == 0.9 and config["steps"] == 2

@@ -90,11 +90,6 @@ def test_a_rank_may_wait_as_long_as_another_one_moves(tmp_path, body, seconds):
     assert status == 0 and not (tmp_path / "run").exists(), output
 
 
-def test_a_killed_rank_ends_one_that_waits_in_a_collective_at_once(tmp_path):
-    status, output, took = meeting(tmp_path, "time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)", 0)
-    assert status != 0 and took < 60 and "Signal 9 (SIGKILL)" in output, output
-
-
 def test_a_killed_rank_ends_one_that_hears_nothing_of_it_within_the_limit(tmp_path):
     """As with NCCL, whose collectives do not notice: rank 1 is deaf to SIGTERM, and the launcher is patient."""
     script = tmp_path / "deaf.py"
@@ -137,7 +132,7 @@ def test_an_evaluation_that_hangs_ends_too_and_says_how_it_goes_on(base, tmp_pat
                      tmp_path / "out", "--reward", f"{tmp_path}/slow.py:slow", "--grader_timeout", 600, "--engine",
                      "torch", "--max_response_tokens", 8, "--stall_seconds", 2], processes=1)
     output, _ = process.communicate(timeout=100)
-    assert process.returncode == 1 and "The same command goes on where it was" in output, output
+    assert process.returncode == 1 and "Go on from what was saved" in output, output
     assert "reward.py" in (tmp_path / "out" / "stall-rank0.txt").read_text()
 
 
