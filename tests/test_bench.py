@@ -88,14 +88,6 @@ def test_the_command_writes_what_it_measured_and_trl_says_what_to_install(tmp_pa
         bench.trl_steps("false", 1, False)
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_the_peak_of_memory_is_seen_and_forgotten():
-    held = kernels.forget_peak()
-    bytearray(64 << 20)[:] = bytes(64 << 20)
-    assert kernels.resident_mib("VmHWM") - held > 60
-    assert kernels.forget_peak() > 0 and kernels.resident_mib("VmHWM") - held < 60
-
-
 # ------------------------------------------------------------------------------------------------ docs/speed.md
 
 

@@ -42,6 +42,7 @@ def test_local_files_in_either_naming(tmp_path, suffix, prompt, answer):
         (["5"], "5"), (["5", "7"], "5, 7"), (3, "3"), (2.0, "2"), (2.5, "2.5"))),
     ({"answer": "so 9*2\n#### 18"}, "18", "gsm8k"),
     ({"reward_model": {"ground_truth": "2", "style": "rule"}}, "2", "dapo"),
+    ({"solution": "34", "reward_model": {"ground_truth": "34"}}, "34", "math"),  # DAPO as processed
     # nothing else is cut from an answer, and of a worked solution the box is one
     *(({name: r"\boxed{3} or \boxed{5}", "solution": r"\boxed{3}"}, r"\boxed{3} or \boxed{5}", "math")
       for name in ("answer", "final_answer")),
@@ -112,35 +113,23 @@ def test_bad_files_are_named(tmp_path, name, content, message):
         load_problems(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("source, meant", [("math-500", "math500"), ("aime23", "aime25 or aime24 or amc23"), ("", "")])
-def test_an_unknown_name_says_what_forms_exist_and_which_name_is_near(source, meant):
-    near = f"; is it {meant}" if meant else r"\."
-    with pytest.raises(ValueError, match=rf"set '{source}'{near}.*\.jsonl.*dapo.*hub:owner/name"):
-        load_problems(source)
-
-
-@pytest.mark.parametrize("source, message", [
-    ("data/gsm8k_tran.jsonl", r"^no file data/gsm8k_tran.jsonl; is it gsm8k_train.jsonl or gsm8k_test.jsonl\?$"),
-    ("data/other.jsonl", r"^no file data/other.jsonl\.$"),
-    ("dat/gsm8k_train.jsonl", r"^no file dat/gsm8k_train.jsonl\.$"),
-    ("owner/name", r"^no file owner/name\. On the hub it would be hub:owner/name$"),
+@pytest.mark.parametrize("source, error, message", [
+    ("math-500", ValueError, r"set 'math-500'; is it math500\?.*\.jsonl.*dapo.*hub:owner/name"),
+    ("aime23", ValueError, "is it aime25 or aime24 or amc23"), ("", ValueError, r"set ''\."),
+    ("hub:name", ValueError, "not of the form"), ("hub:a/b:c:d:e", ValueError, "not of the form"),
+    ("data/gsm_tran.jsonl", FileNotFoundError, r"^no file data/gsm_tran.jsonl; is it gsm_train.jsonl or gsm_test.json"),
+    ("data/0.jsonl", FileNotFoundError, r"^no file data/0.jsonl\.$"),
+    ("dat/gsm_train.jsonl", FileNotFoundError, r"^no file dat/gsm_train.jsonl\.$"),
+    ("owner/name", FileNotFoundError, r"^no file owner/name\. On the hub it would be hub:owner/name$"),
+    *((name, ValueError, rf"{name} is none of .*: \.jsonl, \.json, \.parquet") for name in ("set", "data/set.csv")),
 ])
-def test_a_misspelt_file_is_named_beside_the_names_near_it(tmp_path, monkeypatch, source, message):
+def test_a_source_that_is_none_is_named_beside_what_was_meant(tmp_path, monkeypatch, source, error, message):
     (tmp_path / "data").mkdir()
-    for name in "gsm8k_train.jsonl", "gsm8k_test.jsonl":
-        write(tmp_path / "data" / name, [{"problem": "?", "answer": "1"}])
+    for name in "data/gsm_train.jsonl", "data/gsm_test.jsonl", "data/set.csv", "set":
+        (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=message):
+    with pytest.raises(error, match=message):
         load_problems(source)
-
-
-@pytest.mark.parametrize("name", ["set.csv", "set"])
-def test_a_file_that_cannot_be_read_says_which_can(tmp_path, monkeypatch, name):
-    (tmp_path / name).write_text("problem,answer")
-    monkeypatch.chdir(tmp_path)
-    for source in name, str(tmp_path / name), str(tmp_path):
-        with pytest.raises(ValueError, match=rf"{source} is none of .*: \.jsonl, \.json, \.parquet"):
-            load_problems(source)
 
 
 def test_repeats_are_merged_and_conflicts_dropped(tmp_path, caplog):
@@ -153,10 +142,7 @@ def test_repeats_are_merged_and_conflicts_dropped(tmp_path, caplog):
     assert "1 repeated rows merged, 3 rows dropped" in caplog.text
 
 
-def test_what_is_no_hub_set_is_refused(tmp_path):
-    for source in ("hub:name", "hub:a/b:c:d:e"):
-        with pytest.raises(ValueError, match="not of the form"):
-            load_problems(source)
+def test_a_local_file_has_no_revision(tmp_path):
     with pytest.raises(ValueError, match="is a local file"):
         load_problems(write(tmp_path / "a.jsonl", [{"problem": "a", "answer": 1}]), revision="main")
 
@@ -170,7 +156,9 @@ def test_what_is_no_hub_set_is_refused(tmp_path):
 def test_a_hub_set_comes_from_the_commit_of_its_revision(hub, source, revision, asked):
     [problem], record = load_problems(source, revision=revision)
     assert (problem.prompt, problem.answer) == ("1+1?", "2")
-    assert hub == [asked] and record["revision"] == asked[-1] and record["source"] == source.partition("@")[0]
+    assert hub == [asked]
+    assert record == {**dict(zip(("repo", "config", "split", "revision"), asked, strict=True)),
+                      "source": source.partition("@")[0], "counts": {"rows": 1, "merged": 0, "conflicting": 0}}
 
 
 def test_an_unreachable_hub_says_which_set_and_what_to_do(monkeypatch):
@@ -313,35 +301,8 @@ def test_batch_order_is_pure_and_covers_an_epoch_without_repeats():
             batch_order(num, bad, 0, 0)
 
 
-# Rows as the hub's sets hold them, by the forms that they have: what is read of them, and what might be by mistake.
-HUB_ROWS = {
-    "dapo": ({"prompt": "In triangle $ABC$, ...", "solution": "34", "source_prompt": [
-        {"role": "user", "content": "Solve the following math problem step by step. ..."}],
-        "reward_model": {"ground_truth": "34", "style": "rule-lighteval/MATH_v2"}},
-        ("In triangle $ABC$, ...", "34", "math", "")),
-    "math500": ({"problem": "Convert $(0,3)$ ...", "solution": "We have ... \\boxed{...}", "answer":
-                 "\\left( 3, \\frac{\\pi}{2} \\right)", "subject": "Precalculus", "level": 2},
-                ("Convert $(0,3)$ ...", "\\left( 3, \\frac{\\pi}{2} \\right)", "math", "2")),
-    "aime25": ({"problem_idx": 1, "problem": "Find the sum of all ...", "answer": 70, "problem_type": ["Algebra"]},
-               ("Find the sum of all ...", "70", "math", "")),
-    "olympiad": ({"question": "Xenia and Sergey ...", "final_answer": ["$2$", "$\\frac{1}{2}$"], "solution": ["..."],
-                  "subfield": "Combinatorics", "answer_type": "Numerical"},
-                 ("Xenia and Sergey ...", "$2$, $\\frac{1}{2}$", "math", "")),
-}
 GPQA = {"Record ID": "rec06", "Question": "Two states with energies ...", "Correct Answer": "10^-4 eV",
         "Incorrect Answer 1": "10^-11 eV", "Incorrect Answer 2": "10^-8 eV", "Incorrect Answer 3": "10^-9 eV"}
-
-
-@pytest.mark.parametrize("name", HUB_ROWS)
-def test_rows_of_hub_sets_load(hub, name, tmp_path):
-    """Through `datasets` itself, from a parquet file in the set's schema."""
-    row, expected = HUB_ROWS[name]
-    write(tmp_path / "rows.parquet", [row])
-    [problem], record = load_problems(name)
-    repo, config, split = data.HUB_SETS[name]
-    assert record == {"source": name, "repo": repo, "config": config, "split": split, "revision": f"main of {repo}",
-                      "counts": {"rows": 1, "merged": 0, "conflicting": 0}}
-    assert (problem.prompt, problem.answer, problem.style, problem.kind) == expected
 
 
 def test_a_row_of_gpqa_becomes_a_question_with_four_letters(tmp_path):

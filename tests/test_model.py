@@ -54,11 +54,6 @@ def edited(source, path, change):
     return path
 
 
-def full_logits(model, row):
-    """Logits after every token of `row`, (L, V), from one pass without a cache."""
-    return model.logits(model(row, PackedAttention(torch.tensor([0, len(row)]), len(row))))
-
-
 # ---------------------------------------------------------------------------------------------- values and gradients
 
 
@@ -105,12 +100,12 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_keeps_less(tiny_hf):
     assert kept[1.0] < kept[0.0] / 2 and kept[0.5] == pytest.approx((kept[0.0] + kept[1.0]) / 2, rel=0.2)
 
 
-@pytest.mark.parametrize("recomputed", [0.0, 1.0])
-def test_compiled_blocks_give_the_same_in_one_graph_for_all_layers_and_lengths(tiny_hf, recomputed):
+def test_compiled_blocks_give_the_same_in_one_graph_for_all_layers_and_lengths(tiny_hf):
+    """With one of the two layers recomputed in backward."""
     found = {}
     for compiled in (False, True):
         model = load(tiny_hf("qwen3", True))
-        model.gradient_checkpointing = recomputed
+        model.gradient_checkpointing = 0.5
         if compiled:
             torch._dynamo.reset()
             torch._dynamo.utils.counters.clear()
@@ -126,75 +121,16 @@ def test_compiled_blocks_give_the_same_in_one_graph_for_all_layers_and_lengths(t
 # ------------------------------------------------------------------------------------------------------- decoding
 
 
-class Slots:
-    """A KV cache driven by hand, and beside it the plain token lists it must be equal to."""
-
-    def __init__(self, model, slots, max_len):
-        self.model, self.generator = model, torch.Generator().manual_seed(3)
-        self.cache = KVCache(model.config, slots, max_len, dtype=torch.float32, device=torch.device("cpu"))
-        self.rows = {}  # slot -> tokens
-
-    def fill(self, slots, source, prompts):
-        tokens, cu_seqlens, longest, _ = pack(prompts)
-        packed = PackedAttention(cu_seqlens, longest, keep_kv=True)
-        self.model(tokens, packed)
-        self.cache.fill(torch.tensor(slots), torch.tensor(source), packed)
-        self.rows.update({s: prompts[i].tolist() for s, i in zip(slots, source, strict=True)})
-
-    def release(self, slots):
-        self.cache.release(torch.tensor(slots))
-        for s in slots:
-            del self.rows[s]
-
-    def keep(self, slots):
-        self.cache.keep(torch.tensor(slots))
-        self.rows = {i: self.rows[s] for i, s in enumerate(slots)}
-
-    def steps(self, n):
-        """Feeds random tokens, and checks the logits of every slot in use against a pass without a cache."""
-        for _ in range(n):
-            token = torch.randint(VOCAB, (len(self.cache.length),), generator=self.generator)
-            logits = self.model.decode(token, self.cache)
-            for s, row in self.rows.items():
-                row.append(int(token[s]))
-                torch.testing.assert_close(logits[s], full_logits(self.model, torch.tensor(row))[-1],
-                                           rtol=0, atol=2e-4)
-            assert self.cache.longest == int(self.cache.length.max())
-            assert all(self.cache.length[s] == len(row) for s, row in self.rows.items())
-
-
-@KINDS
 @torch.no_grad()
-def test_decoding_with_a_cache_equals_decoding_without(tiny_hf, kind):
-    slots = Slots(load(tiny_hf(kind, True)), 4, 24)
-    slots.fill([2, 0, 3, 1], [1, 0, 2, 1], sequences(lengths=[3, 8, 1]))  # one prompt in two slots
-    slots.steps(4)
-
-
-@torch.no_grad()
-def test_slots_released_and_filled_again_hold_nothing_of_the_past(tiny_hf):
-    slots = Slots(load(tiny_hf("qwen3", False)), 5, 24)
-    slots.fill([0, 1, 2, 3, 4], [0, 1, 1, 2, 2], sequences(lengths=[12, 5, 2]))
-    slots.steps(3)
-    slots.release([0, 3])  # slot 0 alone made the cache as long as it is
-    slots.steps(2)  # idle slots are fed too
-    slots.fill([3, 0], [0, 1], sequences(seed=8, lengths=[4, 1]))
-    slots.steps(4)
-    slots.release([1])
-    slots.keep([0, 3, 4])
-    slots.steps(2)
-    slots.keep([1])
-    slots.steps(2)
-
-
-@torch.no_grad()
-def test_a_prompt_shorter_than_its_neighbours_may_stand_last(tiny_hf):
-    """Filling copies the longest prompt's width for all; the last prompt has no tokens behind it to copy."""
-    slots = Slots(load(tiny_hf("qwen3", False)), 2, 12)
-    slots.fill([0, 1], [1, 0], sequences(lengths=[11, 1]))
-    slots.steps(1)
-    with pytest.raises(ValueError, match="the KV cache is full: 12 tokens"):
-        slots.steps(1)
+def test_a_full_cache_says_so(tiny_hf):
+    """That decoding with a cache gives the log-probs of transformers, the tests of the engine show."""
+    model, (tokens, cu_seqlens, longest, _) = load(tiny_hf("qwen3", False)), pack(sequences())
+    cache = KVCache(model.config, len(LENGTHS), longest, dtype=torch.float32, device=torch.device("cpu"))
+    packed = PackedAttention(cu_seqlens, longest, keep_kv=True)
+    model(tokens, packed)
+    cache.fill(torch.arange(len(LENGTHS)), torch.arange(len(LENGTHS)), packed)
+    with pytest.raises(ValueError, match=f"the KV cache is full: {longest} tokens"):
+        model.decode(torch.zeros(len(LENGTHS), dtype=torch.long), cache)
 
 
 # ---------------------------------------------------------------------------------------------------------- files
@@ -202,28 +138,16 @@ def test_a_prompt_shorter_than_its_neighbours_may_stand_last(tiny_hf):
 
 @KINDS
 @TIED
-def test_hf_roundtrip_is_bitwise(tiny_hf, tmp_path, kind, tied):
-    dtype = torch.float32 if tied else torch.bfloat16
-    model = load(tiny_hf(kind, tied), dtype)
-    model.save_pretrained(tmp_path)
-    again = load(tmp_path, dtype)
-    assert again.config == model.config
-    ours, source = again.state_dict(), safetensors_torch.load_file(tiny_hf(kind, tied) / "model.safetensors")
-    assert ours.keys() == source.keys()
-    for name, tensor in ours.items():
-        assert tensor.dtype == dtype and torch.equal(tensor, source[name].to(dtype)), name
-
-
-@KINDS
-@TIED
 def test_the_saved_folder_is_the_same_model_in_transformers(tiny_hf, hf_model, tmp_path, kind, tied):
-    load(tiny_hf(kind, tied)).save_pretrained(tmp_path)
-    saved, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"] and saved.dtype == torch.float32
+    dtype, tokens, source = torch.float32 if tied else torch.bfloat16, sequences()[2][None], hf_model(kind, tied)
+    load(tiny_hf(kind, tied), dtype).save_pretrained(tmp_path)
+    saved, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and saved.dtype == dtype
     assert ModelConfig.from_folder(tmp_path).num_parameters() == saved.num_parameters()
-    tokens = sequences()[2][None]
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], tensor.to(dtype)), name
     with torch.no_grad():
-        assert torch.equal(saved(tokens).logits, hf_model(kind, tied)(tokens).logits)
+        assert dtype != torch.float32 or torch.equal(saved(tokens).logits, source(tokens).logits)
 
 
 def test_a_sharded_checkpoint_loads_and_a_save_over_it_leaves_no_shard(tiny_hf, tmp_path):
@@ -278,14 +202,6 @@ def test_a_truncated_file_is_named(tiny_hf, tmp_path, size):
     file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(ValueError, match=f"{re.escape(str(file))} is damaged or cut short"):
         load(file.parent)
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
-def test_a_missing_file_is_named(tiny_hf, tmp_path, file):
-    path = shutil.copytree(tiny_hf("qwen3", True), tmp_path / "copy")
-    (path / file).unlink()
-    with pytest.raises(FileNotFoundError, match=re.escape(file)):
-        load(path)
 
 
 # --------------------------------------------------------------------------------------------------- config.json

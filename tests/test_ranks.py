@@ -89,21 +89,6 @@ def test_host_arrays_of_every_type_and_of_no_size_merge_exactly():
     gloo(2, meet)
 
 
-def alone() -> None:
-    ranks = Ranks()
-    assert not dist.is_initialized()
-    assert ranks.mesh is ranks.mesh and (dist.get_rank(), dist.get_world_size()) == (0, 1)
-    x = torch.arange(3.0)
-    dist.all_reduce(x)
-    assert x.tolist() == [0, 1, 2]
-    ranks.leave()
-    assert not dist.is_initialized()
-
-
-def test_a_lone_process_gets_a_group_of_its_own_when_asked():
-    gloo(1, alone)
-
-
 def references_to_the_group(flags: list[str]) -> int:
     """How many there are when a run has ended, with those of a list and of the call that counts."""
     leave, groups = Ranks.leave, []

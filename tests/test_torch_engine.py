@@ -1,5 +1,7 @@
 """TorchEngine: rollouts that depend on nothing but their own inputs, and log-probs that are the policy's."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -40,14 +42,12 @@ def by_prompt(rollouts, n_P):
     return [rollouts[end - n : end] for n, end in zip(n_P, ends, strict=True)]
 
 
-def perturbed(hf, seed=9):
+@torch.no_grad()
+def perturbed(hf):
     """A copy of a transformers model with other weights."""
-    other = type(hf)(hf.config).eval()
-    other.load_state_dict(hf.state_dict())
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in other.parameters():
-            p.add_(0.3 * p.std() * torch.randn(p.shape, generator=generator))
+    other, generator = copy.deepcopy(hf), torch.Generator().manual_seed(9)
+    for p in other.parameters():
+        p.add_(0.3 * p.std() * torch.randn(p.shape, generator=generator))
     return other
 
 
