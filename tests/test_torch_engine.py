@@ -97,7 +97,8 @@ def test_few_slots_and_refilling_in_small_parts_change_nothing(tiny_hf, monkeypa
         np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=1e-4)
 
 
-def test_the_rest_of_the_batch_does_not_change_a_rollout(engine):
+def test_neither_the_rest_of_the_batch_nor_a_global_generator_changes_a_rollout(engine):
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
     expected = by_prompt(tokens(engine.generate(PROMPTS, N_P, SEED_P, WARM)), N_P)
     order = [3, 5, 0, 2, 4, 1]
     shuffled = engine.generate(*([x[p] for p in order] for x in (PROMPTS, N_P, SEED_P)), WARM)
@@ -105,6 +106,7 @@ def test_the_rest_of_the_batch_does_not_change_a_rollout(engine):
     for p, prompt in enumerate(PROMPTS):  # alone, and with more rollouts than before
         got = tokens(engine.generate([prompt], [N_P[p] + 2], [SEED_P[p]], WARM))
         assert got[: N_P[p]] == expected[p]
+    assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
 
 
 def test_a_shorter_limit_cuts_the_same_rollouts(engine):
@@ -112,15 +114,6 @@ def test_a_shorter_limit_cuts_the_same_rollouts(engine):
     long_rollouts = engine.generate(PROMPTS, N_P, SEED_P, WARM)
     for a, b in zip(engine.generate(PROMPTS, N_P, SEED_P, short), long_rollouts, strict=True):
         assert a.tokens.tolist() == b.tokens[:5].tolist() and a.truncated == (b.truncated or len(b.tokens) > 5)
-
-
-def test_generating_twice_gives_the_same_and_leaves_the_global_generators_alone(engine):
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    first, second = (engine.generate(PROMPTS, N_P, SEED_P, LONG) for _ in range(2))
-    assert tokens(first) == tokens(second)
-    for a, b in zip(first, second, strict=True):
-        np.testing.assert_array_equal(a.logprobs, b.logprobs)
-    assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
 
 
 def test_seeds_and_indices_give_different_streams(engine):
