@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,47 +24,42 @@ def write(path, rows):
     return str(path)
 
 
-@pytest.mark.parametrize("suffix, prompt, answer", zip(data.SUFFIXES, data.PROMPT_COLUMNS, data.ANSWER_COLUMNS,
-                                                       strict=False))
+@pytest.mark.parametrize("suffix, prompt, answer", [
+    (".jsonl", "problem", "answer"), (".json", "question", "final_answer"), (".parquet", "prompt", "solution"),
+])
 def test_local_files_in_either_naming(tmp_path, suffix, prompt, answer):
-    source = write(tmp_path / f"set{suffix}", [{prompt: " 1+1? ", answer: "2"}, {prompt: "2+2?", answer: "4"}])
-    problems, record = load_problems(source)
+    source = Path(write(tmp_path / f"set{suffix}", [{prompt: " 1+1? ", answer: "2"}, {prompt: "2+2?", answer: "4"}]))
+    problems, record = load_problems(str(source))
     assert [(p.prompt, p.answer) for p in problems] == [("1+1?", "2"), ("2+2?", "4")]
     assert len(problems[0].id) == 16 and int(problems[0].id, 16) >= 0
-    assert record["source"] == f"set{suffix}" and len(record["sha256"]) == 64
-    assert record["counts"] == {"rows": 2, "merged": 0, "conflicting": 0}
-    assert str(tmp_path) not in json.dumps(record)
-    assert load_problems(source) == (problems, record)
+    assert record == {"source": f"set{suffix}", "sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
+                      "counts": {"rows": 2, "merged": 0, "conflicting": 0}}
+    assert load_problems(str(source)) == (problems, record)
 
 
-def test_answers_take_their_usual_shapes(tmp_path):
-    shapes = [("so 9*2\n#### 18", "18"), (["5"], "5"), (["5", "7"], "5, 7"), (3, "3"), (2.0, "2"), (2.5, "2.5")]
-    rows = [{"problem": str(i), "answer": answer, "solution": "no"} for i, (answer, _) in enumerate(shapes)]
-    problems, _ = load_problems(write(tmp_path / "a.jsonl", rows))
-    assert [p.answer for p in problems] == [expected for _, expected in shapes]
-
-
-@pytest.mark.parametrize("solution, answer, style", [
-    (r"We have $r = 3$, so \boxed{\left(3, \frac{\pi}{2}\right)}.", r"\left(3, \frac{\pi}{2}\right)", "math"),
-    (r"First \boxed{1}. #### Step 2. Then \fbox{x = \boxed{5}}", "5", "math"),  # a heading is no answer
-    ("Within \\boxed{} they want it: 4\n#### 18", "18", "gsm8k"),
-    ("34", "34", "math"),
+@pytest.mark.parametrize("row, answer, style", [
+    *(({"answer": given, "solution": "no"}, answer, "math") for given, answer in (
+        (["5"], "5"), (["5", "7"], "5, 7"), (3, "3"), (2.0, "2"), (2.5, "2.5"))),
+    ({"answer": "so 9*2\n#### 18"}, "18", "gsm8k"),
+    ({"reward_model": {"ground_truth": "2", "style": "rule"}}, "2", "dapo"),
+    ({"solution": "34", "reward_model": {"ground_truth": "34"}}, "34", "math"),  # DAPO as processed
+    # nothing else is cut from an answer, and of a worked solution the box is one
+    *(({name: r"\boxed{3} or \boxed{5}", "solution": r"\boxed{3}"}, r"\boxed{3} or \boxed{5}", "math")
+      for name in ("answer", "final_answer")),
+    ({"solution": r"We have $r = 3$, so \boxed{\left(3, \frac{\pi}{2}\right)}."}, r"\left(3, \frac{\pi}{2}\right)",
+     "math"),
+    ({"solution": r"First \boxed{1}. #### Step 2. Then \fbox{x = \boxed{5}}"}, "5", "math"),  # a heading is no answer
+    ({"solution": "Within \\boxed{} they want it: 4\n#### 18"}, "18", "gsm8k"),
+    ({"solution": "34"}, "34", "math"),
 ])
-def test_of_a_worked_solution_the_box_is_the_answer(tmp_path, solution, answer, style):
-    [problem], _ = load_problems(write(tmp_path / "a.jsonl", [{"problem": "?", "solution": solution}]))
+def test_answers_and_worked_solutions_take_their_usual_shapes(tmp_path, row, answer, style):
+    [problem], _ = load_problems(write(tmp_path / "a.jsonl", [{"problem": "?", **row}]))
     assert (problem.answer, problem.style) == (answer, style)
-
-
-def test_of_an_answer_nothing_is_cut_but_what_stands_before_hashes(tmp_path):
-    for column in "answer", "final_answer":
-        rows = [{"problem": "?", column: r"\boxed{3} or \boxed{5}", "solution": r"\boxed{3}"}]
-        assert load_problems(write(tmp_path / "a.jsonl", rows))[0][0].answer == r"\boxed{3} or \boxed{5}"
 
 
 @pytest.mark.parametrize("row, kind", [
     ({"kind": "carry", "level": 2}, "carry"), ({"level": 5.0, "subject": "Algebra"}, "5"),
-    ({"subject": " Number Theory "}, "Number Theory"), ({"type": "Algebra", "category": "x"}, "Algebra"),
-    ({"level": None, "subject": "Algebra"}, ""), ({}, ""), ({"kind": [1]}, ""),
+    ({"subject": " Number Theory "}, "Number Theory"), ({"level": None, "subject": "Algebra"}, ""), ({}, ""),
 ])
 def test_the_first_column_of_a_kind_is_the_kind(tmp_path, row, kind):
     options = {name: str(i) for i, name in enumerate(data.CHOICE_COLUMNS)}
@@ -75,16 +71,13 @@ def test_the_first_column_of_a_kind_is_the_kind(tmp_path, row, kind):
 def test_lines_end_at_newlines_alone_and_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes('\ufeff{"problem": "a\u2028b\x85c", "answer": 1}\r\n\r\n{"problem": "d", "answer": 2}'.encode())
-    problems, record = load_problems(str(path))
-    assert [p.prompt for p in problems] == ["a\u2028b\x85c", "d"]
-    assert record["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert [p.prompt for p in load_problems(str(path))[0]] == ["a\u2028b\x85c", "d"]
 
 
 def test_chat_messages_and_own_ids(tmp_path):
     messages = [{"role": "system", "content": "be good"}, {"role": "user", "content": "1+1?"}]
-    row = {"prompt": messages, "reward_model": {"ground_truth": "2", "style": "rule"}, "id": 7}
-    problems, _ = load_problems(write(tmp_path / "a.parquet", [row]))
-    assert problems == [Problem("7", "1+1?", "2", "dapo")]
+    problems, _ = load_problems(write(tmp_path / "a.parquet", [{"prompt": messages, "answer": "2", "id": 7}]))
+    assert problems == [Problem("7", "1+1?", "2")]
 
 
 @pytest.mark.parametrize("rows, message", [
@@ -120,37 +113,23 @@ def test_bad_files_are_named(tmp_path, name, content, message):
         load_problems(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("source, meant", [
-    ("math-500", "math500"), ("aime23", "aime25 or aime24 or amc23"), ("gsm", ""), ("", ""),
+@pytest.mark.parametrize("source, error, message", [
+    ("math-500", ValueError, r"set 'math-500'; is it math500\?.*\.jsonl.*dapo.*hub:owner/name"),
+    ("aime23", ValueError, "is it aime25 or aime24 or amc23"), ("", ValueError, r"set ''\."),
+    ("hub:name", ValueError, "not of the form"), ("hub:a/b:c:d:e", ValueError, "not of the form"),
+    ("data/gsm_tran.jsonl", FileNotFoundError, r"^no file data/gsm_tran.jsonl; is it gsm_train.jsonl or gsm_test.json"),
+    ("data/0.jsonl", FileNotFoundError, r"^no file data/0.jsonl\.$"),
+    ("dat/gsm_train.jsonl", FileNotFoundError, r"^no file dat/gsm_train.jsonl\.$"),
+    ("owner/name", FileNotFoundError, r"^no file owner/name\. On the hub it would be hub:owner/name$"),
+    *((name, ValueError, rf"{name} is none of .*: \.jsonl, \.json, \.parquet") for name in ("set", "data/set.csv")),
 ])
-def test_an_unknown_name_says_what_forms_exist_and_which_name_is_near(source, meant):
-    near = f"; is it {meant}" if meant else r"\."
-    with pytest.raises(ValueError, match=rf"set '{source}'{near}.*\.jsonl.*dapo.*hub:owner/name"):
-        load_problems(source)
-
-
-@pytest.mark.parametrize("source, message", [
-    ("data/gsm8k_tran.jsonl", r"^no file data/gsm8k_tran.jsonl; is it gsm8k_train.jsonl or gsm8k_test.jsonl\?$"),
-    ("data/other.jsonl", r"^no file data/other.jsonl\.$"),
-    ("dat/gsm8k_train.jsonl", r"^no file dat/gsm8k_train.jsonl\.$"),
-    ("owner/name", r"^no file owner/name\. On the hub it would be hub:owner/name$"),
-])
-def test_a_misspelt_file_is_named_beside_the_names_near_it(tmp_path, monkeypatch, source, message):
+def test_a_source_that_is_none_is_named_beside_what_was_meant(tmp_path, monkeypatch, source, error, message):
     (tmp_path / "data").mkdir()
-    for name in "gsm8k_train.jsonl", "gsm8k_test.jsonl":
-        write(tmp_path / "data" / name, [{"problem": "?", "answer": "1"}])
+    for name in "data/gsm_train.jsonl", "data/gsm_test.jsonl", "data/set.csv", "set":
+        (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=message):
+    with pytest.raises(error, match=message):
         load_problems(source)
-
-
-@pytest.mark.parametrize("name", ["set.csv", "set"])
-def test_a_file_that_cannot_be_read_says_which_can(tmp_path, monkeypatch, name):
-    (tmp_path / name).write_text("problem,answer")
-    monkeypatch.chdir(tmp_path)
-    for source in name, str(tmp_path / name), str(tmp_path):
-        with pytest.raises(ValueError, match=rf"{source} is none of .*: \.jsonl, \.json, \.parquet"):
-            load_problems(source)
 
 
 def test_repeats_are_merged_and_conflicts_dropped(tmp_path, caplog):
@@ -163,10 +142,7 @@ def test_repeats_are_merged_and_conflicts_dropped(tmp_path, caplog):
     assert "1 repeated rows merged, 3 rows dropped" in caplog.text
 
 
-def test_what_is_no_hub_set_is_refused(tmp_path):
-    for source in ("hub:name", "hub:a/b:c:d:e"):
-        with pytest.raises(ValueError, match="not of the form"):
-            load_problems(source)
+def test_a_local_file_has_no_revision(tmp_path):
     with pytest.raises(ValueError, match="is a local file"):
         load_problems(write(tmp_path / "a.jsonl", [{"problem": "a", "answer": 1}]), revision="main")
 
@@ -180,7 +156,9 @@ def test_what_is_no_hub_set_is_refused(tmp_path):
 def test_a_hub_set_comes_from_the_commit_of_its_revision(hub, source, revision, asked):
     [problem], record = load_problems(source, revision=revision)
     assert (problem.prompt, problem.answer) == ("1+1?", "2")
-    assert hub == [asked] and record["revision"] == asked[-1] and record["source"] == source.partition("@")[0]
+    assert hub == [asked]
+    assert record == {**dict(zip(("repo", "config", "split", "revision"), asked, strict=True)),
+                      "source": source.partition("@")[0], "counts": {"rows": 1, "merged": 0, "conflicting": 0}}
 
 
 def test_an_unreachable_hub_says_which_set_and_what_to_do(monkeypatch):
@@ -210,16 +188,20 @@ def hub(tmp_path, monkeypatch) -> list[tuple]:
     return asked
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
+def tokenizer_of(words: list[str], **special):
+    """A tokenizer of these words, most of one character, the first of which stands for all others."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<unk>", "<eos>", "<|im_end|>", *"abc+=?"]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<eos>",
-                                   additional_special_tokens=["<|im_end|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", **special)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tokenizer_of(["<unk>", "<eos>", "<|im_end|>", *"abc+=?"], eos_token="<eos>",
+                        additional_special_tokens=["<|im_end|>"])
 
 
 @pytest.fixture
@@ -252,26 +234,23 @@ def test_the_chat_template_is_applied_when_asked(chat):
 
 def with_special_tokens(template: str):
     """A tokenizer whose post-processor writes this around every text, as Llama's and T5's do."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import processors
 
-    words = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", *"ab="])}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    inner.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer = tokenizer_of(["<unk>", "<s>", "</s>", *"ab="], bos_token="<s>", eos_token="</s>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
+    return tokenizer
 
 
-@pytest.mark.parametrize("template, suffix, expected", [
-    ("<s> $A", "=", [1, 3, 5]), ("$A", "=", [3, 5]),  # with and without a start token of its own
-    ("<s> $A </s>", "=", [1, 3, 5]), ("$A </s>", "=", [3, 5]),  # behind an end token nothing follows
+@pytest.mark.parametrize("template, expected", [
+    ("<s> $A", [1, 3, 5]), ("$A", [3, 5]),  # with and without a start token of its own
+    ("<s> $A </s>", [1, 3, 5]), ("$A </s>", [3, 5]),  # behind an end token nothing follows
 ])
-def test_a_base_model_s_prompt_has_the_tokenizer_s_start_token_and_no_end_token(template, suffix, expected):
+def test_a_base_model_s_prompt_has_the_tokenizer_s_start_token_and_no_end_token(template, expected):
     tokenizer = with_special_tokens(template)
-    _, ids, record = encode_prompts(problems_of("a"), tokenizer, suffix=suffix, chat_template="auto", max_tokens=9)
-    assert ids == [expected] and record["chat_template"] is False
-    _, ids, _ = encode_prompts(problems_of("<s>a"), tokenizer, suffix=suffix, chat_template="auto", max_tokens=9)
-    assert ids == [[1, 3, 5]]  # never two start tokens
+    _, ids, record = encode_prompts(problems_of("a", "<s>a"), tokenizer, suffix="=", chat_template="auto",
+                                    max_tokens=9)
+    assert ids == [expected, [1, 3, 5]] and record["chat_template"] is False  # never two start tokens
     tokenizer.chat_template = "<s>b{{ messages[0]['content'] }}b"  # writes the special tokens alone
     _, ids, _ = encode_prompts(problems_of("a"), tokenizer, suffix="", chat_template="always", max_tokens=9)
     assert ids == [[1, 4, 3, 4]]
@@ -322,55 +301,19 @@ def test_batch_order_is_pure_and_covers_an_epoch_without_repeats():
             batch_order(num, bad, 0, 0)
 
 
-# Rows as the hub's sets hold them: every column of the documented schema, short contents.
-HUB_ROWS = {
-    "dapo": ({"prompt": "In triangle $ABC$, ...", "solution": "34", "data_source": "math_dapo", "source_prompt": [
-        {"role": "user", "content": "Solve the following math problem step by step. ..."}], "ability": "MATH",
-        "reward_model": {"ground_truth": "34", "style": "rule-lighteval/MATH_v2"}, "extra_info": {"index": "9a9b"}},
-        ("In triangle $ABC$, ...", "34", "math")),
-    "math500": ({"problem": "Convert $(0,3)$ ...", "solution": "We have ... \\boxed{...}", "answer":
-                 "\\left( 3, \\frac{\\pi}{2} \\right)", "subject": "Precalculus", "level": 2, "unique_id":
-                 "test/precalculus/807.json"},
-                ("Convert $(0,3)$ ...", "\\left( 3, \\frac{\\pi}{2} \\right)", "math")),
-    "aime24": ({"id": 60, "problem": "Every morning Aya ...", "solution": "... \\boxed{204}", "answer": "204", "url":
-                "https://artofproblemsolving.com", "year": "2024"}, ("Every morning Aya ...", "204", "math")),
-    "aime25": ({"problem_idx": 1, "problem": "Find the sum of all ...", "answer": 70, "problem_type": ["Algebra"]},
-               ("Find the sum of all ...", "70", "math")),
-    "amc23": ({"id": 0, "question": "Cities $A$ and $B$ ...", "answer": "27.0", "url": "https://..."},
-              ("Cities $A$ and $B$ ...", "27.0", "math")),
-    "minerva": ({"question": "Each of the two Magellan telescopes ...", "answer": "1.6e-7"},
-                ("Each of the two Magellan telescopes ...", "1.6e-7", "math")),
-    "olympiad": ({"id": 1606, "subfield": "Combinatorics", "context": None, "question": "Xenia and Sergey ...",
-                  "images": None, "final_answer": ["$2$", "$\\frac{1}{2}$"], "is_multiple_answer": True, "unit": None,
-                  "answer_type": "Numerical", "error": None, "solution": ["..."]},
-                 ("Xenia and Sergey ...", "$2$, $\\frac{1}{2}$", "math")),
-    "gpqa": ({"Record ID": "rec06", "Question": "Two states with energies ...", "Correct Answer": "10^-4 eV",
-              "Incorrect Answer 1": "10^-11 eV", "Incorrect Answer 2": "10^-8 eV", "Incorrect Answer 3": "10^-9 eV",
-              "Explanation": "...", "Subdomain": "Physics", "High-level domain": "Physics"}, None),
-}
+GPQA = {"Record ID": "rec06", "Question": "Two states with energies ...", "Correct Answer": "10^-4 eV",
+        "Incorrect Answer 1": "10^-11 eV", "Incorrect Answer 2": "10^-8 eV", "Incorrect Answer 3": "10^-9 eV"}
 
 
-@pytest.mark.parametrize("name", data.HUB_SETS)
-def test_rows_of_every_hub_set_load(hub, name, tmp_path):
-    """Through `datasets` itself, from a parquet file in the set's schema."""
-    row, expected = HUB_ROWS[name]
-    write(tmp_path / "rows.parquet", [row])
-    [problem], record = load_problems(name)
-    repo, config, split = data.HUB_SETS[name]
-    assert hub == [(repo, config, split, f"main of {repo}")]
-    assert record == {"source": name, "repo": repo, "config": config, "split": split, "revision": f"main of {repo}",
-                      "counts": {"rows": 1, "merged": 0, "conflicting": 0}}
-    if name != "gpqa":
-        assert (problem.prompt, problem.answer, problem.style) == expected
-        return
-    assert problem.style == "choice" and problem.id == "rec06"
+def test_a_row_of_gpqa_becomes_a_question_with_four_letters(tmp_path):
+    [problem], _ = load_problems(write(tmp_path / "a.jsonl", [GPQA]))
+    assert problem.style == "choice" and problem.id == "rec06" and problem.prompt.startswith(GPQA["Question"] + "\n")
     letter = {line[4:]: line[1] for line in problem.prompt.splitlines() if line[:1] == "("}
-    assert letter.keys() == {row[c] for c in data.CHOICE_COLUMNS[1:]} and letter["10^-4 eV"] == problem.answer
+    assert letter.keys() == {GPQA[c] for c in data.CHOICE_COLUMNS[1:]} and letter["10^-4 eV"] == problem.answer
 
 
 def test_the_right_option_stands_in_every_place_alike(tmp_path):
-    rows = [{"Question": f"Question {i}?", "Correct Answer": "yes", "Incorrect Answer 1": "no", "Incorrect Answer 2":
-             "perhaps", "Incorrect Answer 3": "never"} for i in range(400)]
+    rows = [{**GPQA, "Question": f"Question {i}?", "Record ID": str(i)} for i in range(400)]
     problems, _ = load_problems(write(tmp_path / "g.jsonl", rows))
     counts = [sum(p.answer == letter for p in problems) for letter in "ABCD"]
     assert min(counts) > 70 and sum(counts) == 400

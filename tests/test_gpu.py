@@ -11,12 +11,22 @@ import pytest
 import torch
 
 from kernels import group_advantage, linear_logprob
-from model import PackedAttention, Transformer
+from model import Transformer
 from ranks import Ranks, full, shard
-from rollout import Sampling, TorchEngine
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def on_ranks(world: int, *arguments: str) -> None:
+    """Runs Python with these arguments, a process a GPU, and expects that it ends well."""
+    if world > torch.cuda.device_count():
+        pytest.skip("needs two GPUs")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "--no-python"]
+    command = [sys.executable, *([*torchrun, sys.executable] if world > 1 else []), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def packed_batch(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -27,42 +37,27 @@ def packed_batch(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     return tokens.to(device), cu_seqlens.to(device), (~first).nonzero().squeeze(1).to(device)
 
 
-def test_varlen_flash_attention_equals_the_padded_one_forward_and_backward(base):
-    """bf16 on CUDA takes varlen attention; float32 on CUDA the padded form: the same numbers up to bf16."""
-    grads, logps = [], []
-    for dtype in (torch.bfloat16, torch.float32):
-        model = Transformer.from_pretrained(base, dtype=dtype, device="cuda")
-        tokens, cu_seqlens, targets = packed_batch("cuda")
-        logp = model.logprobs(tokens, cu_seqlens, 30, targets)
-        logp.sum().backward()
-        logps.append(logp.detach())
-        grads.append(model.model.layers[0].self_attn.q_proj.weight.grad.float())
-    assert logps[0].dtype == torch.float32 and (logps[0] - logps[1]).abs().mean() < 0.05
-    assert torch.nn.functional.cosine_similarity(grads[0].flatten(), grads[1].flatten(), dim=0) > 0.99
+def logps_and_gradient(base, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """On the CPU, in float32: log-probs of the packed batch, and the flat gradient of their sum in one matrix."""
+    model = Transformer.from_pretrained(base, dtype=dtype, device=device)
+    tokens, cu_seqlens, targets = packed_batch(device)
+    logp = model.logprobs(tokens, cu_seqlens, 30, targets)
+    assert logp.dtype == torch.float32
+    logp.sum().backward()
+    return logp.detach().cpu(), model.model.layers[0].self_attn.q_proj.weight.grad.float().flatten().cpu()
 
 
-def test_float32_on_the_gpu_equals_the_cpu(base):
-    out = []
-    for device in ("cpu", "cuda"):
-        model = Transformer.from_pretrained(base, dtype=torch.float32, device=device)
-        tokens, cu_seqlens, targets = packed_batch(device)
-        out.append(model.logprobs(tokens, cu_seqlens, 30, targets).detach().cpu())
-    assert torch.allclose(out[0], out[1], atol=1e-3)
+def test_varlen_flash_attention_equals_the_padded_one_forward_and_backward(base, monkeypatch):
+    """bf16 on CUDA takes varlen attention; float32 the padded form, on either device: the same numbers up to bf16."""
+    from torch.nn.attention import varlen
 
-
-def test_torch_engine_log_probs_agree_with_the_trainer_in_bf16(base):
-    engine = TorchEngine(base, dtype=torch.bfloat16, device=torch.device("cuda"), max_rollouts=64)
-    model = Transformer.from_pretrained(base, dtype=torch.bfloat16, device="cuda")
-    prompt = [4, 13, 5, 17]
-    rollouts = engine.generate([prompt], [64], [1], Sampling(20, stop_ids=(1,)))
-    differences = []
-    for r in rollouts:
-        tokens = torch.tensor(prompt + r.tokens.tolist(), device="cuda")
-        cu_seqlens = torch.tensor([0, len(tokens)], device="cuda")
-        targets = torch.arange(len(prompt), len(tokens), device="cuda")
-        logp = model.logprobs(tokens, cu_seqlens, len(tokens), targets).detach().cpu()
-        differences.append((logp - torch.from_numpy(r.logprobs)).abs())
-    assert torch.cat(differences).mean() < 0.05
+    calls, real = [], varlen.varlen_attn
+    monkeypatch.setattr(varlen, "varlen_attn", lambda *a, **k: calls.append(1) or real(*a, **k))
+    logp, gradient = logps_and_gradient(base, torch.float32, "cuda")
+    assert not calls and torch.allclose(logp, logps_and_gradient(base, torch.float32, "cpu")[0], atol=1e-3)
+    rounded, direction = logps_and_gradient(base, torch.bfloat16, "cuda")
+    assert calls and (rounded - logp).abs().mean() < 0.05
+    assert torch.nn.functional.cosine_similarity(direction, gradient, dim=0) > 0.99
 
 
 def test_bf16_weights_with_float32_masters_learn_on_cuda(base):
@@ -78,42 +73,23 @@ def test_bf16_weights_with_float32_masters_learn_on_cuda(base):
 
 
 @pytest.mark.parametrize("engine", ["torch", "vllm"])
-def test_a_run_trains_sleeps_wakes_and_evaluates(base, tmp_path, engine):
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_trains_sleeps_wakes_and_evaluates(base, tmp_path, engine, world):
+    """On two GPUs an engine a rank, which with vLLM joins the run's group; ranks that differ end the run."""
     if engine == "vllm":
         pytest.importorskip("vllm")
-    out = tmp_path / "run"
-    command = [sys.executable, "train.py", "--preset", "arithmetic", "--model", str(base), "--engine", engine,
-               "--mode", "both", "--steps", "4", "--prompts_per_step", "24", "--minibatch_prompts", "12",
-               "--eval_every", "2", "--eval_problems", "12", "--eval_rollouts", "2", "--kl_beta", "0.001",
-               "--gpu_memory_utilization", "0.2", "--out_dir", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=os.environ)
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    flags = ["--preset", "arithmetic", "--model", str(base), "--engine", engine, "--mode", "both", "--steps", "4",
+             "--prompts_per_step", "24", "--minibatch_prompts", "12", "--eval_every", "2", "--eval_problems", "12",
+             "--eval_rollouts", "2", "--kl_beta", "0.001", "--gpu_memory_utilization", "0.2", "--stall_seconds", "300",
+             "--out_dir", str(tmp_path / "run")]
+    on_ranks(world, "train.py", *flags)
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 4 and all(x["mismatch"]["mean"] < 0.05 for x in lines)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("engine", ["torch", "vllm"])
-def test_two_gpus_hold_the_same_state(base, tmp_path, engine):
-    """With vLLM: an engine a rank that joins the run's group, sleeps and wakes beside it."""
-    if engine == "vllm":
-        pytest.importorskip("vllm")
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
-               "--preset", "arithmetic", "--model", str(base), "--engine", engine, "--mode", "both", "--steps", "3",
-               "--prompts_per_step", "24", "--minibatch_prompts", "12", "--eval_problems", "12", "--eval_rollouts", "2",
-               "--gpu_memory_utilization", "0.2", "--stall_seconds", "300", "--out_dir", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=os.environ)
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == 3 and all(x["mismatch"]["mean"] < 0.05 for x in lines)
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_tensors_meet_over_nccl_and_host_arrays_over_gloo(world):
-    if world > torch.cuda.device_count():
-        pytest.skip("needs two GPUs")
-    code = """
+    on_ranks(world, "-c", """
 import numpy as np, torch, torch.distributed as dist
 from ranks import Ranks
 ranks = Ranks()
@@ -126,25 +102,7 @@ host = torch.ones(3)
 dist.all_reduce(host)
 assert host.tolist() == [ranks.world] * 3
 ranks.leave()
-"""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "--no-python"]
-    command = [sys.executable, *([*torchrun, sys.executable] if world > 1 else []), "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_packed_attention_takes_the_flash_path_in_half_precision(monkeypatch):
-    """Guards the condition above: were the padded path taken in bf16, the first test would compare it with itself."""
-    from torch.nn.attention import varlen
-
-    calls, real = [], varlen.varlen_attn
-    monkeypatch.setattr(varlen, "varlen_attn", lambda *a, **k: calls.append(1) or real(*a, **k))
-    cu_seqlens = torch.tensor([0, 3, 8], device="cuda")
-    q = torch.randn(8, 4, 32, device="cuda", dtype=torch.bfloat16)
-    k = torch.randn(8, 2, 32, device="cuda", dtype=torch.bfloat16)
-    PackedAttention(cu_seqlens, 5)(0, q, k, k)
-    assert calls
+""")
 
 
 # ------------------------------------------------------------------------------------------------ kernels at full size
@@ -196,7 +154,7 @@ def sampled_rows(T: int) -> torch.Tensor:
                       torch.randperm(T, device="cuda", generator=generator(1))[: SAMPLE - 2])).unique()
 
 
-@pytest.mark.parametrize("D, V", [(2048, V), (4096, V), (2056, V + 1), (2048, V + 1)])
+@pytest.mark.parametrize("D, V", [(2048, V), (4096, V), (2056, V + 1)])
 def test_linear_logprob_at_full_size_equals_the_exact_one_on_sampled_rows(D, V):
     hidden, weight, targets, grad = head_case(D, V)
     logp, entropy, dh, dw = head_gradients(hidden, weight, targets, grad)
@@ -230,22 +188,15 @@ def test_linear_logprob_at_full_size_equals_the_exact_one_on_sampled_rows(D, V):
     assert relative_error(dw[words], exact) <= relative_error(plain.bfloat16(), exact) + 1e-2
 
 
-def test_kernels_give_the_same_bits_twice():
-    case = head_case(2048)
-    for x, y in zip(head_gradients(*case), head_gradients(*case), strict=True):
-        assert torch.equal(x, y)
-
-
-def test_rows_left_out_of_backward_change_no_bit(monkeypatch):
+def test_the_bits_are_the_same_twice_and_with_rows_left_out_of_backward(monkeypatch):
     linear = importlib.import_module("kernels.linear_logprob")
-    hidden, weight, targets, grad = head_case(2048)
+    *case, grad = head_case(2048)
     live = (torch.arange(T, device="cuda") // 1000) % 3 == 0
-    grad = grad * live
-    skipped = head_gradients(hidden, weight, targets, grad)
+    results = [head_gradients(*case, grad * live) for _ in range(2)]
     monkeypatch.setattr(linear, "_live", lambda grad_logp: torch.ones_like(grad_logp, dtype=torch.bool))
-    for x, y in zip(skipped, head_gradients(hidden, weight, targets, grad), strict=True):
-        assert torch.equal(x, y)
-    assert (skipped[2][~live] == 0).all()
+    for once, twice, whole in zip(*results, head_gradients(*case, grad * live), strict=True):
+        assert torch.equal(once, twice) and torch.equal(once, whole)
+    assert (results[0][2][~live] == 0).all()
 
 
 @pytest.mark.parametrize("D", [2048, 4096])

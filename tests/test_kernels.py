@@ -6,19 +6,19 @@ divides, targets on the borders of tiles and of splits.
 """
 
 import importlib
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_train import trainer_of
 from torch import Tensor
 
-import tasks
 from bench.kernels import forget_peak, in_fresh_process, resident_mib
+from config import parse_args
 from kernels import backend, group_advantage, linear_logprob
+from ranks import Ranks
+from train import Trainer
 
 ADVANTAGE, LINEAR = (importlib.import_module(f"kernels.{name}") for name in (
     "group_advantage", "linear_logprob"))  # the package has functions so named
@@ -74,7 +74,7 @@ def linear_case(T=37, V=251, D=24, dtype=F32, seed=0):
     g = generator(seed)
     hidden, weight = (torch.randn(rows, D, generator=g) for rows in (T, V))
     targets = torch.randint(V, (T,), generator=g)
-    border = torch.tensor([y for y in (V - 1, 0, 127, 128, 255, 256, 511, 512) if y < V][:T], dtype=torch.long)
+    border = torch.tensor([y for y in (V - 1, 0, 127, 128, 255, 256, 1023, 1024) if y < V][:T], dtype=torch.long)
     targets[: len(border)] = border
     return ((2 * D**-0.5 * hidden).to(DEVICE, dtype), weight.to(DEVICE, dtype), targets.to(DEVICE),
             torch.randn(T, generator=g).to(DEVICE))
@@ -98,61 +98,58 @@ def linear(hidden, weight, targets, grad, how, **options):
     """The same of the kernel."""
     h, w = (x.detach().requires_grad_() for x in (hidden, weight))
     logp, entropy = linear_logprob(h, w, targets, entropy=True, backend=how, **options)
-    assert logp.dtype == entropy.dtype == torch.promote_types(hidden.dtype, F32)
-    (grad * logp).sum().backward()
-    return logp.detach(), entropy.detach(), h.grad, w.grad
+    assert logp.dtype == entropy.dtype == torch.promote_types(hidden.dtype, F32) and not entropy.requires_grad
+    return logp.detach(), entropy, *torch.autograd.grad(logp, (h, w), grad.to(logp.dtype))
 
 
-def assert_true(got, expected, dtype, forward=None):
-    """logp, entropy to an absolute bound, gradients relative to their norm."""
+def assert_true(got, expected, dtype, bound=0.0):
+    """logp, entropy to an absolute bound, gradients relative to their norm; `bound` where that of the dtype is less."""
     for x, y in zip(got[:2], expected[:2], strict=True):
-        torch.testing.assert_close(x.double(), y, rtol=0, atol=forward or FORWARD[dtype])
+        torch.testing.assert_close(x.double(), y, rtol=0, atol=max(FORWARD[dtype], bound))
     for x, y in zip(got[2:], expected[2:], strict=True):
-        assert x.dtype == dtype and relative_error(x, y) < GRADIENT[dtype]
+        assert x.dtype == dtype and relative_error(x, y) < max(GRADIENT[dtype], 2 * bound)
+
+
+def in_small_parts(monkeypatch) -> None:
+    """The reference in chunks of 128 rows, the kernel's backward in slices of 1024 words."""
+    monkeypatch.setattr(LINEAR, "MAX_LOGITS", 1)
+    monkeypatch.setattr(LINEAR, "MAX_EXTRA_BYTES", 0)
 
 
 @pytest.mark.parametrize("shape, dtype, temperature", [
     ((0, 17, 8), F32, 1.0), ((1, 17, 8), BF16, 0.5), ((5, 37, 16), F64, 1.7), ((37, 251, 24), F32, 0.6),
-    ((33, 257, 128), F64, 1.0), ((6, 300, 13), BF16, 1.7), ((6, 600, 13), F32, 1.7), ((150, 40, 16), BF16, 0.5),
+    ((33, 257, 128), F64, 1.0), ((6, 300, 13), BF16, 1.7), ((10, 1100, 8), F32, 1.7), ((150, 40, 16), BF16, 0.5),
 ], ids=str)
 def test_linear_logprob_equals_float64(monkeypatch, how, shape, dtype, temperature):
     monkeypatch.setattr(LINEAR, "SPLIT", 256)
-    monkeypatch.setattr(LINEAR, "MAX_LOGITS", 1)  # the reference in chunks of 128 rows
+    in_small_parts(monkeypatch)
     case = linear_case(*shape, dtype=dtype)
+    slices = count(monkeypatch, LINEAR, "_dlogits_kernel")
     got = linear(*case, how, temperature=temperature)
     assert_true(got, plain(*case, temperature), dtype)
+    assert slices.launches == (how == "triton" and shape[0] > 0) * math.ceil(shape[1] / 1024)
     assert torch.equal(linear_logprob(*case[:3], temperature=temperature, backend=how), got[0])
 
 
-def moved(name):
-    """A case whose logits lie far from 0, and the bound on its log-probs and entropies."""
+@pytest.mark.parametrize("name, bound", [
+    ("from -1000 to 1000", 2e-4), ("far beyond exp", 4e-3), ("a word far above all others", 4e-5)])
+def test_logits_may_lie_anywhere(how, name, bound):
+    """A constant added to a row costs no more than the rounding of its logits."""
     hidden, weight, targets, grad = linear_case()
-    if name == "a word far above all others":
+    if name == "from -1000 to 1000":
+        weight[:, 0], hidden[:, 0] = 1.0, torch.linspace(-1000, 1000, 37).round()
+    elif name == "far beyond exp":
+        hidden *= 1e3
+    else:
         hidden[:, 1], weight[:, 1] = 1.0, 0.0
         weight[200, 1] = 40.0
         targets[::2] = 200
-        return (hidden, weight, targets, grad), 4e-5
-    if name == "far beyond exp":
-        return (1e3 * hidden, weight, targets, grad), 4e-3
-    weight[:, 0] = 1.0
-    levels = {"-30": -30.0, "30": 30.0, "from -1000 to 1000": torch.linspace(-1000, 1000, 37).round().to(DEVICE)}
-    hidden[:, 0] = levels[name]
-    return (hidden, weight, targets, grad), 1e-5 if name[-2:] == "30" else 2e-4
-
-
-@pytest.mark.parametrize("name", ["-30", "30", "from -1000 to 1000", "far beyond exp", "a word far above all others"])
-def test_logits_may_lie_anywhere(how, name):
-    """A constant added to a row costs no more than the rounding of its logits."""
-    case, bound = moved(name)
-    got, expected = linear(*case, how), plain(*case)
-    for x, y in zip(got[:2], expected[:2], strict=True):
-        torch.testing.assert_close(x.double(), y, rtol=0, atol=bound)
-    for x, y in zip(got[2:], expected[2:], strict=True):
-        assert relative_error(x, y) < max(1e-5, 2 * bound)
+    got, expected = linear(hidden, weight, targets, grad, how), plain(hidden, weight, targets, grad)
+    assert_true(got, expected, F32, bound)
     assert name != "far beyond exp" or expected[0].min() < -1000
 
 
-@pytest.mark.parametrize("V, level", [(1, -1e3), (2, 30.0), (127, -30.0), (128, -1e3), (129, -30.0), (257, -30.0)])
+@pytest.mark.parametrize("V, level", [(1, -1e3), (127, 30.0), (128, -1e3), (257, -30.0)])
 def test_words_that_do_not_exist_stay_out_of_the_sum(monkeypatch, how, V, level):
     """Tiles reach past V, where logits are 0: beside real ones at -30 they, or a maximum begun at 0, would be all."""
     monkeypatch.setattr(LINEAR, "SPLIT", 256)
@@ -160,31 +157,6 @@ def test_words_that_do_not_exist_stay_out_of_the_sum(monkeypatch, how, V, level)
     hidden[:, 0], weight[:, 0] = 1.0, level
     for x, y in zip(linear(hidden, weight, *rest, how), plain(hidden, weight, *rest), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
-
-
-@on_triton
-def test_the_number_of_splits_does_not_matter(monkeypatch, how):
-    hidden, weight, targets, _ = linear_case(5, 1025, 16)
-    results = []
-    for split in (256, 512, 4096):
-        monkeypatch.setattr(LINEAR, "SPLIT", split)
-        results.append(torch.stack(linear_logprob(hidden, weight, targets, entropy=True, backend=how)))
-    for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
-def test_no_less_exact_than_whole_logits_in_float32(how, dtype):
-    """bf16 operands do not round the logits."""
-    case = linear_case(48, 500, 64, dtype=dtype)
-    got, whole, exact = linear(*case, how), plain(*case, dtype=F32), plain(*case)
-    for mine, theirs, expected in zip(got[:2], whole[:2], exact[:2], strict=True):
-        assert (mine - expected).abs().max() < 1.5 * (theirs - expected).abs().max() + 1e-6
-    slack = 1e-7 if dtype == F32 else 2**-8 if DEVICE == "cpu" else 1e-2  # compiled, dlogits are rounded to bf16, too
-    for mine, theirs, expected in zip(got[2:], whole[2:], exact[2:], strict=True):
-        assert relative_error(mine, expected) < 1.5 * relative_error(theirs, expected) + slack
-    rounded, _ = log_softmax((case[0] @ case[1].T).double(), case[2])
-    assert dtype == F32 or (rounded - exact[0]).abs().max() > 1e-3  # what the first bound excludes
 
 
 @on_torch
@@ -197,26 +169,10 @@ def test_chunks_cost_bf16_no_precision(monkeypatch, how):
         assert relative_error(chunked, expected) < 1.5 * relative_error(unchunked, expected)
 
 
-@on_triton
-def test_backward_in_several_slices_of_the_vocabulary(monkeypatch, how):
-    monkeypatch.setattr(LINEAR, "MAX_EXTRA_BYTES", 0)
-    kernel = count(monkeypatch, LINEAR, "_dlogits_kernel")
-    case = linear_case(6, 1100, 8)
-    case[2][-2:] = torch.tensor([1023, 1024])
-    assert_true(linear(*case, how), plain(*case), F32)
-    assert kernel.launches == 2  # of at least 1024 columns
-
-
 def test_linear_logprob_passes_gradcheck(how):
     hidden, weight, targets, _ = linear_case(2, 4, 2, dtype=F64)
     assert torch.autograd.gradcheck(lambda h, w: linear_logprob(h, w, targets, temperature=0.7, backend=how),
                                     (hidden.requires_grad_(), weight.requires_grad_()))
-
-
-def test_entropy_carries_no_gradient(how):
-    hidden, weight, targets, _ = linear_case(5, 37, 8)
-    logp, entropy = linear_logprob(hidden.requires_grad_(), weight.requires_grad_(), targets, entropy=True, backend=how)
-    assert logp.requires_grad and not entropy.requires_grad
 
 
 @pytest.mark.parametrize("rows", [slice(3, 9), slice(None)], ids=["some", "all"])
@@ -243,27 +199,18 @@ def test_strides_change_no_bit(how, name, dtype):
     hidden, weight, targets, grad = linear_case(9, 140, 24, dtype=dtype)
     h, w = map(VIEWS[name], (hidden, weight))
     assert not h.is_contiguous() or h.data_ptr() % 16
-    apart = torch.stack((targets, torch.zeros_like(targets)), dim=1)[:, 0]
-    got, expected = linear(h, w, apart, grad, how), linear(*(x.clone(memory_format=torch.contiguous_format)
-                                                             for x in (h, w)), targets, grad, how)
+    apart = [torch.stack((x, torch.zeros_like(x)), dim=1)[:, 0] for x in (targets, grad)]
+    got, expected = linear(h, w, *apart, how), linear(*(x.clone(memory_format=torch.contiguous_format)
+                                                        for x in (h, w)), targets, grad, how)
     if how == "triton" or DEVICE == "cpu":  # cuBLAS has other products for a transposed matrix
         assert all(torch.equal(x, y) for x, y in zip(got[:2], expected[:2], strict=True))
     assert all(x.allclose(y, atol=FORWARD[dtype], rtol=0) for x, y in zip(got[:2], expected[:2], strict=True))
     assert all(relative_error(x, y.double()) < GRADIENT[dtype] / 4 for x, y in zip(got[2:], expected[2:], strict=True))
 
 
-@pytest.mark.parametrize("grad", [torch.ones(()).expand(9), torch.ones(18)[::2]], ids=["one number", "every other"])
-def test_the_incoming_gradient_may_have_any_stride(how, grad):
-    hidden, weight, targets, _ = linear_case(9, 140, 24)
-    expected = linear(hidden, weight, targets, torch.ones_like(grad).to(DEVICE), how)
-    operands = hidden.requires_grad_(), weight.requires_grad_()
-    got = torch.autograd.grad(linear_logprob(*operands, targets, backend=how), operands, grad.to(DEVICE))
-    assert all(torch.equal(x, y) for x, y in zip(got, expected[2:], strict=True))
-
-
 # Which of the rows, in tiles and a ragged rest, have an incoming gradient: backward leaves out tiles that have none.
 LIVE = {
-    "all": lambda tile, T: range(T), "none": lambda tile, T: [],
+    "none": lambda tile, T: [],
     "the last tile only": lambda tile, T: range(3 * tile, T),
     "every other tile": lambda tile, T: [r for r in range(T) if r // tile % 2],
     "scattered rows": lambda tile, T: [3, 2 * tile + 1, 2 * tile + 3, T - 1],
@@ -282,12 +229,11 @@ def zero_row_case(how, name, V=40, dtype=F32):
 
 
 @pytest.mark.parametrize("name, V, dtype", [
-    ("all", 40, F32), ("none", 40, F32), ("the last tile only", 40, BF16),
+    ("none", 40, F32), ("the last tile only", 40, BF16),
     ("every other tile", 1100, BF16), ("scattered rows", 40, F32), ("halves of tiles", 40, F32),
 ])
 def test_leaving_out_rows_without_gradient_changes_no_bit(monkeypatch, how, name, V, dtype):
-    monkeypatch.setattr(LINEAR, "MAX_LOGITS", 1)  # the reference in chunks of 128 rows, the kernels in slices
-    monkeypatch.setattr(LINEAR, "MAX_EXTRA_BYTES", 0)
+    in_small_parts(monkeypatch)
     hidden, weight, targets, grad, live = zero_row_case(how, name, V, dtype)
     _, lse, _ = LINEAR._forward(hidden, weight, targets, 1.0, False, how == "triton")
     results = []
@@ -318,34 +264,6 @@ def test_nan_gradients_are_not_left_out(how):
     grad[40] = torch.nan
     _, _, dh, dw = linear(hidden, weight, targets, grad, how)
     assert dh[40].isnan().all() and dw.isnan().all()
-
-
-def test_a_tied_weight_collects_both_gradients(how):
-    """The same matrix as embedding and head, over two accumulated micro-batches, as plain torch has it."""
-    _, weight, targets, _ = linear_case(20, 50, 16)
-    tokens = targets.roll(1)
-    mine, theirs = (weight.clone().requires_grad_() for _ in range(2))
-    for at in (slice(0, 12), slice(12, 20)):
-        linear_logprob(mine[tokens[at]].tanh(), mine, targets[at], backend=how).square().sum().backward()
-        log_softmax(theirs[tokens[at]].tanh() @ theirs.T, targets[at])[0].square().sum().backward()
-    assert relative_error(mine.grad, theirs.grad.double()) < 1e-6
-
-
-def test_the_same_bits_twice(how):
-    case = linear_case(33, 140, 16)
-    assert all(torch.equal(x, y) for x, y in zip(linear(*case, how), linear(*case, how), strict=True))
-
-
-def test_outputs_may_be_overwritten_after_forward(how):
-    hidden, weight, targets, grad = linear_case(9, 140, 24)
-    expected = linear(hidden, weight, targets, grad, how)
-    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    logp, entropy = linear_logprob(h, w, targets, entropy=True, backend=how)
-    total = (grad * logp).sum()
-    with torch.no_grad():
-        logp.zero_(), entropy.zero_()
-    total.backward()
-    assert torch.equal(h.grad, expected[2]) and torch.equal(w.grad, expected[3])
 
 
 @pytest.mark.parametrize("frozen", [0, 1], ids=["hidden", "weight"])
@@ -402,16 +320,16 @@ def test_no_more_than_a_chunk_of_logits_ever_exists(monkeypatch):
     (dict(weight=torch.zeros(7, 3, dtype=BF16)), TypeError, "one floating dtype"),
     (dict(hidden=torch.zeros(5, 3, dtype=torch.long), weight=torch.zeros(7, 3, dtype=torch.long)), TypeError,
      "one floating dtype"),
-    *((dict(temperature=t), ValueError, "temperature must be positive") for t in (0.0, -1.0, math.nan)),
+    *((dict(temperature=t), ValueError, "temperature must be positive") for t in (0.0, math.nan)),
     *((dict(targets=torch.tensor([0, y, 1, 2, 3])), IndexError, rf"targets\[1\] is {y}, and there are 7 words")
-      for y in (7, -1, -99, 10**9)),
+      for y in (7, -1)),
 ])
-def test_arguments_that_do_not_fit_raise(how, change, error, message):
+def test_arguments_that_do_not_fit_raise(change, error, message):
     if DEVICE == "cuda":
         pytest.skip("targets are not checked there, and the rest is as on CPU")
     case = dict(hidden=torch.zeros(5, 3), weight=torch.zeros(7, 3), targets=torch.zeros(5, dtype=torch.long))
     with pytest.raises(error, match=message):
-        linear_logprob(**case | change, backend=how)
+        linear_logprob(**case | change)
 
 
 # ------------------------------------------------------------------------------------------------ group_advantage
@@ -461,43 +379,14 @@ def test_advantage_equals_a_loop_on_ragged_groups(how, options, weighted):
     np.testing.assert_allclose(rounded, expected, rtol=2e-3 if options.get("eps") == 0.0 else 1e-5, atol=1e-6)
 
 
-def test_the_deviation_is_the_populations(how):
-    got, constant = advantage(how, [1, 1, 1, -1], [4], eps=0.0)  # mean 1/2, variance 3/4
-    np.testing.assert_allclose(got, np.array([1, 1, 1, -3]) / 3**0.5, rtol=1e-12)
-    assert constant == [False]
-
-
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
 @pytest.mark.parametrize("options", [{}, {"eps": 0.0}], ids=str)
 def test_equal_rewards_give_exactly_zero(how, dtype, options):
+    """In floating point the mean of equal numbers need not be that number: 0.1 is such a one."""
     sizes, values = [1, 2, 3, 7, 10, 31], (0.1, 0.3, 2.7, -1.0, 1e6)
     rewards = np.concatenate([np.full(sum(sizes), value) for value in values])
     got, constant = advantage(how, rewards, sizes * len(values), [7.0] * len(sizes) * len(values), dtype, **options)
     assert (got == 0).all() and all(constant)
-
-
-def test_a_mean_of_equal_numbers_need_not_be_that_number():
-    """Why the zero above is no matter of course: the loop without its exception gets it wrong."""
-    assert max(abs(sum([x] * n) / n - x) for x in (0.1, 0.3, 2.7) for n in range(1, 65)) > 0
-
-
-@pytest.mark.parametrize("sign", [-1, 1])
-def test_the_weight_comes_after_the_clip_and_the_clip_after_the_deviation(how, sign):
-    rewards = [0.0] * 99 + [sign * 1.0]  # the last is 9.95 deviations out, and 0.99 from the mean
-    for weight in (2.5, 0.0, -1.0):
-        got, _ = advantage(how, rewards, [100], [weight], clip=3.0)
-        assert got[-1] == sign * 3 * weight
-        np.testing.assert_allclose(got[:-1], -sign * weight * (1 / 99) ** 0.5, rtol=1e-4)
-    assert advantage(how, rewards, [100])[0][-1] == pytest.approx(sign * 99**0.5, rel=1e-4)
-
-
-@pytest.mark.parametrize("scale", [1e-6, 1e6])
-def test_scale_reaches_the_advantage_only_through_eps(how, scale):
-    rewards = np.random.default_rng(1).normal(size=20)
-    plain, _ = advantage(how, rewards, [8, 12], eps=1e-9)
-    np.testing.assert_allclose(advantage(how, rewards * scale, [8, 12], eps=1e-9 * scale)[0], plain, rtol=1e-9)
-    np.testing.assert_allclose(advantage(how, rewards * scale, [8, 12])[0],
-                               naive_advantage(rewards * scale, [8, 12])[0], rtol=1e-9)
 
 
 def test_a_large_common_reward_does_not_drown_the_difference(how):
@@ -512,20 +401,20 @@ def test_no_groups_and_empty_groups(how):
     assert advantage(how, [], [])[1] == [] and advantage(how, [], [0, 0])[1] == [True, True]
 
 
-@pytest.mark.parametrize("rewards", [[np.nan], [np.nan, 1.0], [1.0, np.nan], [1.0] * 9 + [np.nan], [np.nan, 1.0, 0.0]],
-                         ids=["alone", "first", "last", "in the second block", "among different"])
-def test_a_nan_reward_is_not_hidden(how, rewards):
+@pytest.mark.parametrize("rewards", [[np.nan], [np.nan, 1.0], [1.0] * 9 + [np.nan]],
+                         ids=["alone", "first", "in the second block"])
+@pytest.mark.parametrize("clip", [None, 3.0])
+def test_a_nan_reward_is_not_hidden(how, rewards, clip):
     """A group with NaN is not one of equal rewards."""
-    for options in ({}, {"clip": 3.0}):
-        got, constant = advantage(how, rewards, [len(rewards)], dtype=F32, **options)
-        assert np.isnan(got).all() and constant == [False]
+    got, constant = advantage(how, rewards, [len(rewards)], dtype=F32, clip=clip)
+    assert np.isnan(got).all() and constant == [False]
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a check there would wait for the device")
-@pytest.mark.parametrize("offsets", [[0, 2], [1, 3], [0, 2, 4], [2, 3], [0, 2, 1, 3]])
-def test_offsets_that_fall_or_do_not_span_the_rewards_raise(how, offsets):
+@pytest.mark.parametrize("offsets", [[0, 2], [1, 3], [0, 2, 1, 3]])
+def test_offsets_that_fall_or_do_not_span_the_rewards_raise(offsets):
     with pytest.raises(ValueError, match="offsets must go from 0 to 3 and never fall"):
-        group_advantage(torch.ones(3), torch.tensor(offsets), backend=how)
+        group_advantage(torch.ones(3), torch.tensor(offsets))
 
 
 # -------------------------------------------------------------------------------------------- linear_logprob in torch
@@ -546,23 +435,6 @@ def operation(name: str, on: bool):
 @pytest.mark.parametrize("name", ["forward", "backward", "backward, transposed", "backward, frozen"])
 def test_operations_are_what_torch_is_told_of_them(how, name):
     torch.library.opcheck(*operation(name, how == "triton"))
-
-
-def loss_of(hidden, weight, targets, how):
-    logp, entropy = linear_logprob(hidden, weight, targets, temperature=0.7, entropy=True, backend=how)
-    return (logp.exp() * torch.arange(6, device=DEVICE)).sum(), entropy
-
-
-def test_compiled_whole_it_is_what_it_was(how):
-    hidden, weight, targets, _ = linear_case(6, 40, 16)
-    results = []
-    for function in (loss_of, torch.compile(loss_of, backend="aot_eager", fullgraph=True)):
-        operands = [x.clone().requires_grad_() for x in (hidden, weight)]
-        loss, entropy = function(*operands, targets, how)
-        loss.backward()
-        results.append([loss.detach(), entropy, operands[0].grad, operands[1].grad])
-    for x, y in zip(*results, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ which form runs
@@ -603,55 +475,31 @@ def test_the_backend_decides_which_form_runs(monkeypatch, how, asked, devices, l
     assert [k.launches for k in counted] == [launches] * 2
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A small model that has hardly learned anything."""
-    cache = tmp_path_factory.mktemp("cache")
-    sums = [{"question": f"{a}s{b}=", "answer": a + b} for a in range(5) for b in range(5)]
-    (cache / "sums.jsonl").write_text("".join(json.dumps(x) + "\n" for x in sums))
-    settings = tasks.BaseSettings(steps=20, lines_per_step=32, hidden_size=32, layers=1)
-    return tasks.base_model("arithmetic", settings, cache=cache)
-
-
-def tossed(grade):
-    """Coins for rewards: so small a model solves nothing, and all advantages would be 0."""
-
-    def toss(s):
-        grade(s)
-        coins = np.random.default_rng(0).choice([-1.0, 1.0], len(s.grades))
-        s.grades = [g._replace(reward=coin) for g, coin in zip(s.grades, coins, strict=True)]
-
-    return toss
-
-
 @pytest.mark.skipif(DEVICE == "cuda", reason="the trainer's bf16 on CUDA is too coarse for this comparison")
-def test_a_training_step_on_the_kernels_is_one_on_the_references(base, tmp_path, monkeypatch):
+@on_triton
+def test_a_training_step_on_the_kernels_is_one_on_the_references(how, base, tmp_path, monkeypatch):
     counted = [count(monkeypatch, *kernel) for kernel in KERNELS + [(LINEAR, "_dlogits_kernel")]]
-    lines, tensors = [], []
+    sums, found = str(base.parent / "sums.jsonl"), []
+    cfg, _ = parse_args([
+        "--preset", "arithmetic", "--model", str(base), "--train_data", sums, "--eval_data", sums, "--mode", "both",
+        "--engine", "torch", "--prompts_per_step", "12", "--minibatch_prompts", "6", "--max_response_tokens", "6",
+        "--learning_rate", "1e-3", "--kl_beta", "0.1", "--out_dir", str(tmp_path)])
     for devices in (set(), {"cpu"}):
         assert not any(k.launches for k in counted)
         monkeypatch.setattr(backend, "AUTO_DEVICES", devices)
-        trainer = trainer_of(base, tmp_path, mode="both", prompts_per_step=12, minibatch_prompts=6, train_problems=15,
-                             eval_problems=5, max_response_tokens=6, kl_beta=0.1)
-        monkeypatch.setattr(trainer, "grade", tossed(trainer.grade))
+        trainer = Trainer(cfg, Ranks())
+        trainer.engine.load_weights(trainer.weights())
         before = torch.cat([w.detach().flatten() for _, w in trainer.weights()])
         line, _ = trainer.step(0)
-        # idle_frac: at the reference the KL's gradient is 0 or dust
-        rounded = ("loss", "grad_norm", "kl", "entropy", "surrogate_abs", "idle_frac")
-        line["signals"].pop("surrogate")  # as rounded; compared as surrogate_abs and as the scores it makes
-        lines.append({k: v for k, v in line.items() if k != "seconds" and k not in rounded})
+        assert line["mismatch"]["max"] < 1e-5 and line["zero_std_frac"] < 1
         flat = {part: torch.cat([t.flatten() for name, t in trainer.tensors().items() if name.startswith(part)])
                 for part in ("weight", "exp_avg.")}
-        tensors.append({"change": flat["weight"] - before, "gradient": flat["exp_avg."],
-                        **{k: torch.tensor(line[k]) for k in rounded[:5]},
-                        "prompt scores": torch.from_numpy(trainer.prompt_gdro.score_B),
-                        "arm scores": torch.from_numpy(trainer.rollout_gdro.log_prob_BK())})
+        found.append({"change": flat["weight"] - before, "gradient": flat["exp_avg."],
+                      "prompt scores": torch.from_numpy(trainer.prompt_gdro.score_B),
+                      "arm scores": torch.from_numpy(trainer.rollout_gdro.log_prob_BK()),
+                      **{k: torch.tensor(line[k]) for k in ("loss", "grad_norm", "kl", "entropy", "surrogate_abs")}})
     linear, advantage, dlogits = (k.launches for k in counted)
     assert advantage == 1 and linear > dlogits >= 1
-    for line in lines:
-        line["mismatch"] = line["mismatch"]["max"] < 1e-5
-    assert lines[0] == lines[1] and lines[0]["mismatch"]
-    assert lines[0]["zero_std_frac"] < 1 and tensors[0]["gradient"].norm() > 0.01 and tensors[0]["prompt scores"].any()
-    for name, expected in tensors[0].items():  # Adam divides by the gradient, however small: more rounding
-        torch.testing.assert_close(tensors[1][name].norm(), expected.norm(), rtol=1e-4, atol=1e-6)
-        assert (tensors[1][name] - expected).norm() <= (1e-3 if name == "change" else 1e-5) * expected.norm() + 1e-6
+    assert found[0]["gradient"].norm() > 0.01 and found[0]["prompt scores"].any()
+    for name, expected in found[0].items():  # Adam divides by the gradient, however small: more rounding
+        assert (found[1][name] - expected).norm() <= (1e-3 if name == "change" else 1e-5) * expected.norm() + 1e-6

@@ -142,9 +142,8 @@ def test_the_papers_models_on_cards_as_they_report_themselves():
     assert "sampling" not in starved and "utilization above" not in refused("8B", 1, h100, "--engine", "torch")
 
 
-@pytest.mark.parametrize("size", ["0.6B", "1.7B", "4B", "8B"])
-@pytest.mark.parametrize("flags", [(), ("--kl_beta", "0"), ("--gradient_checkpointing", "0"), ("--engine", "torch"),
-                                   ("--dtype", "float32"), ("--microbatch_tokens", "1024")])
+@pytest.mark.parametrize("size", ["0.6B", "8B"])
+@pytest.mark.parametrize("flags", [(), ("--engine", "torch"), ("--dtype", "float32"), ("--microbatch_tokens", "1024")])
 def test_more_ranks_shorter_rows_no_reference_and_checkpointing_never_need_more(size, flags):
     model, total = model_of(size), CARDS["80 GB"].memory[1]
 
@@ -166,8 +165,8 @@ def test_vllm_gets_what_its_share_leaves_beside_weights_and_working_memory():
     assert cache_tokens(model, config("--gpu_memory_utilization", "0.1"), total) < 0
 
 
-@pytest.mark.parametrize("name", QWEN3)
-def test_a_plan_follows_the_flags_and_names_every_machine(name):
+def test_a_plan_follows_the_flags_and_names_every_machine():
+    name = "Qwen/Qwen3-4B-Base"
     said = report(config("--model", name), known_model(name))
     assert said.startswith(f"{name}: ") and "256 prompts x 4 rollouts" in said and "is an estimate" in said
     assert all(f"\n| {world} x {card} | " in said for card in ("80 GB", "141 GB") for world in (1, 2, 4, 8, 16))

@@ -1,5 +1,7 @@
 """TorchEngine: rollouts that depend on nothing but their own inputs, and log-probs that are the policy's."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -26,7 +28,7 @@ def make(path, max_rollouts=256):
     return TorchEngine(path, dtype=torch.float32, device=CPU, max_rollouts=max_rollouts)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engine(tiny_hf):
     return make(tiny_hf("qwen3", True))
 
@@ -40,14 +42,12 @@ def by_prompt(rollouts, n_P):
     return [rollouts[end - n : end] for n, end in zip(n_P, ends, strict=True)]
 
 
-def perturbed(hf, seed=9):
+@torch.no_grad()
+def perturbed(hf):
     """A copy of a transformers model with other weights."""
-    other = type(hf)(hf.config).eval()
-    other.load_state_dict(hf.state_dict())
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in other.parameters():
-            p.add_(0.3 * p.std() * torch.randn(p.shape, generator=generator))
+    other, generator = copy.deepcopy(hf), torch.Generator().manual_seed(9)
+    for p in other.parameters():
+        p.add_(0.3 * p.std() * torch.randn(p.shape, generator=generator))
     return other
 
 
@@ -78,29 +78,27 @@ def naive_support(p, top_k, top_p):
 # ------------------------------------------------------------------------------- a function of weights, prompt, seed
 
 
-@pytest.mark.parametrize("sampling", [WARM, LONG], ids=["stops", "no stops"])
-def test_slots_do_not_change_the_rollouts(tiny_hf, sampling):
-    expected = make(tiny_hf("qwen3", True)).generate(PROMPTS, N_P, SEED_P, sampling)
-    assert len(expected) == sum(N_P) and (len({len(r.tokens) for r in expected}) > 4) == bool(sampling.stop_ids)
-    for max_rollouts in (1, 3, 17):
-        got = make(tiny_hf("qwen3", True), max_rollouts).generate(PROMPTS, N_P, SEED_P, sampling)
-        assert tokens(got) == tokens(expected)
-        for a, b in zip(got, expected, strict=True):
-            np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("prefill_tokens", [1, 20, TorchEngine.PREFILL_TOKENS])
-@pytest.mark.parametrize("slots, prompts, n_P", [(6, PROMPTS, N_P), (16, [[7, 8, 9]] * 60, [1] * 60)])
-def test_waiting_and_refilling_in_small_parts_change_nothing(tiny_hf, monkeypatch, slots, prompts, n_P, prefill_tokens):
+@pytest.mark.parametrize("slots, prefill_tokens, sampling, prompts, n_P", [
+    (1, 32768, WARM, PROMPTS, N_P), (3, 32768, LONG, PROMPTS, N_P), (17, 32768, WARM, PROMPTS, N_P),
+    (6, 1, WARM, PROMPTS, N_P), (6, 20, WARM, PROMPTS, N_P),
+    (16, 1, WARM, [[7, 8, 9]] * 60, [1] * 60), (16, 32768, WARM, [[7, 8, 9]] * 60, [1] * 60),
+])
+def test_few_slots_and_refilling_in_small_parts_change_nothing(tiny_hf, monkeypatch, slots, prefill_tokens, sampling,
+                                                               prompts, n_P):
     """Sixteen slots are refilled two at a time; one that ended at the limit idles at the end of the cache. Small parts
     stand for prompts longer than 32768 / (slots / 8), beside which a slot may stay idle for long."""
-    args = prompts, n_P, range(len(prompts)), WARM
-    expected = tokens(make(tiny_hf("qwen3", True)).generate(*args))
+    args = prompts, n_P, range(len(prompts)), sampling
+    expected = make(tiny_hf("qwen3", True)).generate(*args)
+    assert len(expected) == sum(n_P) and (len({len(r.tokens) for r in expected}) > 4) == bool(sampling.stop_ids)
     monkeypatch.setattr(TorchEngine, "PREFILL_TOKENS", prefill_tokens)
-    assert tokens(make(tiny_hf("qwen3", True), slots).generate(*args)) == expected
+    got = make(tiny_hf("qwen3", True), slots).generate(*args)
+    assert tokens(got) == tokens(expected)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=1e-4)
 
 
-def test_the_rest_of_the_batch_does_not_change_a_rollout(engine):
+def test_neither_the_rest_of_the_batch_nor_a_global_generator_changes_a_rollout(engine):
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
     expected = by_prompt(tokens(engine.generate(PROMPTS, N_P, SEED_P, WARM)), N_P)
     order = [3, 5, 0, 2, 4, 1]
     shuffled = engine.generate(*([x[p] for p in order] for x in (PROMPTS, N_P, SEED_P)), WARM)
@@ -108,6 +106,7 @@ def test_the_rest_of_the_batch_does_not_change_a_rollout(engine):
     for p, prompt in enumerate(PROMPTS):  # alone, and with more rollouts than before
         got = tokens(engine.generate([prompt], [N_P[p] + 2], [SEED_P[p]], WARM))
         assert got[: N_P[p]] == expected[p]
+    assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
 
 
 def test_a_shorter_limit_cuts_the_same_rollouts(engine):
@@ -115,15 +114,6 @@ def test_a_shorter_limit_cuts_the_same_rollouts(engine):
     long_rollouts = engine.generate(PROMPTS, N_P, SEED_P, WARM)
     for a, b in zip(engine.generate(PROMPTS, N_P, SEED_P, short), long_rollouts, strict=True):
         assert a.tokens.tolist() == b.tokens[:5].tolist() and a.truncated == (b.truncated or len(b.tokens) > 5)
-
-
-def test_generating_twice_gives_the_same_and_leaves_the_global_generators_alone(engine):
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    first, second = (engine.generate(PROMPTS, N_P, SEED_P, LONG) for _ in range(2))
-    assert tokens(first) == tokens(second)
-    for a, b in zip(first, second, strict=True):
-        np.testing.assert_array_equal(a.logprobs, b.logprobs)
-    assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
 
 
 def test_seeds_and_indices_give_different_streams(engine):
@@ -152,14 +142,6 @@ def test_those_who_ask_alone_see_a_bar_in_tokens_that_ends_full_however_early_ro
 # ----------------------------------------------------------------------------------------------------- log-probs
 
 
-SAMPLINGS = pytest.mark.parametrize("sampling", [
-    WARM, LONG,
-    Sampling(max_tokens=12, temperature=0.7, top_k=5),
-    Sampling(max_tokens=12, temperature=0.7, top_p=0.8),
-    Sampling(max_tokens=12, temperature=1.2, top_k=9, top_p=0.6, stop_ids=STOPS),
-], ids=["warm", "hot", "top-k", "top-p", "both"])
-
-
 def assert_policy(hf, engine, sampling):
     """Every log-prob that the engine reports is the one transformers gives, at the sampling's distribution."""
     rollouts = by_prompt(engine.generate(PROMPTS, N_P, SEED_P, sampling), N_P)
@@ -169,10 +151,13 @@ def assert_policy(hf, engine, sampling):
     return tokens(r for group in rollouts for r in group)
 
 
-@SAMPLINGS
-@TIED
-def test_sampled_logprobs_are_the_policys_before_and_after_new_weights(tiny_hf, hf_model, tied, sampling):
-    engine, hf = make(tiny_hf("qwen3", tied), 7), hf_model("qwen3", tied)
+@pytest.mark.parametrize("kind, tied, sampling", [
+    ("qwen3", True, WARM), ("qwen3", False, LONG), ("qwen3", True, Sampling(max_tokens=12, temperature=0.7, top_k=5)),
+    ("qwen2", False, Sampling(max_tokens=12, temperature=0.7, top_p=0.8)),
+    ("llama", False, Sampling(max_tokens=12, temperature=1.2, top_k=9, top_p=0.6, stop_ids=STOPS)),
+], ids=["warm", "hot", "top-k", "top-p", "both"])
+def test_sampled_logprobs_are_the_policys_before_and_after_new_weights(tiny_hf, hf_model, kind, tied, sampling):
+    engine, hf = make(tiny_hf(kind, tied), 7), hf_model(kind, tied)
     before = assert_policy(hf, engine, sampling)
     other = perturbed(hf)
     engine.load_weights(other.named_parameters())
@@ -181,11 +166,6 @@ def test_sampled_logprobs_are_the_policys_before_and_after_new_weights(tiny_hf, 
     engine.sleep()
     engine.load_weights(iter(hf.named_parameters()))
     assert tokens(engine.generate(PROMPTS, N_P, SEED_P, sampling)) == before
-
-
-@pytest.mark.parametrize("kind", ["qwen2", "llama"])
-def test_sampled_logprobs_are_the_policys_for_the_kin(tiny_hf, hf_model, kind):
-    assert_policy(hf_model(kind, False), make(tiny_hf(kind, False), 7), WARM)
 
 
 def test_first_tokens_follow_the_policys_distribution(engine, hf_model):
@@ -202,8 +182,8 @@ def test_first_tokens_follow_the_policys_distribution(engine, hf_model):
 
 
 @pytest.mark.parametrize("sampling", [
-    Sampling(1), Sampling(1, temperature=0.5), Sampling(1, temperature=2.0), Sampling(1, top_k=3), Sampling(1, top_k=1),
-    Sampling(1, top_k=100), Sampling(1, top_p=0.7), Sampling(1, top_p=1e-6), Sampling(1, 1.5, top_k=4, top_p=0.8),
+    Sampling(1, temperature=0.5), Sampling(1, top_k=3), Sampling(1, top_k=100), Sampling(1, top_p=0.7),
+    Sampling(1, top_p=1e-6), Sampling(1, 1.5, top_k=4, top_p=0.8),
 ])
 def test_draws_follow_the_distribution_that_their_logprobs_name(sampling):
     """Over a grid of numbers, not by chance."""

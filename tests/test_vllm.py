@@ -155,41 +155,27 @@ def test_loaded_weights_are_the_ones_that_sample(setup):
         assert mismatch(policy, engine.generate(PROMPTS, N_P, SEED_P, WARM)) < RIGHT
 
 
-def test_stale_prefix_cache_would_be_seen(setup):
-    """The test above has teeth: without the reset, the cached prompt gives log-probabilities of the old weights."""
+def test_a_prefix_cache_of_old_weights_is_refused(setup, monkeypatch):
     engine, policy, _ = setup
-    engine.generate(PROMPTS, N_P, SEED_P, WARM)
-    perturb(policy)
-    reset, engine.llm.reset_prefix_cache = engine.llm.reset_prefix_cache, lambda: True
-    engine.load_weights(named_tensors(policy))
-    engine.llm.reset_prefix_cache = reset
-    assert mismatch(policy, engine.generate(PROMPTS, N_P, SEED_P, WARM)) > WRONG
-    engine.llm.reset_prefix_cache = lambda: False
-    with pytest.raises(RuntimeError, match="prefix cache"):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="prefix cache"):
+        patch.setattr(engine.llm, "reset_prefix_cache", lambda: False)
         engine.load_weights(named_tensors(policy))
-    engine.llm.reset_prefix_cache = reset
     engine.load_weights(named_tensors(policy))
-    assert mismatch(policy, engine.generate(PROMPTS, N_P, SEED_P, WARM)) < RIGHT
 
 
-def test_sleeping_engine_needs_weights_before_it_generates(setup):
-    engine, policy, _ = setup
-    engine.sleep()
-    with pytest.raises(RuntimeError, match="load_weights"):
-        engine.generate(PROMPTS, N_P, SEED_P, WARM)
-    engine.load_weights(named_tensors(policy))
-    assert mismatch(policy, engine.generate(PROMPTS, N_P, SEED_P, WARM)) < RIGHT
-
-
-def test_half_loaded_weights_do_not_sample(setup):
+@pytest.mark.parametrize("how", ["asleep", "half loaded"])
+def test_an_engine_without_whole_weights_does_not_sample(setup, how):
     engine, policy, _ = setup
 
     def breaks_off():
         yield next(named_tensors(policy))
         raise KeyError("trainer")
 
-    with pytest.raises(KeyError):
-        engine.load_weights(breaks_off())
+    if how == "asleep":
+        engine.sleep()
+    else:
+        with pytest.raises(KeyError):
+            engine.load_weights(breaks_off())
     with pytest.raises(RuntimeError, match="load_weights"):
         engine.generate(PROMPTS, N_P, SEED_P, WARM)
     engine.load_weights(named_tensors(policy))
@@ -266,12 +252,3 @@ def test_vllm_knows_every_argument_and_its_head_multiplies_as_ours_does(on_cuda,
     under_torchrun = VLLMEngine("folder", **SIZES).llm.options
     assert under_torchrun["distributed_executor_backend"] == "external_launcher"
     assert under_torchrun.keys() <= known
-
-
-def test_vllm_takes_the_dtype_of_the_head_that_it_is_given(tmp_path):
-    from vllm import EngineArgs
-
-    folder = save_tiny(tmp_path / "model", True)
-    for overrides, head in (({"head_dtype": "float32"}, torch.float32), ({}, torch.bfloat16)):
-        args = EngineArgs(str(folder), dtype="bfloat16", skip_tokenizer_init=True, hf_overrides=overrides)
-        assert args.create_model_config().head_dtype == head
