@@ -45,33 +45,14 @@ def by_model(runs: list[Run]) -> Models:
     for run in sorted(runs, key=lambda r: r.seed):
         rule = run.config["rule"]
         modes = models.setdefault(run.subject if rule == "grpo" else f"{run.subject}, {rule}", {})
-        group = modes.setdefault(run.mode, [])
-        if run.seed in [r.seed for r in group]:
-            raise ValueError(f"{run.subject}: two runs of mode {run.mode} have seed {run.seed}")
-        group.append(run)
-        first = next(iter(modes.values()))[0]
-        settings = run.config.keys() | group[0].config.keys()
-        for other, keys in ((group[0], settings - OF_A_RUN), (first, COMPARABLE)):
+        modes.setdefault(run.mode, []).append(run)
+        first, alike = next(iter(modes.values()))[0], modes[run.mode][0]
+        for other, keys in ((alike, run.config.keys() - OF_A_RUN), (first, COMPARABLE)):
             differing = [k for k in sorted(keys) if run.config.get(k) != other.config.get(k)]
             if differing:
                 raise ValueError(f"{run.subject}: {other.name} and {run.name} differ in {', '.join(differing)}; "
                                  "figures take runs that differ in seed and mode, --table RUN ... takes any")
     return models
-
-
-def of_mode(models: Models, *modes: str) -> Models:
-    """The models that have runs of all these modes; where one is missing, runs of both adversaries stand in for it and
-    the name says so. A model that has neither is left out and named; raises Missing when that is all of them."""
-    found: Models = {}
-    for name, runs in models.items():
-        lacking = [m for m in modes if m not in runs]
-        if lacking and "both" not in runs:
-            print(f"{name} left out: no runs of mode {' and '.join(lacking)}, nor of both", file=sys.stderr)
-        else:
-            found[f"{name}, both" if lacking else name] = {**runs, **{m: runs["both"] for m in lacking}}
-    if not found:
-        raise Missing(f"there are no runs of mode {' and '.join(modes)}, nor of both")
-    return found
 
 
 # ------------------------------------------------------------------------------------------------ drawing
@@ -88,7 +69,7 @@ def band(ax, runs: list[Run], values: list[np.ndarray], colour: str, label: str,
         ax.fill_between(steps, stack.min(axis=0), stack.max(axis=0), color=colour, alpha=0.15, linewidth=0)
 
 
-def heatmap(figure, ax, run: Run, key: str) -> None:
+def heatmap(ax, run: Run, key: str) -> None:
     """What the log has of bins under `key`: steps to the right, bins upwards (hardest at the bottom); hatched where the
     bin is absent. Weights and rollouts are on a logarithmic scale, white where they are uniform."""
     x_TB, steps = run.bins(key), run.steps
@@ -104,7 +85,7 @@ def heatmap(figure, ax, run: Run, key: str) -> None:
     image = ax.imshow(np.ma.masked_invalid(x_TB.T), aspect="auto", origin="lower", interpolation="nearest",
                       cmap=colours, norm=norm, extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, x_TB.shape[1] - 0.5))
     ax.set_yticks(range(0, x_TB.shape[1], max(1, x_TB.shape[1] // 5)))
-    bar = figure.colorbar(image, ax=ax, pad=0.02, ticks=ticks, format="{x:g}")
+    bar = ax.figure.colorbar(image, ax=ax, pad=0.02, ticks=ticks, format="{x:g}")
     bar.ax.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
 
 
@@ -117,25 +98,46 @@ def bin_ticks(ax, bins: int) -> None:
 # ------------------------------------------------------------------------------------------------ the paper's figures
 
 
+def figure_of(models: Models, needed: tuple[str, ...], columns: int, panels: Callable, **kwargs):
+    """A figure with a row of panels for each model, drawn by panels(axes, name, mode -> runs).
+
+    Where a mode that is needed is missing, runs of both adversaries stand in for it and the name says so; a model that
+    has neither is left out. Raises Missing when that is all of them.
+    """
+    found: Models = {}
+    for name, modes in models.items():
+        lacking = [m for m in needed if m not in modes]
+        if not lacking or "both" in modes:
+            found[f"{name}, both" if lacking else name] = {**modes, **{m: modes["both"] for m in lacking}}
+    if not found:
+        raise Missing(f"there are no runs of mode {' and '.join(needed)}, nor of both")
+    figure, axes = rows_of(found, columns, **kwargs)
+    for row, (name, modes) in zip(axes, found.items(), strict=True):
+        panels(row, name, modes)
+    legend(figure, *axes[0])
+    return figure
+
+
 def figure_1(models: Models):
     """Benchmarks by method; tail-average weights of Prompt-GDRO; tail-average rollouts of Rollout-GDRO."""
-    models = of_mode(models, "prompt", "rollout")
-    figure, axes = rows_of(models, 3, height=2.1, gridspec_kw={"width_ratios": [1.7, 1, 1]})
-    for (left, centre, right), (name, modes) in zip(axes, models.items(), strict=True):
-        benchmarks(left, name, {m: runs for m, runs in modes.items() if runs[0].mode == m})
-        prompt, rollout = modes["prompt"], modes["rollout"]
-        bars(centre, [tail(r.bins("weight")) for r in prompt], COLOURS["prompt"], start=1)
-        centre.axhline(1, color=COLOURS["uniform"], linestyle="--", label="uniform")
-        centre.set_yscale("log")
-        centre.yaxis.set_major_formatter("{x:g}")
-        centre.set(title="Prompt-GDRO", ylabel="weight, tail average")
-        bars(right, [tail(r.bins("rollouts")) for r in rollout], COLOURS["rollout"])
-        right.axhline(rollout[0].n_bar, color=COLOURS["uniform"], linestyle="--", label="uniform")
-        right.set(title="Rollout-GDRO", ylabel="rollouts, tail average")
-        for ax, run in ((centre, prompt[0]), (right, rollout[0])):
-            bin_ticks(ax, len(run.share[0]))
-    legend(figure, axes[0, 0], axes[0, 1], columns=5)
-    return figure
+    return figure_of(models, ("prompt", "rollout"), 3, tail_averages, height=2.1,
+                     gridspec_kw={"width_ratios": [1.7, 1, 1]})
+
+
+def tail_averages(axes, name: str, modes: dict[str, list[Run]]) -> None:
+    left, centre, right = axes
+    benchmarks(left, name, {m: runs for m, runs in modes.items() if runs[0].mode == m})
+    prompt, rollout = modes["prompt"], modes["rollout"]
+    bars(centre, [tail(r.bins("weight")) for r in prompt], COLOURS["prompt"], start=1)
+    centre.axhline(1, color=COLOURS["uniform"], linestyle="--", label="uniform")
+    centre.set_yscale("log")
+    centre.yaxis.set_major_formatter("{x:g}")
+    centre.set(title="Prompt-GDRO", ylabel="weight, tail average")
+    bars(right, [tail(r.bins("rollouts")) for r in rollout], COLOURS["rollout"])
+    right.axhline(rollout[0].n_bar, color=COLOURS["uniform"], linestyle="--", label="uniform")
+    right.set(title="Rollout-GDRO", ylabel="rollouts, tail average")
+    for ax, run in ((centre, prompt[0]), (right, rollout[0])):
+        bin_ticks(ax, len(run.share[0]))
 
 
 def benchmarks(ax, name: str, modes: dict[str, list[Run]]) -> None:
@@ -165,75 +167,61 @@ def bars(ax, values: list[np.ndarray], colour: str, start: float = 0) -> None:
         ax.plot(np.tile(range(len(mean)), len(values)), stack.ravel(), ".", color="black", markersize=2)
 
 
-def maps(models: Models, mode: str, shown: dict[str, str]):
-    """Maps of step by bin, of the first seed of each model. shown: title -> key of the log's bins."""
-    models = of_mode(models, mode)
-    figure, axes = rows_of(models, len(shown))
-    for row, (name, modes) in zip(axes, models.items(), strict=True):
-        run = modes[mode][0]
-        for ax, (title, key) in zip(row, shown.items(), strict=True):
-            heatmap(figure, ax, run, key)
-            ax.set(title=title)
-        row[0].set(title=f"{name}\n{next(iter(shown))}, seed {run.seed}", ylabel="bin (0 = hardest)")
-    for ax in axes[-1]:
-        ax.set_xlabel("step (hatched: bin absent)")
-    return figure
+def maps(axes, name: str, run: Run, shown: dict[str, str]) -> None:
+    """Maps of step by bin. shown: title -> key of the log's bins."""
+    for ax, (title, key) in zip(axes, shown.items(), strict=True):
+        heatmap(ax, run, key)
+        ax.set(title=title, xlabel="step (hatched: bin absent)")
+    axes[0].set(title=f"{name}\n{next(iter(shown))}, seed {run.seed}", ylabel="bin (0 = hardest)")
 
 
 def figure_3(models: Models):
-    """Prompt share, adversary weight and realised reward, step by bin."""
-    return maps(models, "prompt", {"prompt share": "share", "adversary weight": "weight", "realised reward": "reward"})
+    """Prompt share, adversary weight and realised reward, step by bin, of the first seed."""
+    shown = {"prompt share": "share", "adversary weight": "weight", "realised reward": "reward"}
+    return figure_of(models, ("prompt",), 3, lambda axes, name, modes: maps(axes, name, modes["prompt"][0], shown))
 
 
-def dynamics(models: Models, mode: str, acted: Callable[[Run], np.ndarray], what: str):
-    """Mean bin, mass in easy bins and entropy, of the prompts and of what an adversary made of them, (T, B)."""
-    models = of_mode(models, mode)
-    figure, axes = rows_of(models, 3)
-    for row, (name, modes) in zip(axes, models.items(), strict=True):
-        runs = modes[mode]
-        for values, colour, label in (([r.share for r in runs], COLOURS["grpo"], "prompts"),
-                                      ([acted(r) for r in runs], COLOURS[mode], what)):
-            band(row[0], runs, [logs.mean_bin(v) for v in values], colour, label)
-            for low, style in ((3, "-"), (8, "--")):
-                band(row[1], runs, [logs.mass_from(v, low) for v in values], colour, "", style)
-            band(row[2], runs, [logs.entropy(v) for v in values], colour, label)
-        bins = len(runs[0].share[0])
-        row[2].axhline(np.log(bins), color=COLOURS["uniform"], linestyle=":", label="uniform over bins")
-        row[0].set(title=f"{name}\nmean bin", ylabel="bin (0 = hardest)")
-        row[1].set(title="bins >= 3 (solid), >= 8 (dashed)", ylabel="mass")
-        row[2].set(title="entropy", ylabel="nats")
-    for ax in axes[-1]:
-        ax.set_xlabel("step")
-    legend(figure, axes[0, 0], axes[0, 2])
-    return figure
+def dynamics(axes, name: str, runs: list[Run], acted: list[np.ndarray], what: str, colour: str) -> None:
+    """Mean bin, mass in easy bins and entropy, of the prompts and of what an adversary made of them, (T, B) a run."""
+    for values, label, shade in (([r.share for r in runs], "prompts", COLOURS["grpo"]), (acted, what, colour)):
+        band(axes[0], runs, [logs.mean_bin(v) for v in values], shade, label)
+        for low, style in ((3, "-"), (8, "--")):
+            band(axes[1], runs, [logs.mass_from(v, low) for v in values], shade, "", style)
+        band(axes[2], runs, [logs.entropy(v) for v in values], shade, label)
+    bins = len(runs[0].share[0])
+    axes[2].axhline(np.log(bins), color=COLOURS["uniform"], linestyle=":", label="uniform over bins")
+    axes[0].set(title=f"{name}\nmean bin", xlabel="step", ylabel="bin (0 = hardest)")
+    axes[1].set(title="bins >= 3 (solid), >= 8 (dashed)", xlabel="step", ylabel="mass")
+    axes[2].set(title="entropy", xlabel="step", ylabel="nats")
 
 
 def figure_4(models: Models):
     """Dynamics of Prompt-GDRO: where the prompts are and where the weights, normalised over bins."""
-    return dynamics(models, "prompt", lambda r: r.series("bins", "weight"), "weights")
+    def panels(axes, name: str, modes: dict[str, list[Run]]) -> None:
+        runs = modes["prompt"]
+        dynamics(axes, name, runs, [r.series("bins", "weight") for r in runs], "weights", COLOURS["prompt"])
+
+    return figure_of(models, ("prompt",), 3, panels)
 
 
 def stage_bars(models: Models, mode: str, shown: dict[str, tuple[str, Callable[[Run], np.ndarray]]]):
     """Bars by bin at four stages: label -> (colour, values of a run, (T, B)). A stage is the mean over seeds and the
     steps around it, a twentieth of the run each way: a single batch is too noisy."""
-    models = of_mode(models, mode)
-    figure, axes = rows_of(models, 4, height=1.5, sharey="row")
-    width = 0.8 / len(shown)
-    for row, (name, modes) in zip(axes, models.items(), strict=True):
-        runs = modes[mode]
+    def panels(axes, name: str, modes: dict[str, list[Run]]) -> None:
+        runs, width = modes[mode], 0.8 / len(shown)
         steps = len(runs[0].log)
-        for ax, at in zip(row, stages(steps), strict=False):
+        for ax, at in zip(axes, stages(steps), strict=False):
             around = slice(max(0, at - steps // 20), at + steps // 20 + 1)
             share = np.concatenate([r.share[around] for r in runs]).mean(axis=0)
             for i, (label, (colour, of)) in enumerate(shown.items()):
                 mean = np.concatenate([of(r)[around] for r in runs]).mean(axis=0)
                 places = np.arange(len(share)) + (i - (len(shown) - 1) / 2) * width
                 ax.bar(places, np.where(share > 0, mean, np.nan), width, color=colour, label=label)
-            ax.set(title=f"{name}\nstep {runs[0].steps[at]}" if ax is row[0] else f"step {runs[0].steps[at]}")
+            ax.set(title=f"step {runs[0].steps[at]}")
             bin_ticks(ax, len(share))
-        row[0].set_ylabel("share of the batch")
-    legend(figure, axes[0, 0])
-    return figure
+        axes[0].set(title=f"{name}\nstep {runs[0].steps[0]}", ylabel="share of the batch")
+
+    return figure_of(models, (mode,), 4, panels, height=1.5, sharey="row")
 
 
 def figure_5(models: Models):
@@ -243,40 +231,43 @@ def figure_5(models: Models):
 
 def figure_6(models: Models):
     """Left: lead-lag gap (32) of Prompt-GDRO. Right: weighted standard error (33) of Rollout-GDRO against uniform."""
-    models = of_mode(models, "prompt", "rollout")
-    figure, axes = rows_of(models, 2)
-    labels = {"uniform": "uniform", "rollout": "Rollout-GDRO", "law": "square-root law (30), best for (28)"}
-    for (left, right), (name, modes) in zip(axes, models.items(), strict=True):
-        runs = modes["prompt"]
-        gap = [logs.lead_lag(r.series("bins", "weight"), r.share) for r in runs]
-        even = [logs.lead_lag(np.ones_like(x), x) for x in (r.share for r in runs)]
-        band(left, runs, gap, COLOURS["prompt"], "Prompt-GDRO")
-        band(left, runs, even, COLOURS["uniform"], "uniform", "--", spread=False)
-        left.set(title=f"{name}\nlead-lag (32)", ylabel="bins (lower: on harder ones)")
-        runs = modes["rollout"]
-        sigma, n_bar = logs.bin_sigma(runs), runs[0].n_bar
-        share = [r.share for r in runs]
-        choices = (("uniform", [np.full_like(q, n_bar) for q in share], "--"),
-                   ("rollout", [r.bins("rollouts") for r in runs], "-"),
-                   ("law", [np.maximum(logs.square_root_law(q, sigma, n_bar), 1e-9) for q in share], ":"))
-        for key, rollouts, style in choices:
-            values = [logs.wse(q, np.nan_to_num(sigma), n) for q, n in zip(share, rollouts, strict=True)]
-            band(right, runs, values, COLOURS[key], labels[key], style, spread=key == "rollout")
-        right.set(title="weighted standard error (33)", ylabel="reward units")
-    for ax in axes[-1]:
-        ax.set_xlabel("step")
-    legend(figure, axes[0, 0], axes[0, 1])
-    return figure
+    return figure_of(models, ("prompt", "rollout"), 2, gap_and_error)
+
+
+def gap_and_error(axes, name: str, modes: dict[str, list[Run]]) -> None:
+    left, right = axes
+    runs = modes["prompt"]
+    gap = [logs.lead_lag(r.series("bins", "weight"), r.share) for r in runs]
+    even = [logs.lead_lag(np.ones_like(x), x) for x in (r.share for r in runs)]
+    band(left, runs, gap, COLOURS["prompt"], "Prompt-GDRO")
+    band(left, runs, even, COLOURS["uniform"], "uniform", "--", spread=False)
+    left.set(title=f"{name}\nlead-lag (32)", xlabel="step", ylabel="bins (lower: on harder ones)")
+    runs = modes["rollout"]
+    sigma, n_bar = logs.bin_sigma(runs), runs[0].n_bar
+    share = [r.share for r in runs]
+    law = [np.maximum(logs.square_root_law(q, sigma, n_bar), 1e-9) for q in share]
+    choices = (("uniform", "uniform", [np.full_like(q, n_bar) for q in share], "--"),
+               ("rollout", "Rollout-GDRO", [r.bins("rollouts") for r in runs], "-"),
+               ("law", "square-root law (30), best for (28)", law, ":"))
+    for key, label, rollouts, style in choices:
+        values = [logs.wse(q, np.nan_to_num(sigma), n) for q, n in zip(share, rollouts, strict=True)]
+        band(right, runs, values, COLOURS[key], label, style, spread=key == "rollout")
+    right.set(title="weighted standard error (33)", xlabel="step", ylabel="reward units")
 
 
 def figure_7(models: Models):
-    """Prompt share beside rollouts per prompt, step by bin."""
-    return maps(models, "rollout", {"prompt share": "share", "rollouts per prompt": "rollouts"})
+    """Prompt share beside rollouts per prompt, step by bin, of the first seed."""
+    shown = {"prompt share": "share", "rollouts per prompt": "rollouts"}
+    return figure_of(models, ("rollout",), 2, lambda axes, name, modes: maps(axes, name, modes["rollout"][0], shown))
 
 
 def figure_8(models: Models):
     """Dynamics of Rollout-GDRO: where the prompts are and where the rollouts."""
-    return dynamics(models, "rollout", logs.budget_share, "rollouts")
+    def panels(axes, name: str, modes: dict[str, list[Run]]) -> None:
+        runs = modes["rollout"]
+        dynamics(axes, name, runs, [logs.budget_share(r) for r in runs], "rollouts", COLOURS["rollout"])
+
+    return figure_of(models, ("rollout",), 3, panels)
 
 
 def figure_9(models: Models):
@@ -287,10 +278,9 @@ def figure_9(models: Models):
 
 def figure_overview(run: Run):
     """One run at a glance, finished or not. Of its reward it asks no more than to lie in [-1, 1]."""
-    figure, axes = plt.subplots(2, 3, figsize=(PAGE + 1, 4.4))
-    steps, colour = run.steps, COLOURS[run.mode]
-    (reward, by_bin, weight), (rollouts, price, seconds) = axes
-    reward.plot(steps, run.series("reward_mean"), color=colour)
+    figure, axes = plt.subplots(2, 2, figsize=(PAGE, 4.4))
+    reward, *by_bin = axes.flat
+    reward.plot(run.steps, run.series("reward_mean"), color=COLOURS[run.mode])
     if run.evaluations:
         right = reward.twinx()
         right.plot([e["step"] for e in run.evaluations], [100 * headline(e) for e in run.evaluations], "o",
@@ -298,23 +288,9 @@ def figure_overview(run: Run):
         right.set_ylabel(f"held-out pass@{headline_k(run.last()['rollouts'])}, % (dots)")
         right.spines["right"].set_visible(True)
     reward.set(title=f"{run.name}: {run.subject}\nreward", xlabel="step", ylabel="mean reward")
-    heatmap(figure, by_bin, run, "reward")
-    by_bin.set(title="reward by bin", xlabel="step", ylabel="bin (0 = hardest)")
-    heatmap(figure, weight, run, "weight")
-    weight.set(title="weight by bin", xlabel="step")
-    heatmap(figure, rollouts, run, "rollouts")
-    rollouts.set(title="rollouts by bin", xlabel="step", ylabel="bin (0 = hardest)")
-    price.plot(steps, run.series("shadow_price"), color=COLOURS["uniform"], linestyle="--", label="mu (21)")
-    price.plot(steps, run.series("shadow_price_dp"), color=colour, label="marginal value of the DP")
-    price.legend(loc="upper left", fontsize=6)
-    price.margins(y=0.4)
-    price.set(title="shadow price of a rollout", xlabel="step")
-    phases = [k for k in run.log[0]["seconds"] if k != "total"]
-    seconds.stackplot(steps, [run.series("seconds", k) for k in phases], labels=phases,
-                      colors=plt.get_cmap("cividis")(np.linspace(0, 1, len(phases))))
-    seconds.legend(ncols=3, fontsize=5, loc="upper left")
-    seconds.set_ylim(0, 1.5 * float(run.series("seconds", "total").max()))
-    seconds.set(title="time by phase", xlabel="step", ylabel="seconds a step")
+    for ax, key in zip(by_bin, ("reward", "weight", "rollouts"), strict=True):
+        heatmap(ax, run, key)
+        ax.set(title=f"{key} by bin", xlabel="step", ylabel="bin (0 = hardest)")
     return figure
 
 

@@ -28,10 +28,11 @@ def rows_of(subjects, columns: int, *, height: float = 1.9, **kwargs):
     return plt.subplots(len(subjects), columns, figsize=(PAGE, height * len(subjects) + 0.35), squeeze=False, **kwargs)
 
 
-def legend(figure, *axes, columns: int = 4) -> None:
-    """One legend for the whole figure, above it; each label once."""
+def legend(figure, *axes) -> None:
+    """One legend for the whole figure, above it, if there are labels; each once."""
     entries = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
+    if entries:
+        figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=4)
 
 
 def colour(row: str) -> str:
