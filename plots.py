@@ -8,7 +8,7 @@
     python plots.py --table RUN ...    one line a run
     python plots.py --samples RUN ...  rollouts to read, of the start, middle and end of training
 
-One function a figure; numbers and titles of figures are the paper's. The values come from study/logs.py, the study's
+Numbers of figures are the paper's: PAPER_FIGURES says what draws which. The values come from study/logs.py, the study's
 own figures from study/figures.py, tables and samples from study/tables.py.
 """
 
@@ -98,8 +98,8 @@ def bin_ticks(ax, bins: int) -> None:
 # ------------------------------------------------------------------------------------------------ the paper's figures
 
 
-def figure_of(models: Models, needed: tuple[str, ...], columns: int, panels: Callable, **kwargs):
-    """A figure with a row of panels for each model, drawn by panels(axes, name, mode -> runs).
+def panels(models: Models, columns: int, *needed: str, **kwargs):
+    """A figure of one row of panels for each model: (figure, (axes, name, mode -> runs) of each row).
 
     Where a mode that is needed is missing, runs of both adversaries stand in for it and the name says so; a model that
     has neither is left out. Raises Missing when that is all of them.
@@ -112,32 +112,27 @@ def figure_of(models: Models, needed: tuple[str, ...], columns: int, panels: Cal
     if not found:
         raise Missing(f"there are no runs of mode {' and '.join(needed)}, nor of both")
     figure, axes = rows_of(found, columns, **kwargs)
-    for row, (name, modes) in zip(axes, found.items(), strict=True):
-        panels(row, name, modes)
-    legend(figure, *axes[0])
-    return figure
+    return figure, zip(axes, found.keys(), found.values(), strict=True)
 
 
 def figure_1(models: Models):
     """Benchmarks by method; tail-average weights of Prompt-GDRO; tail-average rollouts of Rollout-GDRO."""
-    return figure_of(models, ("prompt", "rollout"), 3, tail_averages, height=2.1,
-                     gridspec_kw={"width_ratios": [1.7, 1, 1]})
-
-
-def tail_averages(axes, name: str, modes: dict[str, list[Run]]) -> None:
-    left, centre, right = axes
-    benchmarks(left, name, {m: runs for m, runs in modes.items() if runs[0].mode == m})
-    prompt, rollout = modes["prompt"], modes["rollout"]
-    bars(centre, [tail(r.bins("weight")) for r in prompt], COLOURS["prompt"], start=1)
-    centre.axhline(1, color=COLOURS["uniform"], linestyle="--", label="uniform")
-    centre.set_yscale("log")
-    centre.yaxis.set_major_formatter("{x:g}")
-    centre.set(title="Prompt-GDRO", ylabel="weight, tail average")
-    bars(right, [tail(r.bins("rollouts")) for r in rollout], COLOURS["rollout"])
-    right.axhline(rollout[0].n_bar, color=COLOURS["uniform"], linestyle="--", label="uniform")
-    right.set(title="Rollout-GDRO", ylabel="rollouts, tail average")
-    for ax, run in ((centre, prompt[0]), (right, rollout[0])):
-        bin_ticks(ax, len(run.share[0]))
+    figure, rows = panels(models, 3, "prompt", "rollout", height=2.1, gridspec_kw={"width_ratios": [1.7, 1, 1]})
+    for (left, centre, right), name, modes in rows:
+        benchmarks(left, name, {m: runs for m, runs in modes.items() if runs[0].mode == m})
+        prompt, rollout = modes["prompt"], modes["rollout"]
+        bars(centre, [tail(r.bins("weight")) for r in prompt], COLOURS["prompt"], start=1)
+        centre.axhline(1, color=COLOURS["uniform"], linestyle="--", label="uniform")
+        centre.set_yscale("log")
+        centre.yaxis.set_major_formatter("{x:g}")
+        centre.set(title="Prompt-GDRO", ylabel="weight, tail average")
+        bars(right, [tail(r.bins("rollouts")) for r in rollout], COLOURS["rollout"])
+        right.axhline(rollout[0].n_bar, color=COLOURS["uniform"], linestyle="--", label="uniform")
+        right.set(title="Rollout-GDRO", ylabel="rollouts, tail average")
+        for ax, run in ((centre, prompt[0]), (right, rollout[0])):
+            bin_ticks(ax, len(run.share[0]))
+    legend(figure)
+    return figure
 
 
 def benchmarks(ax, name: str, modes: dict[str, list[Run]]) -> None:
@@ -167,49 +162,45 @@ def bars(ax, values: list[np.ndarray], colour: str, start: float = 0) -> None:
         ax.plot(np.tile(range(len(mean)), len(values)), stack.ravel(), ".", color="black", markersize=2)
 
 
-def maps(axes, name: str, run: Run, shown: dict[str, str]) -> None:
-    """Maps of step by bin. shown: title -> key of the log's bins."""
-    for ax, (title, key) in zip(axes, shown.items(), strict=True):
-        heatmap(ax, run, key)
-        ax.set(title=title, xlabel="step (hatched: bin absent)")
-    axes[0].set(title=f"{name}\n{next(iter(shown))}, seed {run.seed}", ylabel="bin (0 = hardest)")
+def maps(models: Models, mode: str, shown: dict[str, str]):
+    """Maps of step by bin, of the first seed of each model. shown: title -> key of the log's bins."""
+    figure, rows = panels(models, len(shown), mode)
+    for axes, name, modes in rows:
+        run = modes[mode][0]
+        for ax, (title, key) in zip(axes, shown.items(), strict=True):
+            heatmap(ax, run, key)
+            ax.set(title=title, xlabel="step (hatched: bin absent)")
+        axes[0].set(title=f"{name}\n{next(iter(shown))}, seed {run.seed}", ylabel="bin (0 = hardest)")
+    return figure
 
 
-def figure_3(models: Models):
-    """Prompt share, adversary weight and realised reward, step by bin, of the first seed."""
-    shown = {"prompt share": "share", "adversary weight": "weight", "realised reward": "reward"}
-    return figure_of(models, ("prompt",), 3, lambda axes, name, modes: maps(axes, name, modes["prompt"][0], shown))
-
-
-def dynamics(axes, name: str, runs: list[Run], acted: list[np.ndarray], what: str, colour: str) -> None:
-    """Mean bin, mass in easy bins and entropy, of the prompts and of what an adversary made of them, (T, B) a run."""
-    for values, label, shade in (([r.share for r in runs], "prompts", COLOURS["grpo"]), (acted, what, colour)):
-        band(axes[0], runs, [logs.mean_bin(v) for v in values], shade, label)
-        for low, style in ((3, "-"), (8, "--")):
-            band(axes[1], runs, [logs.mass_from(v, low) for v in values], shade, "", style)
-        band(axes[2], runs, [logs.entropy(v) for v in values], shade, label)
-    bins = len(runs[0].share[0])
-    axes[2].axhline(np.log(bins), color=COLOURS["uniform"], linestyle=":", label="uniform over bins")
-    axes[0].set(title=f"{name}\nmean bin", xlabel="step", ylabel="bin (0 = hardest)")
-    axes[1].set(title="bins >= 3 (solid), >= 8 (dashed)", xlabel="step", ylabel="mass")
-    axes[2].set(title="entropy", xlabel="step", ylabel="nats")
-
-
-def figure_4(models: Models):
-    """Dynamics of Prompt-GDRO: where the prompts are and where the weights, normalised over bins."""
-    def panels(axes, name: str, modes: dict[str, list[Run]]) -> None:
-        runs = modes["prompt"]
-        dynamics(axes, name, runs, [r.series("bins", "weight") for r in runs], "weights", COLOURS["prompt"])
-
-    return figure_of(models, ("prompt",), 3, panels)
+def dynamics(models: Models, mode: str, what: str, acted: Callable[[Run], np.ndarray]):
+    """Mean bin, mass in easy bins and entropy, of the prompts and of what an adversary made of them, (T, B)."""
+    figure, rows = panels(models, 3, mode)
+    for axes, name, modes in rows:
+        runs = modes[mode]
+        for values, colour, label in (([r.share for r in runs], COLOURS["grpo"], "prompts"),
+                                      ([acted(r) for r in runs], COLOURS[mode], what)):
+            band(axes[0], runs, [logs.mean_bin(v) for v in values], colour, label)
+            for low, style in ((3, "-"), (8, "--")):
+                band(axes[1], runs, [logs.mass_from(v, low) for v in values], colour, "", style)
+            band(axes[2], runs, [logs.entropy(v) for v in values], colour, label)
+        bins = len(runs[0].share[0])
+        axes[2].axhline(np.log(bins), color=COLOURS["uniform"], linestyle=":", label="uniform over bins")
+        axes[0].set(title=f"{name}\nmean bin", xlabel="step", ylabel="bin (0 = hardest)")
+        axes[1].set(title="bins >= 3 (solid), >= 8 (dashed)", xlabel="step", ylabel="mass")
+        axes[2].set(title="entropy", xlabel="step", ylabel="nats")
+    legend(figure)
+    return figure
 
 
 def stage_bars(models: Models, mode: str, shown: dict[str, tuple[str, Callable[[Run], np.ndarray]]]):
     """Bars by bin at four stages: label -> (colour, values of a run, (T, B)). A stage is the mean over seeds and the
     steps around it, a twentieth of the run each way: a single batch is too noisy."""
-    def panels(axes, name: str, modes: dict[str, list[Run]]) -> None:
-        runs, width = modes[mode], 0.8 / len(shown)
-        steps = len(runs[0].log)
+    figure, rows = panels(models, 4, mode, height=1.5, sharey="row")
+    width = 0.8 / len(shown)
+    for axes, name, modes in rows:
+        runs, steps = modes[mode], len(modes[mode][0].log)
         for ax, at in zip(axes, stages(steps), strict=False):
             around = slice(max(0, at - steps // 20), at + steps // 20 + 1)
             share = np.concatenate([r.share[around] for r in runs]).mean(axis=0)
@@ -220,60 +211,51 @@ def stage_bars(models: Models, mode: str, shown: dict[str, tuple[str, Callable[[
             ax.set(title=f"step {runs[0].steps[at]}")
             bin_ticks(ax, len(share))
         axes[0].set(title=f"{name}\nstep {runs[0].steps[0]}", ylabel="share of the batch")
-
-    return figure_of(models, (mode,), 4, panels, height=1.5, sharey="row")
-
-
-def figure_5(models: Models):
-    """Prompt share over bins at four stages."""
-    return stage_bars(models, "prompt", {"prompts": (COLOURS["prompt"], lambda r: r.share)})
+    legend(figure)
+    return figure
 
 
 def figure_6(models: Models):
     """Left: lead-lag gap (32) of Prompt-GDRO. Right: weighted standard error (33) of Rollout-GDRO against uniform."""
-    return figure_of(models, ("prompt", "rollout"), 2, gap_and_error)
-
-
-def gap_and_error(axes, name: str, modes: dict[str, list[Run]]) -> None:
-    left, right = axes
-    runs = modes["prompt"]
-    gap = [logs.lead_lag(r.series("bins", "weight"), r.share) for r in runs]
-    even = [logs.lead_lag(np.ones_like(x), x) for x in (r.share for r in runs)]
-    band(left, runs, gap, COLOURS["prompt"], "Prompt-GDRO")
-    band(left, runs, even, COLOURS["uniform"], "uniform", "--", spread=False)
-    left.set(title=f"{name}\nlead-lag (32)", xlabel="step", ylabel="bins (lower: on harder ones)")
-    runs = modes["rollout"]
-    sigma, n_bar = logs.bin_sigma(runs), runs[0].n_bar
-    share = [r.share for r in runs]
-    law = [np.maximum(logs.square_root_law(q, sigma, n_bar), 1e-9) for q in share]
-    choices = (("uniform", "uniform", [np.full_like(q, n_bar) for q in share], "--"),
-               ("rollout", "Rollout-GDRO", [r.bins("rollouts") for r in runs], "-"),
-               ("law", "square-root law (30), best for (28)", law, ":"))
-    for key, label, rollouts, style in choices:
-        values = [logs.wse(q, np.nan_to_num(sigma), n) for q, n in zip(share, rollouts, strict=True)]
-        band(right, runs, values, COLOURS[key], label, style, spread=key == "rollout")
-    right.set(title="weighted standard error (33)", xlabel="step", ylabel="reward units")
-
-
-def figure_7(models: Models):
-    """Prompt share beside rollouts per prompt, step by bin, of the first seed."""
-    shown = {"prompt share": "share", "rollouts per prompt": "rollouts"}
-    return figure_of(models, ("rollout",), 2, lambda axes, name, modes: maps(axes, name, modes["rollout"][0], shown))
-
-
-def figure_8(models: Models):
-    """Dynamics of Rollout-GDRO: where the prompts are and where the rollouts."""
-    def panels(axes, name: str, modes: dict[str, list[Run]]) -> None:
+    figure, rows = panels(models, 2, "prompt", "rollout")
+    for (left, right), name, modes in rows:
+        runs = modes["prompt"]
+        gap = [logs.lead_lag(r.series("bins", "weight"), r.share) for r in runs]
+        even = [logs.lead_lag(np.ones_like(x), x) for x in (r.share for r in runs)]
+        band(left, runs, gap, COLOURS["prompt"], "Prompt-GDRO")
+        band(left, runs, even, COLOURS["uniform"], "uniform", "--", spread=False)
+        left.set(title=f"{name}\nlead-lag (32)", xlabel="step", ylabel="bins (lower: on harder ones)")
         runs = modes["rollout"]
-        dynamics(axes, name, runs, [logs.budget_share(r) for r in runs], "rollouts", COLOURS["rollout"])
+        sigma, n_bar = logs.bin_sigma(runs), runs[0].n_bar
+        share = [r.share for r in runs]
+        law = [np.maximum(logs.square_root_law(q, sigma, n_bar), 1e-9) for q in share]
+        choices = (("uniform", "uniform", [np.full_like(q, n_bar) for q in share], "--"),
+                   ("rollout", "Rollout-GDRO", [r.bins("rollouts") for r in runs], "-"),
+                   ("law", "square-root law (30), best for (28)", law, ":"))
+        for key, label, rollouts, style in choices:
+            values = [logs.wse(q, np.nan_to_num(sigma), n) for q, n in zip(share, rollouts, strict=True)]
+            band(right, runs, values, COLOURS[key], label, style, spread=key == "rollout")
+        right.set(title="weighted standard error (33)", xlabel="step", ylabel="reward units")
+    legend(figure)
+    return figure
 
-    return figure_of(models, ("rollout",), 3, panels)
 
+PAPER_FIGURES: dict[str, Callable] = {
+    "1": figure_1,
+    "3": lambda models: maps(models, "prompt", {"prompt share": "share", "adversary weight": "weight",
+                                                "realised reward": "reward"}),
+    # where the prompts are and where the weights, normalised over bins
+    "4": lambda models: dynamics(models, "prompt", "weights", lambda r: r.series("bins", "weight")),
+    "5": lambda models: stage_bars(models, "prompt", {"prompts": (COLOURS["prompt"], lambda r: r.share)}),
+    "6": figure_6,
+    "7": lambda models: maps(models, "rollout", {"prompt share": "share", "rollouts per prompt": "rollouts"}),
+    # where the prompts are and where the rollouts
+    "8": lambda models: dynamics(models, "rollout", "rollouts", logs.budget_share),
+    "9": lambda models: stage_bars(models, "rollout", {"prompts": (COLOURS["grpo"], lambda r: r.share),
+                                                       "rollouts": (COLOURS["rollout"], logs.budget_share)}),
+}
 
-def figure_9(models: Models):
-    """Prompt share against rollout-budget share by bin at four stages."""
-    return stage_bars(models, "rollout", {"prompts": (COLOURS["grpo"], lambda r: r.share),
-                                          "rollouts": (COLOURS["rollout"], logs.budget_share)})
+# ------------------------------------------------------------------------------------------------ any run
 
 
 def figure_overview(run: Run):
@@ -295,10 +277,6 @@ def figure_overview(run: Run):
 
 
 # ------------------------------------------------------------------------------------------------ the command
-
-PAPER_FIGURES = {"1": figure_1, "3": figure_3, "4": figure_4, "5": figure_5, "6": figure_6, "7": figure_7,
-                 "8": figure_8, "9": figure_9}
-
 
 def save(figure, name: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
@@ -335,8 +313,6 @@ def main() -> None:
     args = parser.parse_args()
     if (args.live or args.samples) and not args.runs:
         parser.error(f"--{'live' if args.live else 'samples'} needs RUN, one or more run folders")
-    if args.runs and args.out and args.out.resolve() == FIGURES.resolve():
-        parser.error(f"--out {args.out} holds the study's figures; take another folder, or leave --out away")
     try:
         runs = [Run.load(folder) for folder in args.runs]
         own = FIGURES / (runs[0].name + f"+{len(runs) - 1}" * (len(runs) > 1)) if runs else FIGURES

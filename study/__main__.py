@@ -78,24 +78,20 @@ def comparison(chosen: list[Trial]) -> str:
     return markdown(["run", "pass@8, recorded", "again", "pass@1, recorded", "again", "equal bit for bit"], lines)
 
 
-def rounded(x):
-    """JSON values with floats of DIGITS significant digits."""
-    if isinstance(x, dict):
-        return {k: rounded(v) for k, v in x.items()}
-    if isinstance(x, list):
-        return [rounded(v) for v in x]
-    return float(f"{x:.{DIGITS}g}") if isinstance(x, float) else x
+def rounded(number: str) -> float:
+    """Of a number with a fraction in JSON, its DIGITS significant digits."""
+    return float(f"{float(number):.{DIGITS}g}")
 
 
-def keep(folder: Path, seconds: float | None = None) -> None:
+def keep(folder: Path, seconds: float) -> None:
     """Adds a complete run folder, named ROW-RATE-BASE, to the file of its row, or replaces it there. The same runs give
     the same bytes, in whatever order they came."""
     config, evaluations = (json.loads((folder / name).read_text()) for name in ("config.json", "eval.json"))
     if evaluations[-1]["step"] < config["steps"]:
         raise ValueError(f"{folder} is not complete: its last evaluation is of step {evaluations[-1]['step']}")
-    if seconds is not None:
-        config["seconds"] = round(seconds, 1)
-    log = [rounded(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines() if line]
+    config["seconds"] = round(seconds, 1)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    log = [json.loads(line, parse_float=rounded) for line in lines]
     for line in log:
         line["seconds"] = {"total": line["seconds"]["total"]}
     record = {"name": folder.name, "config": config, "log": log, "evaluations": evaluations}

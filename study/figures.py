@@ -4,7 +4,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from study.logs import Missing, Run, Sweep, headline, interval, mean_success, paired
+from study.logs import Run, Sweep, headline, interval, mean_success, paired
 from study.rows import ASKED_AGAIN, FRESH, LONGER, PARTS, written
 
 matplotlib.use("Agg")
@@ -28,11 +28,11 @@ def rows_of(subjects, columns: int, *, height: float = 1.9, **kwargs):
     return plt.subplots(len(subjects), columns, figsize=(PAGE, height * len(subjects) + 0.35), squeeze=False, **kwargs)
 
 
-def legend(figure, *axes) -> None:
-    """One legend for the whole figure, above it, if there are labels; each once."""
-    entries = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    if entries:
-        figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=4)
+def legend(figure) -> None:
+    """One legend for the whole figure, above it; each label once."""
+    entries = {label: handle for ax in figure.axes
+               for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=4)
 
 
 def colour(row: str) -> str:
@@ -46,19 +46,15 @@ def figure_outcomes(tasks: dict[str, Rows]):
     found = {}  # title -> the row, its differences by task
     for row in (row for part in ("The arena", ASKED_AGAIN, FRESH) for row in PARTS[part]):
         values = [paired(rows.get(row.name, []), rows.get(row.against, []), headline) for rows in tasks.values()]
-        if row.name != row.against and max(map(len, values)) > 1:
+        if row.name != row.against and min(map(len, values)) > 1:
             found[f"{row.name} - {row.against}"] = row.name, values
-    if not found:
-        raise Missing("no two rows of results/study have two bases in common")
     figure, axes = plt.subplots(1, len(tasks), figsize=(PAGE, 0.16 * len(found) + 0.9), squeeze=False, sharey=True)
     for i, (ax, task) in enumerate(zip(axes[0], tasks, strict=True)):
         for y, (row, by_task) in enumerate(found.values()):
-            if not len(by_task[i]):
-                continue
             mean, low, high = interval(by_task[i])
             ax.plot(by_task[i], np.full(len(by_task[i]), y), "|", color=colour(row), alpha=0.5, markersize=5)
-            ax.errorbar(mean, y, xerr=None if np.isnan(low) else [[mean - low], [high - mean]], fmt="o",
-                        color=colour(row), markersize=3.5, elinewidth=1.2)
+            ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=colour(row), markersize=3.5,
+                        elinewidth=1.2)
         ax.axvline(0, color=COLOURS["uniform"], linewidth=0.8)
         ax.set(title=task, xlabel="pass@8, points")
         ax.set_yticks(range(len(found)), list(found))
@@ -96,19 +92,15 @@ def figure_rates(tasks: dict[str, dict[str, Sweep]]):
         ax.set_xticks(rates, [written(r) for r in rates])
         ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         ax.set(title=task, xlabel="learning rate", ylabel="pass@8, %" if ax is axes[0, 0] else "")
-    legend(figure, *axes[0])
+    legend(figure)
     return figure
 
 
 def figure_curves(tasks: dict[str, Rows]):
     """Longer training: pass@8 and mean@16 against the step, on the bases that all rows have."""
-    names = [row.name for row in PARTS[LONGER]]
-    tasks = {task: rows for task, rows in tasks.items() if rows.keys() & set(names)}
-    if not tasks:
-        raise Missing(f"results/study has no run of the part {LONGER!r}")
     figure, axes = rows_of(tasks, 2, height=2.2)
     for row, (task, rows) in zip(axes, tasks.items(), strict=True):
-        runs = {name: rows[name] for name in names if name in rows}
+        runs = {name: rows[name] for name in (row.name for row in PARTS[LONGER]) if name in rows}
         bases = set.intersection(*({r.seed for r in group} for group in runs.values()))
         for ax, figure_of, label in zip(row, (headline, mean_success), ("pass@8", "mean@16"), strict=True):
             lines_and_errors(ax, {name: (
@@ -116,7 +108,7 @@ def figure_curves(tasks: dict[str, Rows]):
                 100 * np.array([[figure_of(e) for e in r.evaluations] for r in group if r.seed in bases]))
                 for name, group in runs.items()})
             ax.set(title=f"{task}: {label}", xlabel="step", ylabel="%")
-    legend(figure, axes[0, 0])
+    legend(figure)
     return figure
 
 
