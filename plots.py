@@ -33,25 +33,21 @@ FIGURES = Path(__file__).parent / "figures"
 # ------------------------------------------------------------------------------------------------ runs
 
 Models = dict[str, dict[str, list[Run]]]  # what was trained on what, and the rule -> mode -> its runs by seed
-COMPARABLE = {"loaded", "steps", "prompts_per_step", "rollouts_per_prompt", "eval_rollouts", "eval_temperature",
-              "eval_top_p", "eval_top_k"}
 OF_A_RUN = {"preset", "seed", "environment", "resumed", "seconds"}  # settings that runs of one mode may differ in
 
 
 def by_model(runs: list[Run]) -> Models:
-    """Groups runs; raises ValueError when runs of one model and mode differ in more than the seed, or modes of one
-    model in what was loaded, in the number of rollouts or in how they were evaluated."""
+    """Groups runs; raises ValueError when runs of one model and mode differ in more than the seed."""
     models: Models = {}
     for run in sorted(runs, key=lambda r: r.seed):
         rule = run.config["rule"]
         modes = models.setdefault(run.subject if rule == "grpo" else f"{run.subject}, {rule}", {})
         modes.setdefault(run.mode, []).append(run)
-        first, alike = next(iter(modes.values()))[0], modes[run.mode][0]
-        for other, keys in ((alike, run.config.keys() - OF_A_RUN), (first, COMPARABLE)):
-            differing = [k for k in sorted(keys) if run.config.get(k) != other.config.get(k)]
-            if differing:
-                raise ValueError(f"{run.subject}: {other.name} and {run.name} differ in {', '.join(differing)}; "
-                                 "figures take runs that differ in seed and mode, --table RUN ... takes any")
+        first = modes[run.mode][0]
+        differing = [k for k in sorted(run.config.keys() - OF_A_RUN) if run.config[k] != first.config.get(k)]
+        if differing:
+            raise ValueError(f"{run.subject}: {first.name} and {run.name} differ in {', '.join(differing)}; "
+                             "figures take runs that differ in seed and mode, --table RUN ... takes any")
     return models
 
 

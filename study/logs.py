@@ -213,8 +213,8 @@ def square_root_law(share_TB: np.ndarray, sigma_B: np.ndarray, n_bar: float) -> 
 
 
 def interval(x_S: np.ndarray) -> tuple[float, float, float]:
-    """Mean over seeds and its 95% t-interval; without an interval (NaN) for one seed."""
-    low, high = ttest_1samp(x_S, 0).confidence_interval() if len(x_S) > 1 else (np.nan, np.nan)
+    """Mean over two seeds or more and its 95% t-interval."""
+    low, high = ttest_1samp(x_S, 0).confidence_interval()
     return float(np.mean(x_S)), float(low), float(high)
 
 

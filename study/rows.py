@@ -107,13 +107,10 @@ class Trial:
     def name(self) -> str:
         return f"{self.task}/{self.row.name}-{written(self.rate)}-{self.base}"
 
-    @property
-    def model(self) -> str:
-        return f"{self.task}:{self.base}" + (f":{self.row.disguised}" if self.row.disguised != "1" else "")
-
     def settings(self) -> dict[str, object]:
         """What differs from the task's preset."""
-        return {**COMMON, "model": self.model, "learning_rate": written(self.rate), **self.row.flags, "seed": self.base}
+        model = f"{self.task}:{self.base}" + (f":{self.row.disguised}" if self.row.disguised != "1" else "")
+        return {**COMMON, "model": model, "learning_rate": written(self.rate), **self.row.flags, "seed": self.base}
 
     def command(self, folder: Path) -> list[str]:
         """What trains it into `folder`, or goes on there."""

@@ -62,11 +62,10 @@ def pooled(pairs: Iterable[Pair], figure: Callable[[dict], float] = headline) ->
 
 
 def spread(values: np.ndarray) -> str:
-    """Mean and 95% interval: +8.2 [+5.2, +11.1]; empty for no values."""
-    if not len(values):
+    """Mean and 95% interval: +8.2 [+5.2, +11.1]; empty for fewer than two values."""
+    if len(values) < 2:
         return ""
-    mean, low, high = logs.interval(values)
-    return f"{mean:+.1f}" if len(values) < 2 else f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*logs.interval(values))
 
 
 def percent(values: Iterable[float]) -> str:
@@ -196,7 +195,7 @@ def sample_page(folder: Path) -> str:
 
 
 def sample_text(sample: dict) -> str:
-    """One rollout: verdict, numbers, then the texts; of an answer none if none was found."""
+    """One rollout: verdict, numbers, then the texts; what is null is left out."""
     numbers = ", ".join(f"{key} {sample[key]:.3g}" for key in ("reward", "bin", "n", "weight", "factor"))
     verdict = ("right" if sample["right"] else "wrong") + ", cut at the length limit" * sample["truncated"]
     page = f"**{visible(sample['id'])}: {verdict}** ({numbers})\n"
