@@ -24,7 +24,7 @@ import numpy as np
 
 from metrics import headline_k
 from study import figures, logs
-from study.figures import COLOURS, PAGE, legend, rows_of
+from study.figures import COLOURS, PAGE, rows_of
 from study.logs import MODES, Missing, Run, headline, stages, tail
 from study.tables import run_table, sample_page, tables
 
@@ -69,7 +69,7 @@ def heatmap(ax, run: Run, key: str) -> None:
     """What the log has of bins under `key`: steps to the right, bins upwards (hardest at the bottom); hatched where the
     bin is absent. Weights and rollouts are on a logarithmic scale, white where they are uniform."""
     x_TB, steps = run.bins(key), run.steps
-    uniform = {"weight": 1.0, "rollouts": run.n_bar}.get(key)
+    uniform = {"weight": 1.0, "rollouts": run.config["rollouts_per_prompt"]}.get(key)
     if uniform:
         reach = max(float(np.nanmax(np.abs(np.log2(x_TB / uniform)))), 0.1)
         norm, colours = matplotlib.colors.LogNorm(uniform * 2**-reach, uniform * 2**reach), "RdBu_r"
@@ -117,17 +117,17 @@ def figure_1(models: Models):
     for (left, centre, right), name, modes in rows:
         benchmarks(left, name, {m: runs for m, runs in modes.items() if runs[0].mode == m})
         prompt, rollout = modes["prompt"], modes["rollout"]
+        n_bar = rollout[0].config["rollouts_per_prompt"]
         bars(centre, [tail(r.bins("weight")) for r in prompt], COLOURS["prompt"], start=1)
         centre.axhline(1, color=COLOURS["uniform"], linestyle="--", label="uniform")
         centre.set_yscale("log")
         centre.yaxis.set_major_formatter("{x:g}")
         centre.set(title="Prompt-GDRO", ylabel="weight, tail average")
         bars(right, [tail(r.bins("rollouts")) for r in rollout], COLOURS["rollout"])
-        right.axhline(rollout[0].n_bar, color=COLOURS["uniform"], linestyle="--", label="uniform")
+        right.axhline(n_bar, color=COLOURS["uniform"], linestyle="--", label="uniform")
         right.set(title="Rollout-GDRO", ylabel="rollouts, tail average")
         for ax, run in ((centre, prompt[0]), (right, rollout[0])):
             bin_ticks(ax, len(run.share[0]))
-    legend(figure)
     return figure
 
 
@@ -186,7 +186,6 @@ def dynamics(models: Models, mode: str, what: str, acted: Callable[[Run], np.nda
         axes[0].set(title=f"{name}\nmean bin", xlabel="step", ylabel="bin (0 = hardest)")
         axes[1].set(title="bins >= 3 (solid), >= 8 (dashed)", xlabel="step", ylabel="mass")
         axes[2].set(title="entropy", xlabel="step", ylabel="nats")
-    legend(figure)
     return figure
 
 
@@ -207,7 +206,6 @@ def stage_bars(models: Models, mode: str, shown: dict[str, tuple[str, Callable[[
             ax.set(title=f"step {runs[0].steps[at]}")
             bin_ticks(ax, len(share))
         axes[0].set(title=f"{name}\nstep {runs[0].steps[0]}", ylabel="share of the batch")
-    legend(figure)
     return figure
 
 
@@ -222,7 +220,7 @@ def figure_6(models: Models):
         band(left, runs, even, COLOURS["uniform"], "uniform", "--", spread=False)
         left.set(title=f"{name}\nlead-lag (32)", xlabel="step", ylabel="bins (lower: on harder ones)")
         runs = modes["rollout"]
-        sigma, n_bar = logs.bin_sigma(runs), runs[0].n_bar
+        sigma, n_bar = logs.bin_sigma(runs), runs[0].config["rollouts_per_prompt"]
         share = [r.share for r in runs]
         law = [np.maximum(logs.square_root_law(q, sigma, n_bar), 1e-9) for q in share]
         choices = (("uniform", "uniform", [np.full_like(q, n_bar) for q in share], "--"),
@@ -232,7 +230,6 @@ def figure_6(models: Models):
             values = [logs.wse(q, np.nan_to_num(sigma), n) for q, n in zip(share, rollouts, strict=True)]
             band(right, runs, values, COLOURS[key], label, style, spread=key == "rollout")
         right.set(title="weighted standard error (33)", xlabel="step", ylabel="reward units")
-    legend(figure)
     return figure
 
 
@@ -250,8 +247,6 @@ PAPER_FIGURES: dict[str, Callable] = {
     "9": lambda models: stage_bars(models, "rollout", {"prompts": (COLOURS["grpo"], lambda r: r.share),
                                                        "rollouts": (COLOURS["rollout"], logs.budget_share)}),
 }
-
-# ------------------------------------------------------------------------------------------------ any run
 
 
 def figure_overview(run: Run):
@@ -274,7 +269,13 @@ def figure_overview(run: Run):
 
 # ------------------------------------------------------------------------------------------------ the command
 
+
 def save(figure, name: str, folder: Path) -> None:
+    """With one legend above the whole figure, each label once."""
+    entries = {label: handle for ax in figure.axes
+               for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if entries:
+        figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=4)
     folder.mkdir(parents=True, exist_ok=True)
     for suffix in ("png", "pdf"):
         undated = {"CreationDate": None} if suffix == "pdf" else None  # the same logs, the same bytes
@@ -283,17 +284,14 @@ def save(figure, name: str, folder: Path) -> None:
     print(folder / f"{name}.png")
 
 
-def draw(functions: dict[str, Callable], data, folder: Path) -> bool:
-    """Draws what the logs have data for, and says of the rest what is missing; False if any is."""
-    complete = True
+def draw(functions: dict[str, Callable], data, folder: Path) -> None:
+    """Draws what the logs have data for, and says of the rest what is missing."""
     for name, function in functions.items():
         try:
             save(function(data), f"figure_{name}", folder)
         except Missing as missing:
             plt.close("all")
             print(f"figure {name} left out: {missing}", file=sys.stderr)
-            complete = False
-    return complete
 
 
 def main() -> None:
@@ -320,11 +318,12 @@ def main() -> None:
             for run in runs:
                 save(figure_overview(run), f"overview_{run.name}", args.out or own)
         elif runs:
-            sys.exit(not draw(PAPER_FIGURES, by_model(runs), args.out or own))
+            draw(PAPER_FIGURES, by_model(runs), args.out or own)
         else:
             modes = {task: {m: rows[m] for m in MODES if m in rows} for task, rows in logs.study().items()}
-            sets = ((PAPER_FIGURES, modes), (figures.OF_ROWS, logs.study()), (figures.OF_SWEEPS, logs.sweeps()))
-            sys.exit(not all([draw(functions, data, args.out or own) for functions, data in sets]))
+            draw(PAPER_FIGURES, modes, args.out or own)
+            draw(figures.OF_ROWS, logs.study(), args.out or own)
+            draw(figures.OF_SWEEPS, logs.sweeps(), args.out or own)
     except ValueError as error:
         sys.exit(f"plots.py: {error}")
 

@@ -61,8 +61,6 @@ def keep(folder: Path, seconds: float) -> None:
     """Adds a complete run folder, named ROW-RATE-BASE, to the file of its row, or replaces it there. The same runs give
     the same bytes, in whatever order they came."""
     config, evaluations = (json.loads((folder / name).read_text()) for name in ("config.json", "eval.json"))
-    if evaluations[-1]["step"] < config["steps"]:
-        raise ValueError(f"{folder} is not complete: its last evaluation is of step {evaluations[-1]['step']}")
     config["seconds"] = round(seconds, 1)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     log = [json.loads(line, parse_float=rounded) for line in lines]
@@ -106,9 +104,9 @@ def main() -> None:
     if not args.list:
         sys.exit(work([trial for trial in chosen if not recorded(trial)], args.jobs))
     for trial in chosen:
-        line, flags = recorded(trial), {"preset": trial.task, **trial.settings()}
+        line = recorded(trial)
         ended = Evaluation.from_json(Run(**json.loads(line)).last()).line() if line else "missing"
-        print(f"{trial.name}: {ended}\n    python train.py", *(f"--{k} {v}" for k, v in flags.items()))
+        print(f"{trial.name}: {ended}\n    python train.py", *trial.flags())
 
 
 if __name__ == "__main__":

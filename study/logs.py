@@ -65,10 +65,6 @@ class Run:
         return np.array([line["step"] for line in self.log])
 
     @property
-    def n_bar(self) -> float:
-        return self.config["rollouts_per_prompt"]
-
-    @property
     def share(self) -> np.ndarray:
         """Of a batch's prompts, by bin, (T, B): 0 where the bin is absent."""
         return self.series("bins", "share")
@@ -87,8 +83,6 @@ class Run:
         return np.array(values, float)
 
     def last(self) -> dict:
-        if not self.evaluations:
-            raise Missing(f"{self.name}: eval.json is missing or empty")
         return self.evaluations[-1]
 
 
@@ -138,8 +132,7 @@ def sweeps() -> dict[str, dict[str, Sweep]]:
 @functools.cache
 def study() -> dict[str, dict[str, list[Run]]]:
     """task -> row -> one run a base, by base, at its cross-fitted rate."""
-    fitted = {task: {row: cross_fitted(sweep) for row, sweep in rows.items()} for task, rows in sweeps().items()}
-    return {task: {row: runs for row, runs in rows.items() if runs} for task, rows in fitted.items()}
+    return {task: {row: cross_fitted(sweep) for row, sweep in rows.items()} for task, rows in sweeps().items()}
 
 
 # ------------------------------------------------------------------------------------------------ what is computed
@@ -243,11 +236,9 @@ def mean_success(evaluation: dict) -> float:
 
 def cross_fitted(sweep: Sweep) -> list[Run]:
     """Of each base its run at the rate whose headline is best in the mean over the OTHER bases, so that no base has a
-    say in what it reports. Of bases that have runs at every rate; with several rates and one base there is none."""
+    say in what it reports. Of bases that have runs at every rate."""
     at = {rate: {r.seed: r for r in runs} for rate, runs in sweep.items()}
     bases = sorted(set.intersection(*map(set, at.values())))
-    if len(at) > 1 and len(bases) == 1:
-        return []
 
     def elsewhere(rate: float, base: int) -> float:
         return sum(headline(run.last()) for other, run in at[rate].items() if other in bases and other != base)

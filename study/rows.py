@@ -107,16 +107,17 @@ class Trial:
     def name(self) -> str:
         return f"{self.task}/{self.row.name}-{written(self.rate)}-{self.base}"
 
-    def settings(self) -> dict[str, object]:
-        """What differs from the task's preset."""
+    def flags(self) -> list[str]:
+        """With which train.py is called, but for the folder."""
         model = f"{self.task}:{self.base}" + (f":{self.row.disguised}" if self.row.disguised != "1" else "")
-        return {**COMMON, "model": model, "learning_rate": written(self.rate), **self.row.flags, "seed": self.base}
+        settings = {"preset": self.task, **COMMON, "model": model, "learning_rate": written(self.rate),
+                    **self.row.flags, "seed": self.base}
+        return [str(x) for k, v in settings.items() for x in (f"--{k}", v)]
 
     def command(self, folder: Path) -> list[str]:
         """What trains it into `folder`, or goes on there."""
-        flags = [str(x) for k, v in {**self.settings(), "out_dir": folder}.items() for x in (f"--{k}", v)]
         resume = ["--resume"] if (folder / "config.json").exists() else []
-        return [sys.executable, str(HERE / "train.py"), "--preset", self.task, *flags, *resume]
+        return [sys.executable, str(HERE / "train.py"), *self.flags(), "--out_dir", str(folder), *resume]
 
 
 def trials(only: str = "") -> list[Trial]:

@@ -13,10 +13,8 @@ from study.logs import Missing, Run, headline, mean_success, study, sweeps
 from study.rows import BOTH_TASKS, PARTS, Row, written
 
 NOTE = """All {runs} runs took {hours:.0f} hours in sum, one thread each. Figures are of the end of training, in
-percent, on 600 held-out problems answered 16 times each at temperature 1 without truncation; pass@1 is the mean over
-the 16. The unit is a base model: differences are in points, paired by base, the pairs of both tasks together where no
-task is named, with 95% t-intervals over pairs. A base reports at the learning rate that is best for its row in the mean
-over the other bases of its task."""
+percent, on 600 held-out problems answered 16 times each; differences in points, paired by base model, the pairs of both
+tasks together where no task is named, with 95% t-intervals over pairs. docs/study.md explains rows and rates."""
 RAREST = 3  # of the kinds of a task, which come from the most to the least often worked
 Pair = tuple[str, str]  # a row and the one that it is held against
 # What was asked before its rows ran, by table: is the first row of a pair better? Holm adjusts the p of a table.
@@ -39,7 +37,6 @@ README: dict[str, list[Pair]] = {
     "the paper's settings: Prompt-GDRO - GRPO": [("paper-prompt", "paper-grpo")],
     "the paper's settings: Rollout-GDRO - GRPO": [("paper-rollout", "paper-grpo")],
 }
-STAGES = 3  # of training that a page of samples shows
 
 
 def rarest_kinds(evaluation: dict) -> float:
@@ -147,10 +144,11 @@ def allocation_table() -> str:
     lines = []
     for task, row in ((task, row) for row in ("rollout", "rollout-variance") for task in BOTH_TASKS):
         runs = study()[task][row]
-        sigma = np.nan_to_num(logs.bin_sigma(runs))
-        error = [logs.wse(r.share, sigma, r.bins("rollouts")).sum()
-                 / logs.wse(r.share, sigma, np.full_like(r.share, r.n_bar)).sum() for r in runs]
-        lines.append({"row": f"{row}, {task}", "WSE (33)": f"{100 * (np.mean(error) - 1):+.1f}%"})
+        sigma, n_bar = np.nan_to_num(logs.bin_sigma(runs)), runs[0].config["rollouts_per_prompt"]
+        ours = [logs.wse(r.share, sigma, r.bins("rollouts")).sum() for r in runs]
+        even = [logs.wse(r.share, sigma, np.full_like(r.share, n_bar)).sum() for r in runs]
+        change = np.mean(np.divide(ours, even)) - 1
+        lines.append({"row": f"{row}, {task}", "WSE (33)": f"{100 * change:+.1f}%"})
     return table("Allocations", lines)
 
 
@@ -182,13 +180,13 @@ def run_table(runs: list[Run]) -> str:
 
 
 def sample_page(folder: Path) -> str:
-    """Rollouts of a run to read, of evenly spaced steps. Raises Missing for a run that has none."""
+    """Rollouts of a run to read, of its first, middle and last step. Raises Missing for a run that has none."""
     run, samples = Run.load(folder), logs.whole_lines(folder / "samples.jsonl")
     if not samples:
         raise Missing(f"{folder}: samples.jsonl is missing or empty; train.py writes it with the first step")
     steps = sorted({s["step"] for s in samples})
     page = [f"# {run.name}: {run.subject}, mode {run.mode}"]
-    for step in (steps[i] for i in logs.stages(len(steps), STAGES)):
+    for step in (steps[i] for i in logs.stages(len(steps), 3)):
         page.append(f"## step {step}, of 0 to {steps[-1]}")
         page += [sample_text(s) for s in samples if s["step"] == step]
     return "\n\n".join(page)
