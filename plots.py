@@ -8,7 +8,7 @@
     python plots.py --table RUN ...    one line a run
     python plots.py --samples RUN ...  rollouts to read, of the start, middle and end of training
 
-One function a figure; numbers and titles of figures are the paper's. The values come from study/logs.py, the study's
+Numbers of figures are the paper's: PAPER_FIGURES says what draws which. The values come from study/logs.py, the study's
 own figures from study/figures.py, tables and samples from study/tables.py.
 """
 
@@ -24,7 +24,7 @@ import numpy as np
 
 from metrics import headline_k
 from study import figures, logs
-from study.figures import COLOURS, PAGE, legend, rows_of
+from study.figures import COLOURS, PAGE, rows_of
 from study.logs import MODES, Missing, Run, headline, stages, tail
 from study.tables import run_table, sample_page, tables
 
@@ -33,45 +33,22 @@ FIGURES = Path(__file__).parent / "figures"
 # ------------------------------------------------------------------------------------------------ runs
 
 Models = dict[str, dict[str, list[Run]]]  # what was trained on what, and the rule -> mode -> its runs by seed
-COMPARABLE = {"loaded", "steps", "prompts_per_step", "rollouts_per_prompt", "eval_rollouts", "eval_temperature",
-              "eval_top_p", "eval_top_k"}
 OF_A_RUN = {"preset", "seed", "environment", "resumed", "seconds"}  # settings that runs of one mode may differ in
 
 
 def by_model(runs: list[Run]) -> Models:
-    """Groups runs; raises ValueError when runs of one model and mode differ in more than the seed, or modes of one
-    model in what was loaded, in the number of rollouts or in how they were evaluated."""
+    """Groups runs; raises ValueError when runs of one model and mode differ in more than the seed."""
     models: Models = {}
     for run in sorted(runs, key=lambda r: r.seed):
         rule = run.config["rule"]
         modes = models.setdefault(run.subject if rule == "grpo" else f"{run.subject}, {rule}", {})
-        group = modes.setdefault(run.mode, [])
-        if run.seed in [r.seed for r in group]:
-            raise ValueError(f"{run.subject}: two runs of mode {run.mode} have seed {run.seed}")
-        group.append(run)
-        first = next(iter(modes.values()))[0]
-        settings = run.config.keys() | group[0].config.keys()
-        for other, keys in ((group[0], settings - OF_A_RUN), (first, COMPARABLE)):
-            differing = [k for k in sorted(keys) if run.config.get(k) != other.config.get(k)]
-            if differing:
-                raise ValueError(f"{run.subject}: {other.name} and {run.name} differ in {', '.join(differing)}; "
-                                 "figures take runs that differ in seed and mode, --table RUN ... takes any")
+        modes.setdefault(run.mode, []).append(run)
+        first = modes[run.mode][0]
+        differing = [k for k in sorted(run.config.keys() - OF_A_RUN) if run.config[k] != first.config.get(k)]
+        if differing:
+            raise ValueError(f"{run.subject}: {first.name} and {run.name} differ in {', '.join(differing)}; "
+                             "figures take runs that differ in seed and mode, --table RUN ... takes any")
     return models
-
-
-def of_mode(models: Models, *modes: str) -> Models:
-    """The models that have runs of all these modes; where one is missing, runs of both adversaries stand in for it and
-    the name says so. A model that has neither is left out and named; raises Missing when that is all of them."""
-    found: Models = {}
-    for name, runs in models.items():
-        lacking = [m for m in modes if m not in runs]
-        if lacking and "both" not in runs:
-            print(f"{name} left out: no runs of mode {' and '.join(lacking)}, nor of both", file=sys.stderr)
-        else:
-            found[f"{name}, both" if lacking else name] = {**runs, **{m: runs["both"] for m in lacking}}
-    if not found:
-        raise Missing(f"there are no runs of mode {' and '.join(modes)}, nor of both")
-    return found
 
 
 # ------------------------------------------------------------------------------------------------ drawing
@@ -88,11 +65,11 @@ def band(ax, runs: list[Run], values: list[np.ndarray], colour: str, label: str,
         ax.fill_between(steps, stack.min(axis=0), stack.max(axis=0), color=colour, alpha=0.15, linewidth=0)
 
 
-def heatmap(figure, ax, run: Run, key: str) -> None:
+def heatmap(ax, run: Run, key: str) -> None:
     """What the log has of bins under `key`: steps to the right, bins upwards (hardest at the bottom); hatched where the
     bin is absent. Weights and rollouts are on a logarithmic scale, white where they are uniform."""
     x_TB, steps = run.bins(key), run.steps
-    uniform = {"weight": 1.0, "rollouts": run.n_bar}.get(key)
+    uniform = {"weight": 1.0, "rollouts": run.config["rollouts_per_prompt"]}.get(key)
     if uniform:
         reach = max(float(np.nanmax(np.abs(np.log2(x_TB / uniform)))), 0.1)
         norm, colours = matplotlib.colors.LogNorm(uniform * 2**-reach, uniform * 2**reach), "RdBu_r"
@@ -104,7 +81,7 @@ def heatmap(figure, ax, run: Run, key: str) -> None:
     image = ax.imshow(np.ma.masked_invalid(x_TB.T), aspect="auto", origin="lower", interpolation="nearest",
                       cmap=colours, norm=norm, extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, x_TB.shape[1] - 0.5))
     ax.set_yticks(range(0, x_TB.shape[1], max(1, x_TB.shape[1] // 5)))
-    bar = figure.colorbar(image, ax=ax, pad=0.02, ticks=ticks, format="{x:g}")
+    bar = ax.figure.colorbar(image, ax=ax, pad=0.02, ticks=ticks, format="{x:g}")
     bar.ax.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
 
 
@@ -117,24 +94,40 @@ def bin_ticks(ax, bins: int) -> None:
 # ------------------------------------------------------------------------------------------------ the paper's figures
 
 
+def panels(models: Models, columns: int, *needed: str, **kwargs):
+    """A figure of one row of panels for each model: (figure, (axes, name, mode -> runs) of each row).
+
+    Where a mode that is needed is missing, runs of both adversaries stand in for it and the name says so; a model that
+    has neither is left out. Raises Missing when that is all of them.
+    """
+    found: Models = {}
+    for name, modes in models.items():
+        lacking = [m for m in needed if m not in modes]
+        if not lacking or "both" in modes:
+            found[f"{name}, both" if lacking else name] = {**modes, **{m: modes["both"] for m in lacking}}
+    if not found:
+        raise Missing(f"there are no runs of mode {' and '.join(needed)}, nor of both")
+    figure, axes = rows_of(found, columns, **kwargs)
+    return figure, zip(axes, found.keys(), found.values(), strict=True)
+
+
 def figure_1(models: Models):
     """Benchmarks by method; tail-average weights of Prompt-GDRO; tail-average rollouts of Rollout-GDRO."""
-    models = of_mode(models, "prompt", "rollout")
-    figure, axes = rows_of(models, 3, height=2.1, gridspec_kw={"width_ratios": [1.7, 1, 1]})
-    for (left, centre, right), (name, modes) in zip(axes, models.items(), strict=True):
+    figure, rows = panels(models, 3, "prompt", "rollout", height=2.1, gridspec_kw={"width_ratios": [1.7, 1, 1]})
+    for (left, centre, right), name, modes in rows:
         benchmarks(left, name, {m: runs for m, runs in modes.items() if runs[0].mode == m})
         prompt, rollout = modes["prompt"], modes["rollout"]
+        n_bar = rollout[0].config["rollouts_per_prompt"]
         bars(centre, [tail(r.bins("weight")) for r in prompt], COLOURS["prompt"], start=1)
         centre.axhline(1, color=COLOURS["uniform"], linestyle="--", label="uniform")
         centre.set_yscale("log")
         centre.yaxis.set_major_formatter("{x:g}")
         centre.set(title="Prompt-GDRO", ylabel="weight, tail average")
         bars(right, [tail(r.bins("rollouts")) for r in rollout], COLOURS["rollout"])
-        right.axhline(rollout[0].n_bar, color=COLOURS["uniform"], linestyle="--", label="uniform")
+        right.axhline(n_bar, color=COLOURS["uniform"], linestyle="--", label="uniform")
         right.set(title="Rollout-GDRO", ylabel="rollouts, tail average")
         for ax, run in ((centre, prompt[0]), (right, rollout[0])):
             bin_ticks(ax, len(run.share[0]))
-    legend(figure, axes[0, 0], axes[0, 1], columns=5)
     return figure
 
 
@@ -167,130 +160,100 @@ def bars(ax, values: list[np.ndarray], colour: str, start: float = 0) -> None:
 
 def maps(models: Models, mode: str, shown: dict[str, str]):
     """Maps of step by bin, of the first seed of each model. shown: title -> key of the log's bins."""
-    models = of_mode(models, mode)
-    figure, axes = rows_of(models, len(shown))
-    for row, (name, modes) in zip(axes, models.items(), strict=True):
+    figure, rows = panels(models, len(shown), mode)
+    for axes, name, modes in rows:
         run = modes[mode][0]
-        for ax, (title, key) in zip(row, shown.items(), strict=True):
-            heatmap(figure, ax, run, key)
-            ax.set(title=title)
-        row[0].set(title=f"{name}\n{next(iter(shown))}, seed {run.seed}", ylabel="bin (0 = hardest)")
-    for ax in axes[-1]:
-        ax.set_xlabel("step (hatched: bin absent)")
+        for ax, (title, key) in zip(axes, shown.items(), strict=True):
+            heatmap(ax, run, key)
+            ax.set(title=title, xlabel="step (hatched: bin absent)")
+        axes[0].set(title=f"{name}\n{next(iter(shown))}, seed {run.seed}", ylabel="bin (0 = hardest)")
     return figure
 
 
-def figure_3(models: Models):
-    """Prompt share, adversary weight and realised reward, step by bin."""
-    return maps(models, "prompt", {"prompt share": "share", "adversary weight": "weight", "realised reward": "reward"})
-
-
-def dynamics(models: Models, mode: str, acted: Callable[[Run], np.ndarray], what: str):
+def dynamics(models: Models, mode: str, what: str, acted: Callable[[Run], np.ndarray]):
     """Mean bin, mass in easy bins and entropy, of the prompts and of what an adversary made of them, (T, B)."""
-    models = of_mode(models, mode)
-    figure, axes = rows_of(models, 3)
-    for row, (name, modes) in zip(axes, models.items(), strict=True):
+    figure, rows = panels(models, 3, mode)
+    for axes, name, modes in rows:
         runs = modes[mode]
         for values, colour, label in (([r.share for r in runs], COLOURS["grpo"], "prompts"),
                                       ([acted(r) for r in runs], COLOURS[mode], what)):
-            band(row[0], runs, [logs.mean_bin(v) for v in values], colour, label)
+            band(axes[0], runs, [logs.mean_bin(v) for v in values], colour, label)
             for low, style in ((3, "-"), (8, "--")):
-                band(row[1], runs, [logs.mass_from(v, low) for v in values], colour, "", style)
-            band(row[2], runs, [logs.entropy(v) for v in values], colour, label)
+                band(axes[1], runs, [logs.mass_from(v, low) for v in values], colour, "", style)
+            band(axes[2], runs, [logs.entropy(v) for v in values], colour, label)
         bins = len(runs[0].share[0])
-        row[2].axhline(np.log(bins), color=COLOURS["uniform"], linestyle=":", label="uniform over bins")
-        row[0].set(title=f"{name}\nmean bin", ylabel="bin (0 = hardest)")
-        row[1].set(title="bins >= 3 (solid), >= 8 (dashed)", ylabel="mass")
-        row[2].set(title="entropy", ylabel="nats")
-    for ax in axes[-1]:
-        ax.set_xlabel("step")
-    legend(figure, axes[0, 0], axes[0, 2])
+        axes[2].axhline(np.log(bins), color=COLOURS["uniform"], linestyle=":", label="uniform over bins")
+        axes[0].set(title=f"{name}\nmean bin", xlabel="step", ylabel="bin (0 = hardest)")
+        axes[1].set(title="bins >= 3 (solid), >= 8 (dashed)", xlabel="step", ylabel="mass")
+        axes[2].set(title="entropy", xlabel="step", ylabel="nats")
     return figure
-
-
-def figure_4(models: Models):
-    """Dynamics of Prompt-GDRO: where the prompts are and where the weights, normalised over bins."""
-    return dynamics(models, "prompt", lambda r: r.series("bins", "weight"), "weights")
 
 
 def stage_bars(models: Models, mode: str, shown: dict[str, tuple[str, Callable[[Run], np.ndarray]]]):
     """Bars by bin at four stages: label -> (colour, values of a run, (T, B)). A stage is the mean over seeds and the
     steps around it, a twentieth of the run each way: a single batch is too noisy."""
-    models = of_mode(models, mode)
-    figure, axes = rows_of(models, 4, height=1.5, sharey="row")
+    figure, rows = panels(models, 4, mode, height=1.5, sharey="row")
     width = 0.8 / len(shown)
-    for row, (name, modes) in zip(axes, models.items(), strict=True):
-        runs = modes[mode]
-        steps = len(runs[0].log)
-        for ax, at in zip(row, stages(steps), strict=False):
+    for axes, name, modes in rows:
+        runs, steps = modes[mode], len(modes[mode][0].log)
+        for ax, at in zip(axes, stages(steps), strict=False):
             around = slice(max(0, at - steps // 20), at + steps // 20 + 1)
             share = np.concatenate([r.share[around] for r in runs]).mean(axis=0)
             for i, (label, (colour, of)) in enumerate(shown.items()):
                 mean = np.concatenate([of(r)[around] for r in runs]).mean(axis=0)
                 places = np.arange(len(share)) + (i - (len(shown) - 1) / 2) * width
                 ax.bar(places, np.where(share > 0, mean, np.nan), width, color=colour, label=label)
-            ax.set(title=f"{name}\nstep {runs[0].steps[at]}" if ax is row[0] else f"step {runs[0].steps[at]}")
+            ax.set(title=f"step {runs[0].steps[at]}")
             bin_ticks(ax, len(share))
-        row[0].set_ylabel("share of the batch")
-    legend(figure, axes[0, 0])
+        axes[0].set(title=f"{name}\nstep {runs[0].steps[0]}", ylabel="share of the batch")
     return figure
-
-
-def figure_5(models: Models):
-    """Prompt share over bins at four stages."""
-    return stage_bars(models, "prompt", {"prompts": (COLOURS["prompt"], lambda r: r.share)})
 
 
 def figure_6(models: Models):
     """Left: lead-lag gap (32) of Prompt-GDRO. Right: weighted standard error (33) of Rollout-GDRO against uniform."""
-    models = of_mode(models, "prompt", "rollout")
-    figure, axes = rows_of(models, 2)
-    labels = {"uniform": "uniform", "rollout": "Rollout-GDRO", "law": "square-root law (30), best for (28)"}
-    for (left, right), (name, modes) in zip(axes, models.items(), strict=True):
+    figure, rows = panels(models, 2, "prompt", "rollout")
+    for (left, right), name, modes in rows:
         runs = modes["prompt"]
         gap = [logs.lead_lag(r.series("bins", "weight"), r.share) for r in runs]
         even = [logs.lead_lag(np.ones_like(x), x) for x in (r.share for r in runs)]
         band(left, runs, gap, COLOURS["prompt"], "Prompt-GDRO")
         band(left, runs, even, COLOURS["uniform"], "uniform", "--", spread=False)
-        left.set(title=f"{name}\nlead-lag (32)", ylabel="bins (lower: on harder ones)")
+        left.set(title=f"{name}\nlead-lag (32)", xlabel="step", ylabel="bins (lower: on harder ones)")
         runs = modes["rollout"]
-        sigma, n_bar = logs.bin_sigma(runs), runs[0].n_bar
+        sigma, n_bar = logs.bin_sigma(runs), runs[0].config["rollouts_per_prompt"]
         share = [r.share for r in runs]
-        choices = (("uniform", [np.full_like(q, n_bar) for q in share], "--"),
-                   ("rollout", [r.bins("rollouts") for r in runs], "-"),
-                   ("law", [np.maximum(logs.square_root_law(q, sigma, n_bar), 1e-9) for q in share], ":"))
-        for key, rollouts, style in choices:
+        law = [np.maximum(logs.square_root_law(q, sigma, n_bar), 1e-9) for q in share]
+        choices = (("uniform", "uniform", [np.full_like(q, n_bar) for q in share], "--"),
+                   ("rollout", "Rollout-GDRO", [r.bins("rollouts") for r in runs], "-"),
+                   ("law", "square-root law (30), best for (28)", law, ":"))
+        for key, label, rollouts, style in choices:
             values = [logs.wse(q, np.nan_to_num(sigma), n) for q, n in zip(share, rollouts, strict=True)]
-            band(right, runs, values, COLOURS[key], labels[key], style, spread=key == "rollout")
-        right.set(title="weighted standard error (33)", ylabel="reward units")
-    for ax in axes[-1]:
-        ax.set_xlabel("step")
-    legend(figure, axes[0, 0], axes[0, 1])
+            band(right, runs, values, COLOURS[key], label, style, spread=key == "rollout")
+        right.set(title="weighted standard error (33)", xlabel="step", ylabel="reward units")
     return figure
 
 
-def figure_7(models: Models):
-    """Prompt share beside rollouts per prompt, step by bin."""
-    return maps(models, "rollout", {"prompt share": "share", "rollouts per prompt": "rollouts"})
-
-
-def figure_8(models: Models):
-    """Dynamics of Rollout-GDRO: where the prompts are and where the rollouts."""
-    return dynamics(models, "rollout", logs.budget_share, "rollouts")
-
-
-def figure_9(models: Models):
-    """Prompt share against rollout-budget share by bin at four stages."""
-    return stage_bars(models, "rollout", {"prompts": (COLOURS["grpo"], lambda r: r.share),
-                                          "rollouts": (COLOURS["rollout"], logs.budget_share)})
+PAPER_FIGURES: dict[str, Callable] = {
+    "1": figure_1,
+    "3": lambda models: maps(models, "prompt", {"prompt share": "share", "adversary weight": "weight",
+                                                "realised reward": "reward"}),
+    # where the prompts are and where the weights, normalised over bins
+    "4": lambda models: dynamics(models, "prompt", "weights", lambda r: r.series("bins", "weight")),
+    "5": lambda models: stage_bars(models, "prompt", {"prompts": (COLOURS["prompt"], lambda r: r.share)}),
+    "6": figure_6,
+    "7": lambda models: maps(models, "rollout", {"prompt share": "share", "rollouts per prompt": "rollouts"}),
+    # where the prompts are and where the rollouts
+    "8": lambda models: dynamics(models, "rollout", "rollouts", logs.budget_share),
+    "9": lambda models: stage_bars(models, "rollout", {"prompts": (COLOURS["grpo"], lambda r: r.share),
+                                                       "rollouts": (COLOURS["rollout"], logs.budget_share)}),
+}
 
 
 def figure_overview(run: Run):
     """One run at a glance, finished or not. Of its reward it asks no more than to lie in [-1, 1]."""
-    figure, axes = plt.subplots(2, 3, figsize=(PAGE + 1, 4.4))
-    steps, colour = run.steps, COLOURS[run.mode]
-    (reward, by_bin, weight), (rollouts, price, seconds) = axes
-    reward.plot(steps, run.series("reward_mean"), color=colour)
+    figure, axes = plt.subplots(2, 2, figsize=(PAGE, 4.4))
+    reward, *by_bin = axes.flat
+    reward.plot(run.steps, run.series("reward_mean"), color=COLOURS[run.mode])
     if run.evaluations:
         right = reward.twinx()
         right.plot([e["step"] for e in run.evaluations], [100 * headline(e) for e in run.evaluations], "o",
@@ -298,33 +261,21 @@ def figure_overview(run: Run):
         right.set_ylabel(f"held-out pass@{headline_k(run.last()['rollouts'])}, % (dots)")
         right.spines["right"].set_visible(True)
     reward.set(title=f"{run.name}: {run.subject}\nreward", xlabel="step", ylabel="mean reward")
-    heatmap(figure, by_bin, run, "reward")
-    by_bin.set(title="reward by bin", xlabel="step", ylabel="bin (0 = hardest)")
-    heatmap(figure, weight, run, "weight")
-    weight.set(title="weight by bin", xlabel="step")
-    heatmap(figure, rollouts, run, "rollouts")
-    rollouts.set(title="rollouts by bin", xlabel="step", ylabel="bin (0 = hardest)")
-    price.plot(steps, run.series("shadow_price"), color=COLOURS["uniform"], linestyle="--", label="mu (21)")
-    price.plot(steps, run.series("shadow_price_dp"), color=colour, label="marginal value of the DP")
-    price.legend(loc="upper left", fontsize=6)
-    price.margins(y=0.4)
-    price.set(title="shadow price of a rollout", xlabel="step")
-    phases = [k for k in run.log[0]["seconds"] if k != "total"]
-    seconds.stackplot(steps, [run.series("seconds", k) for k in phases], labels=phases,
-                      colors=plt.get_cmap("cividis")(np.linspace(0, 1, len(phases))))
-    seconds.legend(ncols=3, fontsize=5, loc="upper left")
-    seconds.set_ylim(0, 1.5 * float(run.series("seconds", "total").max()))
-    seconds.set(title="time by phase", xlabel="step", ylabel="seconds a step")
+    for ax, key in zip(by_bin, ("reward", "weight", "rollouts"), strict=True):
+        heatmap(ax, run, key)
+        ax.set(title=f"{key} by bin", xlabel="step", ylabel="bin (0 = hardest)")
     return figure
 
 
 # ------------------------------------------------------------------------------------------------ the command
 
-PAPER_FIGURES = {"1": figure_1, "3": figure_3, "4": figure_4, "5": figure_5, "6": figure_6, "7": figure_7,
-                 "8": figure_8, "9": figure_9}
-
 
 def save(figure, name: str, folder: Path) -> None:
+    """With one legend above the whole figure, each label once."""
+    entries = {label: handle for ax in figure.axes
+               for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if entries:
+        figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=4)
     folder.mkdir(parents=True, exist_ok=True)
     for suffix in ("png", "pdf"):
         undated = {"CreationDate": None} if suffix == "pdf" else None  # the same logs, the same bytes
@@ -333,17 +284,14 @@ def save(figure, name: str, folder: Path) -> None:
     print(folder / f"{name}.png")
 
 
-def draw(functions: dict[str, Callable], data, folder: Path) -> bool:
-    """Draws what the logs have data for, and says of the rest what is missing; False if any is."""
-    complete = True
+def draw(functions: dict[str, Callable], data, folder: Path) -> None:
+    """Draws what the logs have data for, and says of the rest what is missing."""
     for name, function in functions.items():
         try:
             save(function(data), f"figure_{name}", folder)
         except Missing as missing:
             plt.close("all")
             print(f"figure {name} left out: {missing}", file=sys.stderr)
-            complete = False
-    return complete
 
 
 def main() -> None:
@@ -359,8 +307,6 @@ def main() -> None:
     args = parser.parse_args()
     if (args.live or args.samples) and not args.runs:
         parser.error(f"--{'live' if args.live else 'samples'} needs RUN, one or more run folders")
-    if args.runs and args.out and args.out.resolve() == FIGURES.resolve():
-        parser.error(f"--out {args.out} holds the study's figures; take another folder, or leave --out away")
     try:
         runs = [Run.load(folder) for folder in args.runs]
         own = FIGURES / (runs[0].name + f"+{len(runs) - 1}" * (len(runs) > 1)) if runs else FIGURES
@@ -372,11 +318,12 @@ def main() -> None:
             for run in runs:
                 save(figure_overview(run), f"overview_{run.name}", args.out or own)
         elif runs:
-            sys.exit(not draw(PAPER_FIGURES, by_model(runs), args.out or own))
+            draw(PAPER_FIGURES, by_model(runs), args.out or own)
         else:
             modes = {task: {m: rows[m] for m in MODES if m in rows} for task, rows in logs.study().items()}
-            sets = ((PAPER_FIGURES, modes), (figures.OF_ROWS, logs.study()), (figures.OF_SWEEPS, logs.sweeps()))
-            sys.exit(not all([draw(functions, data, args.out or own) for functions, data in sets]))
+            draw(PAPER_FIGURES, modes, args.out or own)
+            draw(figures.OF_ROWS, logs.study(), args.out or own)
+            draw(figures.OF_SWEEPS, logs.sweeps(), args.out or own)
     except ValueError as error:
         sys.exit(f"plots.py: {error}")
 

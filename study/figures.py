@@ -4,7 +4,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from study.logs import Missing, Run, Sweep, headline, interval, mean_success, paired
+from study.logs import Run, Sweep, headline, interval, mean_success, paired
 from study.rows import ASKED_AGAIN, FRESH, LONGER, PARTS, written
 
 matplotlib.use("Agg")
@@ -28,12 +28,6 @@ def rows_of(subjects, columns: int, *, height: float = 1.9, **kwargs):
     return plt.subplots(len(subjects), columns, figsize=(PAGE, height * len(subjects) + 0.35), squeeze=False, **kwargs)
 
 
-def legend(figure, *axes, columns: int = 4) -> None:
-    """One legend for the whole figure, above it; each label once."""
-    entries = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
-
-
 def colour(row: str) -> str:
     """Of a row of the arena, or of one that trains it longer or on fresh bases."""
     return ROW_COLOURS.get(row.removesuffix("-long").removesuffix("-300").removesuffix("-fresh"), COLOURS["uniform"])
@@ -45,19 +39,15 @@ def figure_outcomes(tasks: dict[str, Rows]):
     found = {}  # title -> the row, its differences by task
     for row in (row for part in ("The arena", ASKED_AGAIN, FRESH) for row in PARTS[part]):
         values = [paired(rows.get(row.name, []), rows.get(row.against, []), headline) for rows in tasks.values()]
-        if row.name != row.against and max(map(len, values)) > 1:
+        if row.name != row.against and min(map(len, values)) > 1:
             found[f"{row.name} - {row.against}"] = row.name, values
-    if not found:
-        raise Missing("no two rows of results/study have two bases in common")
     figure, axes = plt.subplots(1, len(tasks), figsize=(PAGE, 0.16 * len(found) + 0.9), squeeze=False, sharey=True)
     for i, (ax, task) in enumerate(zip(axes[0], tasks, strict=True)):
         for y, (row, by_task) in enumerate(found.values()):
-            if not len(by_task[i]):
-                continue
             mean, low, high = interval(by_task[i])
             ax.plot(by_task[i], np.full(len(by_task[i]), y), "|", color=colour(row), alpha=0.5, markersize=5)
-            ax.errorbar(mean, y, xerr=None if np.isnan(low) else [[mean - low], [high - mean]], fmt="o",
-                        color=colour(row), markersize=3.5, elinewidth=1.2)
+            ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=colour(row), markersize=3.5,
+                        elinewidth=1.2)
         ax.axvline(0, color=COLOURS["uniform"], linewidth=0.8)
         ax.set(title=task, xlabel="pass@8, points")
         ax.set_yticks(range(len(found)), list(found))
@@ -82,40 +72,31 @@ def lines_and_errors(ax, found: dict[str, tuple[list, np.ndarray]]) -> None:
 
 
 def figure_rates(tasks: dict[str, dict[str, Sweep]]):
-    """The arena: pass@8 against the learning rate, on the bases that have every rate."""
+    """The arena: pass@8 against the learning rate."""
     figure, axes = plt.subplots(1, len(tasks), figsize=(PAGE, 2.9), squeeze=False, sharey=True)
     for ax, (task, rows) in zip(axes[0], tasks.items(), strict=True):
         swept = {row.name: rows[row.name] for row in PARTS["The arena"] if len(rows.get(row.name, ())) > 1}
-        bases = set.intersection(*({r.seed for r in runs} for sweep in swept.values() for runs in sweep.values()))
-        of_rates = {name: [[headline(r.last()) for r in runs if r.seed in bases] for runs in sweep.values()]
-                    for name, sweep in swept.items()}
-        lines_and_errors(ax, {name: (list(swept[name]), 100 * np.array(x).T) for name, x in of_rates.items()})
+        lines_and_errors(ax, {name: (list(sweep), 100 * np.array([[headline(r.last()) for r in runs]
+                                                                  for runs in sweep.values()]).T)
+                              for name, sweep in swept.items()})
         ax.set_xscale("log")
         rates = sorted({rate for sweep in swept.values() for rate in sweep})
         ax.set_xticks(rates, [written(r) for r in rates])
         ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         ax.set(title=task, xlabel="learning rate", ylabel="pass@8, %" if ax is axes[0, 0] else "")
-    legend(figure, *axes[0])
     return figure
 
 
 def figure_curves(tasks: dict[str, Rows]):
-    """Longer training: pass@8 and mean@16 against the step, on the bases that all rows have."""
-    names = [row.name for row in PARTS[LONGER]]
-    tasks = {task: rows for task, rows in tasks.items() if rows.keys() & set(names)}
-    if not tasks:
-        raise Missing(f"results/study has no run of the part {LONGER!r}")
+    """Longer training: pass@8 and mean@16 against the step."""
     figure, axes = rows_of(tasks, 2, height=2.2)
     for row, (task, rows) in zip(axes, tasks.items(), strict=True):
-        runs = {name: rows[name] for name in names if name in rows}
-        bases = set.intersection(*({r.seed for r in group} for group in runs.values()))
+        runs = {name: rows[name] for name in (row.name for row in PARTS[LONGER]) if name in rows}
         for ax, figure_of, label in zip(row, (headline, mean_success), ("pass@8", "mean@16"), strict=True):
-            lines_and_errors(ax, {name: (
-                [e["step"] for e in group[0].evaluations],
-                100 * np.array([[figure_of(e) for e in r.evaluations] for r in group if r.seed in bases]))
-                for name, group in runs.items()})
+            lines_and_errors(ax, {name: ([e["step"] for e in group[0].evaluations],
+                                         100 * np.array([[figure_of(e) for e in r.evaluations] for r in group]))
+                                  for name, group in runs.items()})
             ax.set(title=f"{task}: {label}", xlabel="step", ylabel="%")
-    legend(figure, axes[0, 0])
     return figure
 
 

@@ -107,27 +107,24 @@ class Trial:
     def name(self) -> str:
         return f"{self.task}/{self.row.name}-{written(self.rate)}-{self.base}"
 
-    @property
-    def model(self) -> str:
-        return f"{self.task}:{self.base}" + (f":{self.row.disguised}" if self.row.disguised != "1" else "")
-
-    def settings(self) -> dict[str, object]:
-        """What differs from the task's preset."""
-        return {**COMMON, "model": self.model, "learning_rate": written(self.rate), **self.row.flags, "seed": self.base}
+    def flags(self) -> list[str]:
+        """With which train.py is called, but for the folder."""
+        model = f"{self.task}:{self.base}" + (f":{self.row.disguised}" if self.row.disguised != "1" else "")
+        settings = {"preset": self.task, **COMMON, "model": model, "learning_rate": written(self.rate),
+                    **self.row.flags, "seed": self.base}
+        return [str(x) for k, v in settings.items() for x in (f"--{k}", v)]
 
     def command(self, folder: Path) -> list[str]:
         """What trains it into `folder`, or goes on there."""
-        flags = [str(x) for k, v in {**self.settings(), "out_dir": folder}.items() for x in (f"--{k}", v)]
         resume = ["--resume"] if (folder / "config.json").exists() else []
-        return [sys.executable, str(HERE / "train.py"), "--preset", self.task, *flags, *resume]
+        return [sys.executable, str(HERE / "train.py"), *self.flags(), "--out_dir", str(folder), *resume]
 
 
 def trials(only: str = "") -> list[Trial]:
-    """All whose name contains `only`: part by part, and in it base by base, so that what is done early compares all
-    rows of a part."""
-    parts = [[Trial(task, row, rate, base) for row in rows for task in row.rates for rate in row.rates[task]
-              for base in row.bases] for rows in PARTS.values()]
-    return [t for part in parts for t in sorted(part, key=lambda t: t.base) if only in t.name]
+    """All whose name contains `only`."""
+    every = [Trial(task, row, rate, base) for rows in PARTS.values() for row in rows for task in row.rates
+             for rate in row.rates[task] for base in row.bases]
+    return [t for t in every if only in t.name]
 
 
 def written(rate: float) -> str:

@@ -13,10 +13,8 @@ from study.logs import Missing, Run, headline, mean_success, study, sweeps
 from study.rows import BOTH_TASKS, PARTS, Row, written
 
 NOTE = """All {runs} runs took {hours:.0f} hours in sum, one thread each. Figures are of the end of training, in
-percent, on 600 held-out problems answered 16 times each at temperature 1 without truncation; pass@1 is the mean over
-the 16. The unit is a base model: differences are in points, paired by base, the pairs of both tasks together where no
-task is named, with 95% t-intervals over pairs. A base reports at the learning rate that is best for its row in the mean
-over the other bases of its task."""
+percent, on 600 held-out problems answered 16 times each; differences in points, paired by base model, the pairs of both
+tasks together where no task is named, with 95% t-intervals over pairs. docs/study.md explains rows and rates."""
 RAREST = 3  # of the kinds of a task, which come from the most to the least often worked
 Pair = tuple[str, str]  # a row and the one that it is held against
 # What was asked before its rows ran, by table: is the first row of a pair better? Holm adjusts the p of a table.
@@ -39,9 +37,6 @@ README: dict[str, list[Pair]] = {
     "the paper's settings: Prompt-GDRO - GRPO": [("paper-prompt", "paper-grpo")],
     "the paper's settings: Rollout-GDRO - GRPO": [("paper-rollout", "paper-grpo")],
 }
-RUN_NOTE = """Figures in percent, as far as each run is. best: the evaluation of the highest pass@k, chosen on the
-problems that it reports; hours: of training steps, without evaluations."""
-STAGES = 3  # of training that a page of samples shows
 
 
 def rarest_kinds(evaluation: dict) -> float:
@@ -64,11 +59,10 @@ def pooled(pairs: Iterable[Pair], figure: Callable[[dict], float] = headline) ->
 
 
 def spread(values: np.ndarray) -> str:
-    """Mean and 95% interval: +8.2 [+5.2, +11.1]; empty for no values."""
-    if not len(values):
+    """Mean and 95% interval: +8.2 [+5.2, +11.1]; empty for fewer than two values."""
+    if len(values) < 2:
         return ""
-    mean, low, high = logs.interval(values)
-    return f"{mean:+.1f}" if len(values) < 2 else f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*logs.interval(values))
 
 
 def percent(values: Iterable[float]) -> str:
@@ -135,34 +129,26 @@ def weight_table() -> str:
     """Weights that Prompt-GDRO applied to bins present, in the runs that report and in those at all rates; the mean
     absolute prompt loss (7) by optimiser step of a batch."""
     lines = []
-    for task, row in ((task, row) for row in ("grpo", "prompt", "both-maxrl", "paper-prompt") for task in BOTH_TASKS):
-        runs = study()[task][row]
-        line = {"row": f"{row}, {task}"}
+    for task, row in ((task, row) for row in ("prompt", "paper-prompt") for task in BOTH_TASKS):
+        line, runs = {"row": f"{row}, {task}"}, study()[task][row]
         for which, group in (("reported", runs), ("all rates", sum(sweeps()[task][row].values(), []))):
             weights = [r.bins("weight") for r in group]
-            line |= {f"runs, {which}": str(len(group)), f"least weight, {which}": f"{min(map(np.nanmin, weights)):.3f}",
-                     f"greatest weight, {which}": f"{max(map(np.nanmax, weights)):.3f}"}
-        outer = [logs.tail(r.share)[[0, -1]].sum() for r in runs]
+            line[f"weights, {which}"] = f"{min(map(np.nanmin, weights)):.2f} to {max(map(np.nanmax, weights)):.2f}"
         losses = np.mean([r.series("surrogate_abs").mean(axis=0) for r in runs], axis=0)
-        lines.append({**line, "prompts in outer two bins": f"{100 * np.mean(outer):.0f}%",
-                      "prompt loss by optimiser step": " ".join(f"{x:.0e}" for x in losses)})
+        lines.append({**line, "prompt loss by optimiser step": " ".join(f"{x:.0e}" for x in losses)})
     return table("Weights", lines)
 
 
 def allocation_table() -> str:
-    """(33) and (28) of what Rollout-GDRO gave each bin, against uniform counts on the same prompts."""
+    """(33) of what Rollout-GDRO gave each bin, against uniform counts on the same prompts."""
     lines = []
-    rows = ("rollout", "rollout-maxrl", "rollout-rank", "rollout-variance", "paper-rollout")
-    for task, row in ((task, row) for row in rows for task in BOTH_TASKS):
+    for task, row in ((task, row) for row in ("rollout", "rollout-variance") for task in BOTH_TASKS):
         runs = study()[task][row]
-        sigma, error, variance = np.nan_to_num(logs.bin_sigma(runs)), [], []
-        for r in runs:
-            q, n = r.share, np.nan_to_num(r.bins("rollouts"), nan=1.0)
-            error.append(logs.wse(q, sigma, n).sum() / logs.wse(q, sigma, np.full_like(q, r.n_bar)).sum())
-            variance.append((q * sigma**2 / n).sum() / (q * sigma**2 / r.n_bar).sum())
-        lines.append({"row": f"{row}, {task}", "runs": str(len(runs)),
-                      "WSE (33)": f"{100 * (np.mean(error) - 1):+.1f}%",
-                      "variance (28)": f"{100 * (np.mean(variance) - 1):+.1f}%"})
+        sigma, n_bar = np.nan_to_num(logs.bin_sigma(runs)), runs[0].config["rollouts_per_prompt"]
+        ours = [logs.wse(r.share, sigma, r.bins("rollouts")).sum() for r in runs]
+        even = [logs.wse(r.share, sigma, np.full_like(r.share, n_bar)).sum() for r in runs]
+        change = np.mean(np.divide(ours, even)) - 1
+        lines.append({"row": f"{row}, {task}", "WSE (33)": f"{100 * change:+.1f}%"})
     return table("Allocations", lines)
 
 
@@ -179,46 +165,41 @@ def tables() -> str:
 
 
 def run_table(runs: list[Run]) -> str:
-    """One line a run. Runs that drew different numbers of responses have columns of their own."""
-    return f"{RUN_NOTE}\n\n" + table("Runs", [run_line(run) for run in runs])
-
-
-def run_line(run: Run) -> dict[str, str]:
-    """Column -> cell; without evaluations there are no columns for them."""
-    tokens = sum(line["tokens_generated"] for line in run.log)
-    seconds = sum(line["seconds"]["total"] for line in run.log)
-    line = {"run": run.name, "trained": run.subject, "mode": run.mode, "rule": run.config["rule"],
-            "seed": str(run.seed), "evaluated on": logs.last_name(run.config["eval_data"]) or "those held out",
-            "steps": str(len(run.log)), "tokens": f"{tokens:,.0f}", "hours": f"{seconds / 3600:.3g}"}
-    evaluations = {"last": run.last(), "best": max(run.evaluations, key=headline)} if run.evaluations else {}
-    for name, e in evaluations.items():
-        line |= {f"{name} at step": str(e["step"]), f"{name} pass@{headline_k(e['rollouts'])}": percent([headline(e)]),
-                 f"{name} mean@{e['rollouts']}": percent([mean_success(e)])}
-    return line
+    """One line a run, with its last evaluation in percent. Runs that drew different numbers of responses have columns
+    of their own, those without evaluations none; hours are those of training steps."""
+    lines = []
+    for run in runs:
+        seconds = sum(line["seconds"]["total"] for line in run.log)
+        line = {"run": run.name, "trained": run.subject, "mode": run.mode, "rule": run.config["rule"],
+                "seed": str(run.seed), "steps": str(len(run.log)), "hours": f"{seconds / 3600:.3g}"}
+        for e in run.evaluations[-1:]:
+            line |= {"evaluated at step": str(e["step"]), f"pass@{headline_k(e['rollouts'])}": percent([headline(e)]),
+                     f"mean@{e['rollouts']}": percent([mean_success(e)])}
+        lines.append(line)
+    return table("Runs", lines)
 
 
 def sample_page(folder: Path) -> str:
-    """Rollouts of a run to read, of evenly spaced steps. Raises Missing for a run that has none."""
+    """Rollouts of a run to read, of its first, middle and last step. Raises Missing for a run that has none."""
     run, samples = Run.load(folder), logs.whole_lines(folder / "samples.jsonl")
     if not samples:
         raise Missing(f"{folder}: samples.jsonl is missing or empty; train.py writes it with the first step")
     steps = sorted({s["step"] for s in samples})
     page = [f"# {run.name}: {run.subject}, mode {run.mode}"]
-    for step in (steps[i] for i in logs.stages(len(steps), STAGES)):
+    for step in (steps[i] for i in logs.stages(len(steps), 3)):
         page.append(f"## step {step}, of 0 to {steps[-1]}")
-        page += [sample_text(s, own_reward=bool(run.config.get("reward"))) for s in samples if s["step"] == step]
+        page += [sample_text(s) for s in samples if s["step"] == step]
     return "\n\n".join(page)
 
 
-def sample_text(sample: dict, own_reward: bool) -> str:
-    """One rollout: verdict, numbers, then the texts. A reward of one's own looks for no answer."""
+def sample_text(sample: dict) -> str:
+    """One rollout: verdict, numbers, then the texts; what is null is left out."""
     numbers = ", ".join(f"{key} {sample[key]:.3g}" for key in ("reward", "bin", "n", "weight", "factor"))
     verdict = ("right" if sample["right"] else "wrong") + ", cut at the length limit" * sample["truncated"]
     page = f"**{visible(sample['id'])}: {verdict}** ({numbers})\n"
     for name in ("prompt", "response", "answer", "found"):
-        if name != "found" or not own_reward:
-            text = "(none)" if sample[name] is None else sample[name] or "(empty)"
-            page += f"\n    {name:10}" + visible(text).replace("\n", "\n" + 14 * " ")
+        if sample[name] is not None:
+            page += f"\n    {name:10}" + visible(sample[name] or "(empty)").replace("\n", "\n" + 14 * " ")
     return page
 
 

@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from test_logs import a_run, folder_of
 
 import tasks
 from config import PRESETS, Config, check, parse_args
+from metrics import Evaluation
 from study import __main__ as command
 from study import logs, rows
 from study.rows import Row, Trial, trials
@@ -27,7 +27,9 @@ def test_every_trial_is_a_run_that_train_accepts_from_its_base_at_its_rate_and_d
     for trial in TRIALS:
         cfg, flags = config(trial), {k: v for k, v in trial.row.flags.items() if k != "adversary"}
         check(cfg)
-        assert (cfg.model, cfg.train_data, cfg.eval_data) == (trial.model, trial.task, trial.task)
+        assert (cfg.train_data, cfg.eval_data) == (trial.task, trial.task)
+        disguised = trial.row.disguised
+        assert cfg.model == f"{trial.task}:{trial.base}" + (f":{disguised}" if disguised != "1" else "")
         assert cfg.seed == trial.base and cfg.learning_rate == trial.rate and cfg.out_dir.endswith(trial.name)
         assert cfg.eval_problems == tasks.SIZES["heldout"] == 600 and cfg.eval_rollouts == 16
         usual = {"mode": "grpo", **{k: v for k, v in trial.row.flags.items() if k == "adversary"}}
@@ -45,37 +47,30 @@ def test_rows_of_a_task_train_on_equally_many_rollouts_as_the_preset_has():
         assert cfg.rollout_budget != "dual"  # the only budget that holds on average alone
 
 
-def test_trials_are_named_row_rate_base_and_parts_run_base_by_base(monkeypatch):
+def test_trials_are_named_row_rate_base_and_have_the_bases_of_the_row_that_they_are_held_against():
     assert len({t.name for t in TRIALS}) == len(TRIALS) and all(float(rows.written(t.rate)) == t.rate for t in TRIALS)
     names = {row.name: row for part in rows.PARTS.values() for row in part}
     assert all(set(row.bases) <= set(names[row.against].bases) for row in names.values())
-    parts = {"one": (Row("a-row", rates={"x": (1e-4, 2e-4)}, bases=range(2)),
-                     Row("b", rates={"x": (1e-4,), "y": (1e-4, 5e-5)}, bases=range(1))),
-             "two": (Row("c", rates={"y": (1e-3,)}, bases=range(8, 9)),)}
-    monkeypatch.setattr(rows, "PARTS", parts)
-    assert [t.name for t in trials()] == [
-        "x/a-row-1e-4-0", "x/a-row-2e-4-0", "x/b-1e-4-0", "y/b-1e-4-0", "y/b-5e-5-0", "x/a-row-1e-4-1",
-        "x/a-row-2e-4-1", "y/c-1e-3-8"]
-    assert [t.name for t in trials("y/b-5")] == ["y/b-5e-5-0"]
+    assert [t.name for t in trials("permutations/maxrl-2e-4")] == [f"permutations/maxrl-2e-4-{b}" for b in range(8)]
 
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch) -> Path:
     """A place of its own for what the command reads and writes."""
-    for module, name in ((command, "OUT"), (command, "AGAIN"), (logs, "RESULTS")):
+    for module, name in ((command, "OUT"), (logs, "RESULTS")):
         monkeypatch.setattr(module, name, tmp_path / name)
     return tmp_path
 
 
-def one_step(path: Path, base: int, rate: str = "2e-4", steps: int = 1, ended: int = 1) -> Path:
-    """A run folder as train.py leaves it, of `steps` steps, evaluated last after `ended`."""
+def one_step(path: Path, base: int, rate: str = "2e-4") -> Path:
+    """A run folder as train.py leaves it, of one step."""
     folder = path / f"some-row-{rate}-{base}"
     folder.mkdir(exist_ok=True)
     line = {"step": 3, "x": [0.123456, None, 2, 1e-9], "y": {"z": -12345.678, "name": "0.123456"},
             "seconds": {"update": 1.23456, "total": 2.34567}}
-    (folder / "config.json").write_text(json.dumps({"preset": "a-task", "seed": base, "steps": steps}))
+    (folder / "config.json").write_text(json.dumps({"preset": "a-task", "seed": base}))
     (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    (folder / "eval.json").write_text(json.dumps([{"step": ended, "mean": 0.123456789}]))
+    (folder / "eval.json").write_text(json.dumps([{"step": 1, "mean": 0.123456789}]))
     return folder
 
 
@@ -83,12 +78,10 @@ def test_what_is_kept_says_what_was_logged_to_three_digits(folders):
     command.keep(one_step(folders, 4), 12.34)
     (line,) = logs.kept_lines(logs.row_file("a-task", "some-row")).values()
     assert json.loads(line) == {
-        "name": "some-row-2e-4-4", "config": {"preset": "a-task", "seed": 4, "steps": 1, "seconds": 12.3},
+        "name": "some-row-2e-4-4", "config": {"preset": "a-task", "seed": 4, "seconds": 12.3},
         "log": [{"step": 3, "x": [0.123, None, 2, 1e-9], "y": {"z": -12300.0, "name": "0.123456"},
                  "seconds": {"total": 2.35}}],
         "evaluations": [{"step": 1, "mean": 0.123456789}]}  # whole
-    with pytest.raises(ValueError, match="some-row-2e-4-0 is not complete: its last evaluation is of step 50"):
-        command.keep(one_step(folders, 0, steps=100, ended=50))
 
 
 def test_runs_kept_at_once_are_all_there_by_base_and_the_same_runs_give_the_same_bytes(folders, monkeypatch):
@@ -96,8 +89,8 @@ def test_runs_kept_at_once_are_all_there_by_base_and_the_same_runs_give_the_same
     for order in (runs, runs[::-1]):
         monkeypatch.setattr(logs, "RESULTS", folders / f"results-{len(files)}")
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(command.keep, order))
-        command.keep(order[5])  # again: replaced, not doubled
+            list(pool.map(command.keep, order, [1.0] * len(order)))
+        command.keep(order[5], 1.0)  # again: replaced, not doubled
         files.append(logs.row_file("a-task", "some-row"))
     assert list(logs.kept_lines(files[0])) == [folder.name for folder in runs]
     assert files[0].read_bytes() == files[1].read_bytes() and len(list(files[0].parent.iterdir())) == 1
@@ -106,17 +99,7 @@ def test_runs_kept_at_once_are_all_there_by_base_and_the_same_runs_give_the_same
         True, False, False]
 
 
-def main(monkeypatch, *arguments: str) -> object:
-    """The exit code of python -m study."""
-    monkeypatch.setattr(sys, "argv", ["study", *arguments])
-    try:
-        return command.main()
-    except SystemExit as ended:
-        return ended.code
-
-
-def test_a_run_that_fails_is_reported_is_kept_once_it_is_complete_and_run_again_leaves_the_results_alone(
-        base, folders, monkeypatch, capsys):
+def test_a_run_that_fails_is_reported_and_is_kept_once_it_is_complete(base, folders, capsys):
     sums = base.parent / "sums.jsonl"
     small = dict(model=base, train_data=sums, eval_data=sums, eval_problems=4, eval_rollouts=2, steps=2,
                  prompts_per_step=8, minibatch_prompts=8, max_response_tokens=8)
@@ -127,31 +110,20 @@ def test_a_run_that_fails_is_reported_is_kept_once_it_is_complete_and_run_again_
     assert "--resume" in lower.command(command.OUT / lower.name)  # for the folder is there
     assert command.work([lower], 1) == 0 and command.recorded(lower) and not (command.OUT / lower.name).exists()
     assert not capsys.readouterr().out
-    kept = logs.row_file("arithmetic", "some-row").read_bytes()
-    monkeypatch.setattr(command, "trials", lambda only: [lower])
-    assert main(monkeypatch, "--again", "--only", "some-row") == 0
-    assert logs.row_file("arithmetic", "some-row").read_bytes() == kept and (command.AGAIN / lower.name).exists()
-    last = json.loads(command.recorded(lower))["evaluations"][-1]
-    eight, one = (f"{100 * x:.1f}" for x in (last["passes"]["pass@2"], last["mean"]))
-    assert f"| {lower.name} | {eight} | {eight} | {one} | {one} | yes |" in capsys.readouterr().out
 
 
-def test_what_came_out_again_is_shown_beside_what_is_recorded(folders):
-    old, new = a_run("grpo", 0, preset="a-task", changes={"steps": 12}), a_run("grpo", 5)
-    command.keep(folder_of(old, folders / "some-row-1e-4-0"))
-    trial, unfinished = (Trial("a-task", Row("some-row"), 1e-4, base) for base in (0, 1))
-    (command.AGAIN / "a-task").mkdir(parents=True)
-    folder_of(new, command.AGAIN / trial.name)
-    assert command.comparison([trial, unfinished]).splitlines()[2:] == [
-        "| a-task/some-row-1e-4-0 | 50.0 | 60.0 | 30.0 | 30.0 | no |"]
-
-
-def test_the_list_says_of_each_run_whether_it_is_done_and_how_train_would_be_called(monkeypatch, capsys):
-    monkeypatch.setattr(command, "kept_lines", lambda file: {"grpo-1e-4-0": "x"} if "/grpo." in str(file) else {})
-    main(monkeypatch, "--list", "--only", "arithmetic/grpo")
-    (done, name, *flags), (missing, *_), *_ = (line.split() for line in capsys.readouterr().out.splitlines())
-    assert (done, name, missing) == ("done", "arithmetic/grpo-1e-4-0", "missing")
-    assert parse_args(flags)[0] == dataclasses.replace(config(trials(name)[0]), out_dir="out/arithmetic-0-grpo-0")
-    for arguments, error in ((("--only", "no-such"), "--only no-such: no run has that in its name"),
-                             (("--again",), "--again needs --only")):
-        assert main(monkeypatch, *arguments) == 2 and error in capsys.readouterr().err
+def test_the_list_says_of_each_run_how_it_ended_and_how_train_would_be_called(monkeypatch, capsys):
+    (line,) = {line for name, line in command.kept_lines(logs.row_file("arithmetic", "grpo")).items()
+               if name == "grpo-1e-4-0"}
+    monkeypatch.setattr(command, "kept_lines", lambda file: {"grpo-1e-4-0": line} if "/grpo." in str(file) else {})
+    monkeypatch.setattr(sys, "argv", ["study", "--list", "--only", "arithmetic/grpo"])
+    command.main()
+    done, flags, missing, *_ = capsys.readouterr().out.splitlines()
+    ended = Evaluation.from_json(json.loads(line)["evaluations"][-1]).line()
+    assert (done, missing) == (f"arithmetic/grpo-1e-4-0: {ended}", "arithmetic/grpo-1e-4-1: missing")
+    cfg, _ = parse_args(flags.split()[2:])
+    assert cfg == dataclasses.replace(config(trials("arithmetic/grpo-1e-4-0")[0]), out_dir="out/arithmetic-0-grpo-0")
+    monkeypatch.setattr(sys, "argv", ["study", "--only", "no-such"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "--only no-such: no run has that in its name" in capsys.readouterr().err

@@ -89,58 +89,47 @@ def test_questions_are_pooled_over_tasks_and_adjusted_within_their_table_and_the
 
 
 def test_weights_in_the_table_are_those_of_bins_present_of_the_runs_that_report_and_of_all(found):
-    names, runs, more = ("grpo", "prompt", "both-maxrl", "paper-prompt"), [a_run("prompt")], [a_run("prompt", 1)]
+    names, runs, more = ("prompt", "paper-prompt"), [a_run("prompt")], [a_run("prompt", 1)]
     found(dict.fromkeys(names, runs), dict.fromkeys(names, {1e-4: runs, 2e-4: more}))
     line = lines_of(tables.weight_table())[0]
     for which, group in (("reported", runs), ("all rates", runs + more)):
         applied = [w for run in group for x in run.log for w, q in
                    zip(x["bins"]["weight"], x["bins"]["share"], strict=True) if q]
-        assert (line[f"least weight, {which}"], line[f"greatest weight, {which}"], line[f"runs, {which}"]) == (
-            f"{min(applied):.3f}", f"{max(applied):.3f}", str(len(group)))
+        assert line[f"weights, {which}"] == f"{min(applied):.2f} to {max(applied):.2f}"
     assert line["prompt loss by optimiser step"] == "0e+00 1e-01"
 
 
-def test_allocations_in_the_table_equal_a_loop_over_the_log(monkeypatch):
+def test_allocations_in_the_table_equal_a_loop_over_the_log(found):
     run = a_run("rollout")
-    monkeypatch.setattr(tables, "study", lambda: dict.fromkeys(BOTH_TASKS, dict.fromkeys(
-        ("rollout", "rollout-maxrl", "rollout-rank", "rollout-variance", "paper-rollout"), [run])))
+    found(dict.fromkeys(("rollout", "rollout-variance"), [run]))
     sigma, ours, even = logs.bin_sigma([run]), 0.0, 0.0
     for line in run.log:
         for q, s, n in zip(line["bins"]["share"], sigma, line["bins"]["rollouts"], strict=True):
             if n is not None:
-                ours, even = ours + q * s**2 / n, even + q * s**2 / 4
-    assert lines_of(tables.allocation_table())[0]["variance (28)"] == f"{100 * (ours / even - 1):+.1f}%"
+                ours, even = ours + q * s / np.sqrt(n), even + q * s / 2
+    assert lines_of(tables.allocation_table())[0]["WSE (33)"] == f"{100 * (ours / even - 1):+.1f}%"
 
 
-def test_the_note_above_the_tables_is_true_of_every_run():
-    for run in (run for rows in logs.study().values() for runs in rows.values() for run in runs):
+def test_the_note_above_the_tables_and_the_flags_of_its_row_are_true_of_every_run():
+    rows = {row.name: row for part in PARTS.values() for row in part}
+    for name, run in ((name, run) for of_task in logs.study().values() for name, runs in of_task.items() for run in runs):
+        assert all(run.config[k] == v for k, v in rows[name].flags.items() if k != "adversary")
         assert [run.config[f"eval_{key}"] for key in ("rollouts", "temperature", "top_p", "top_k")] == [16, 1, 1, 0]
         assert run.last()["step"] == run.config["steps"] and run.config["loaded"]["eval_data"]["split"] == "heldout"
 
 
-def test_the_table_of_runs_has_what_the_logs_say_at_the_last_and_at_the_best_evaluation():
+def test_the_table_of_runs_has_what_the_logs_say_whatever_k_and_without_evaluations_too():
     run = a_run("rollout", 3, changes={"rule": "maxrl", "model": "tiny", "train_data": "data/mine.jsonl"})
-    run.evaluations[0]["passes"]["pass@8"] = 0.7
-    run.evaluations[1]["mean"] = 0.4
-    (line,) = lines_of(tables.run_table([run]))
-    assert line == {
-        "run": "rollout-3", "trained": "tiny on mine", "mode": "rollout", "rule": "maxrl", "seed": "3",
-        "evaluated on": "made-up", "steps": "12", "tokens": "1,200", "hours": "0.01", "last at step": "12",
-        "last pass@8": "66.0", "last mean@16": "40.0", "best at step": "6", "best pass@8": "70.0",
-        "best mean@16": "30.0"}
-
-
-def test_runs_of_other_k_or_without_evaluations_stand_in_one_table_without_a_wrong_head():
-    few, begun = a_run("grpo", 1, changes={"eval_data": ""}), a_run("prompt")
-    for e in few.evaluations:
-        e.update(passes={"pass@1": 0.1, "pass@4": 0.5}, rollouts=4, by_kind={"all": [10, 0.3, 0.5]})
+    few, begun = a_run("grpo", 1), a_run("prompt")
+    few.evaluations[-1].update(passes={"pass@1": 0.1, "pass@4": 0.5}, rollouts=4)
     begun.evaluations.clear()
     begun.log.clear()
-    eight, four, none = lines_of(tables.run_table([a_run("grpo"), few, begun]))
-    assert (eight["last pass@8"], eight["last pass@4"]) == ("50.0", "")
-    assert (four["last pass@8"], four["last pass@4"], four["evaluated on"]) == ("", "50.0", "those held out")
-    assert (none["steps"], none["tokens"], none["hours"]) == ("0", "0", "0")
-    assert not any(none[name] for name in none if "@" in name or "at step" in name)
+    eight, four, none = lines_of(tables.run_table([run, few, begun]))
+    assert eight == {
+        "run": "rollout-3", "trained": "tiny on mine", "mode": "rollout", "rule": "maxrl", "seed": "3", "steps": "12",
+        "hours": "0.01", "evaluated at step": "12", "pass@8": "66.0", "mean@16": "30.0", "pass@4": "", "mean@4": ""}
+    assert (four["pass@8"], four["pass@4"]) == ("", "50.0")
+    assert (none["steps"], none["hours"], none["evaluated at step"], none["pass@8"]) == ("0", "0", "", "")
 
 
 def sample(step: int = 0, **changes) -> dict:
@@ -149,11 +138,11 @@ def sample(step: int = 0, **changes) -> dict:
 
 
 def test_a_page_of_samples_shows_the_start_the_middle_and_the_end_of_training(tmp_path):
-    folder = folder_of(a_run("rollout", changes={"reward": "mine.py:score"}), tmp_path / "a-run")
+    folder = folder_of(a_run("rollout"), tmp_path / "a-run")
     samples = [sample(step, id=f"p{i}") for step in range(11) for i in range(4)]
     (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples) + '{"step": 11, "re')
     page = tables.sample_page(folder)
-    assert page.startswith("# a-run: made-up, mode rollout") and "found" not in page  # an own reward looks for none
+    assert page.startswith("# a-run: made-up, mode rollout")
     assert [line for line in page.splitlines() if line.startswith("##")] == [
         f"## step {step}, of 0 to 10" for step in (0, 5, 10)]
     shown = [line.split()[2] for line in page.splitlines() if line.startswith("    response")]
@@ -161,11 +150,11 @@ def test_a_page_of_samples_shows_the_start_the_middle_and_the_end_of_training(tm
 
 
 def test_a_sample_says_verdict_numbers_and_texts_and_shows_control_characters():
-    assert tables.sample_text(sample(response="two\nlines"), False).splitlines() == [
+    assert tables.sample_text(sample(response="two\nlines")).splitlines() == [
         "**sum-1: wrong** (reward -1, bin 5, n 4, weight 1.25, factor 2)", "", "    prompt    3+4=",
         "    response  two", "              lines", "    answer    7", "    found     8"]
-    cut = tables.sample_text(sample(reward=1.0, right=True, truncated=True, found=None, response=""), False)
-    assert cut.startswith("**sum-1: right, cut at the length limit** (reward 1,") and cut.endswith("found     (none)")
-    assert "response  (empty)" in cut
+    cut = tables.sample_text(sample(reward=1.0, right=True, truncated=True, found=None, response=""))
+    assert cut.startswith("**sum-1: right, cut at the length limit** (reward 1,")
+    assert "response  (empty)" in cut and "found" not in cut
     assert tables.visible("a\tb\x1b[2J\r\u202e\x00 é 中 \\frac") == "a\\tb\\x1b[2J\\r\\u202e\\x00 é 中 \\frac"
-    assert "\\x1b" in tables.sample_text(sample(response="\x1b[31mred", id="\x1b"), False).splitlines()[3]
+    assert "\\x1b" in tables.sample_text(sample(response="\x1b[31mred", id="\x1b")).splitlines()[3]
