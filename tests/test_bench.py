@@ -88,6 +88,14 @@ def test_the_command_writes_what_it_measured_and_trl_says_what_to_install(tmp_pa
         bench.trl_steps("false", 1, False)
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_the_peak_of_memory_is_seen_and_forgotten():
+    held = kernels.forget_peak()
+    bytearray(64 << 20)[:] = bytes(64 << 20)
+    assert kernels.resident_mib("VmHWM") - held > 60
+    assert kernels.forget_peak() > 0 and kernels.resident_mib("VmHWM") - held < 60
+
+
 # ------------------------------------------------------------------------------------------------ docs/speed.md
 
 
@@ -108,3 +116,14 @@ def test_milliseconds_and_memory_of_the_head_are_those_of_the_file():
         case = f"T {tokens}, V 151936, D {width}" + what.removeprefix("the same") * what.startswith("the same")
         providers = "ours", "eager", "compile", "liger", "liger, chunk_mem_const 16", "cce"
         assert cells == [rows[case, direction.replace("and backward", "both"), p] for p in providers], (what, direction)
+
+
+def test_what_one_gpu_took_is_what_the_file_has():
+    rows = json.loads((ROOT / "results" / "bench" / "h200.json").read_text())["update"]
+    rows = {(r["model"][11:-5], r["phase"], r["compiled"], r["recomputed"]): r for r in rows}
+    for size, compiled, share, *cells in table_after("| | blocks compiled |"):
+        row, logprobs = (rows[size, phase, compiled == "yes", x] for phase, x in (("update", float(share)),
+                                                                                  ("log-probs", 0)))
+        said = [f"{row['s']:.2f}", f"{row['MFU %']:.1f}%", f"{row['GiB']:.1f}", f"{row['planned GiB']:.1f}"]
+        said += [f"{logprobs['s']:.2f}", f"{logprobs['MFU %']:.1f}%"] if share != "1" else ["", ""]
+        assert cells == said, (size, compiled, share)
