@@ -22,7 +22,6 @@ from ranks import fill, full
 
 QK_NORM = {"qwen3": True, "qwen2": False, "llama": False}
 QKV_BIAS = {"qwen3": False, "qwen2": True, "llama": False}
-ARCHITECTURE = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 WEIGHT_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # what a snapshot from the hub needs
 
 
@@ -75,7 +74,7 @@ class ModelConfig:
         """A config.json that transformers (both rope spellings) and vLLM read."""
         return {
             **self.__dict__,
-            "architectures": [ARCHITECTURE[self.model_type]],
+            "architectures": [f"{self.model_type.capitalize()}ForCausalLM"],
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
             "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "use_cache": True,
             "dtype": str(dtype).removeprefix("torch."), "torch_dtype": str(dtype).removeprefix("torch."),
@@ -142,12 +141,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: "Attend", layer: int, recompute: bool) -> Tensor:
         """`recompute`: in backward, instead of keeping what it needs. Inside the module, so that what gathers a sharded
         block's weights, outside, treats both passes alike."""
-        if recompute:
-            return checkpoint(self.run, x, cos, sin, attend, layer, use_reentrant=False)
-        return self.run(x, cos, sin, attend, layer)
 
-    def run(self, x: Tensor, cos: Tensor, sin: Tensor, attend: "Attend", layer: int) -> Tensor:
-        return self.after(x, attend(layer, *self.before(x, cos, sin)))
+        def run(x: Tensor) -> Tensor:
+            return self.after(x, attend(layer, *self.before(x, cos, sin)))
+
+        return checkpoint(run, x, use_reentrant=False) if recompute else run(x)
 
     # What stands before and after the attention, in which `Transformer.compile_blocks` has elementwise work fused.
 
