@@ -7,7 +7,6 @@ import importlib.util
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from data import BUILT_IN, SUFFIXES
 from gdro import BUDGETS, RULES, SIGNALS, UTILITIES
@@ -161,31 +160,21 @@ OF_ADVERSARY = {
 # ------------------------------------------------------------------------------------------------ the command line
 
 
-class Command(NamedTuple):
-    """What a command line asks for beside settings."""
-
-    preset: str
-    resume: bool
-    plan: bool
-
-
-def parse_args(argv: list[str] | None = None) -> tuple[Config, Command]:
-    """Command line -> settings and what else it asks for. A preset sets fields; flags given override it. With --resume
-    the rest comes from the run's own config.json. Raises ValueError for values that cannot be (`check`)."""
+def parse_args(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
+    """Command line -> settings, and what it asks for beside: preset, resume, plan. A preset sets fields; flags given
+    override it. With --resume the rest comes from the run's config.json. Raises ValueError for values that cannot be."""
     parser = argparse.ArgumentParser(
         description="GRPO, Prompt-GDRO and Rollout-GDRO (arXiv 2601.19280). Several GPUs or processes: torchrun.",
         usage="train.py [--preset PRESET] [--adversary paper|tuned] [--mode MODE] [--FLAG VALUE ...]\n"
               "       train.py --out_dir RUN --resume [--FLAG VALUE ...]\n--help lists all flags",
         formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
     parser.add_argument("--preset", default="auto", choices=["auto", *PRESETS],
-                        help="a set of values for the flags below; auto = that of a built-in task that is named, own\n"
-                             "for other --model and --train_data; without either qwen3-1.7b with CUDA, else arithmetic")
+                        help="values for the flags below; auto = the built-in task that is named, own for other models\n"
+                             "and data; without either qwen3-1.7b with CUDA, else arithmetic")
     parser.add_argument("--adversary", default="auto", choices=["auto", *ADVERSARIES],
-                        help="settings of bins and adversaries: the paper's, or what our study found to work;\n"
-                             "auto = paper for the paper's models, else tuned")
+                        help="bins and adversaries as in the paper, or as our study found to work (auto: but for its models)")
     parser.add_argument("--resume", action="store_true",
-                        help="go on from the last checkpoint in out_dir, with the settings of the run; may change:\n"
-                             + ", ".join(MAY_CHANGE))
+                        help="go on from the last checkpoint in out_dir; may change:\n" + ", ".join(MAY_CHANGE))
     parser.add_argument("--plan", action="store_true",
                         help="only print what the run would need, by our estimate: memory on 1 to 16 GPUs, hours")
     group = parser
@@ -216,7 +205,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Command]:
     if cfg.mode in ("rollout", "both") and cfg.rollouts_per_prompt in (cfg.n_min, cfg.n_max):
         say(f"WARNING: a mean of {cfg.rollouts_per_prompt} rollouts from --n_min {cfg.n_min} to --n_max {cfg.n_max} "
             "leaves Rollout-GDRO no choice: every prompt gets as many")
-    return cfg, Command(preset, resume, plan)
+    return cfg, argparse.Namespace(preset=preset, resume=resume, plan=plan)
 
 
 def add_flag(parser, setting: dataclasses.Field, *, default, flag: str = "") -> None:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import plan
 import tasks
-from config import Command, Config, parse_args
+from config import Config, parse_args
 from data import Problem, batch_order, encode_prompts
 from gdro import RULES, SIGNALS, DifficultyBins, PromptGDRO, RolloutGDRO, bin_shares, errors_by, means_by
 from kernels import group_advantage
@@ -632,10 +632,10 @@ def nothing_to_learn(lines: list[dict]) -> str | None:
             "--max_response_tokens")
 
 
-def run(cfg: Config, command: Command) -> None:
+def run(cfg: Config, preset: str, resume: bool) -> None:
     """Sets up, trains, saves the policy, says how it ended, and exits."""
     try:
-        trainer, folder, evaluations = set_up(cfg, command.preset, command.resume)
+        trainer, folder, evaluations = set_up(cfg, preset, resume)
     except KeyboardInterrupt:
         sys.exit(130)  # while it loads: nothing is lost
     except (ValueError, OSError) as error:  # what was given; a later ValueError is a bug and keeps its trace
@@ -669,7 +669,7 @@ def main() -> None:
         sys.exit(f"train.py: {error}")
     with watching(Path(cfg.out_dir), cfg.stall_seconds):
         try:
-            run(cfg, command)
+            run(cfg, command.preset, command.resume)
         except RunError as error:
             sys.exit(f"train.py: {error}")
 
