@@ -162,17 +162,17 @@ OF_ADVERSARY = {
 
 def parse_args(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
     """Command line -> settings, and what it asks for beside: preset, resume, plan. A preset sets fields; flags given
-    override it. With --resume the rest comes from the run's config.json. Raises ValueError for values that cannot be."""
+    override it. With --resume the rest comes from the run's config.json. ValueError for values that cannot be."""
     parser = argparse.ArgumentParser(
         description="GRPO, Prompt-GDRO and Rollout-GDRO (arXiv 2601.19280). Several GPUs or processes: torchrun.",
         usage="train.py [--preset PRESET] [--adversary paper|tuned] [--mode MODE] [--FLAG VALUE ...]\n"
               "       train.py --out_dir RUN --resume [--FLAG VALUE ...]\n--help lists all flags",
         formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
     parser.add_argument("--preset", default="auto", choices=["auto", *PRESETS],
-                        help="values for the flags below; auto = the built-in task that is named, own for other models\n"
-                             "and data; without either qwen3-1.7b with CUDA, else arithmetic")
+                        help="values for the flags below; auto = the built-in task that is named, own for others;\n"
+                             "without --model and --train_data qwen3-1.7b with CUDA, else arithmetic")
     parser.add_argument("--adversary", default="auto", choices=["auto", *ADVERSARIES],
-                        help="bins and adversaries as in the paper, or as our study found to work (auto: but for its models)")
+                        help="bins and adversaries as in the paper (auto: for its models) or as our study has it")
     parser.add_argument("--resume", action="store_true",
                         help="go on from the last checkpoint in out_dir; may change:\n" + ", ".join(MAY_CHANGE))
     parser.add_argument("--plan", action="store_true",

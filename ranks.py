@@ -157,7 +157,6 @@ def deal_rows(cost: np.ndarray, most: int, ranks: int) -> list[list[np.ndarray]]
             break
         rows += 1
     order = np.argsort(-load, kind="stable").reshape(rows, ranks)
-    order[1::2] = order[1::2, ::-1]  # to and fro: no rank has the larger of every row
     return [[np.flatnonzero(owner == row) for row in mine] for mine in order.T]
 
 

@@ -528,17 +528,6 @@ def test_settings_that_make_no_sense_and_budgets_that_cannot_be_met_are_refused(
         make()
 
 
-@pytest.mark.parametrize("old, new, message", [
-    (DifficultyBins([0.5], history=5), DifficultyBins([0.5], history=6), "another `success` or `history`"),
-    (DifficultyBins([0.5]), DifficultyBins([0.5], success="any"), "another `success` or `history`"),
-    (DifficultyBins([0.5]), DifficultyBins([0.4]), "have the edges"),
-    (PromptGDRO(3), PromptGDRO(4), "3 bins, not 4"), (RolloutGDRO(3), RolloutGDRO(4), "bins, arms"),
-    (RolloutGDRO(4, n_max=11), RolloutGDRO(4), "bins, arms")])
-def test_the_state_of_another_shape_is_refused(old, new, message):
-    with pytest.raises(ValueError, match=message):
-        new.load_state_dict(old.state_dict())
-
-
 @pytest.mark.parametrize("part, report, message", [
     ("bins", (["a", "b", "a"], [1, 1, 1], [2, 2, 2]), "once"), ("bins", (["a"], [3], [2]), "correct <= n"),
     ("bins", (["a"], [-1], [2]), "0 <= correct"), ("bins", (["a"], [0], [0]), "n >= 1"),
