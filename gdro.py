@@ -12,8 +12,7 @@ Suffixes name axes: P prompts of a batch, B bins (0 = hardest), K arms n_min..n_
 and `rollouts` are GRPO's group; the groups of "group DRO" are the `bins`. GRPO itself is `PromptGDRO(eta=0)` (every
 weight is exp(0) = 1) with `RolloutGDRO(n_min=n_max=n_bar)` (one arm).
 
-Every `state_dict` is a flat dict of numpy arrays without objects, so it survives `np.savez` without pickle. That it goes
-into a part of the same settings is the caller's duty (a resumed run's settings are compared).
+Every `state_dict` is a flat dict of numpy arrays, for `np.savez` without pickle and for a part of the same settings.
 """
 
 from collections import deque
