@@ -278,14 +278,14 @@ def label_of(benchmark: str) -> str:
 def flags() -> argparse.ArgumentParser:
     """The command line. Of FLAGS only those that are given are in what it parses."""
     parser = argparse.ArgumentParser(
-        usage="%(prog)s (--model RUN|FOLDER|ID [--benchmarks NAME ...] | --regrade FOLDER) [option ...]",
+        usage="%(prog)s (--model RUN|FOLDER|ID [--benchmarks NAME ...] | --regrade FOLDER|FILE) [option ...]",
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     built_in = ", ".join(tasks.TASKS)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="a run of train.py (its last model; RUN/best: its best), evaluated as the run "
                                       "does it, but for the flags given; or a Hugging Face folder or hub "
                                       f"id[@revision]; {built_in} = the base model of a built-in task")
-    what.add_argument("--regrade", type=Path, metavar="FOLDER",
+    what.add_argument("--regrade", type=Path, metavar="FOLDER|FILE",
                       help="grade the responses of an evaluation again, without any model; --answer_style and "
                            "--reward may be others")
     parser.add_argument("--benchmarks", nargs="+", metavar="NAME|FILE",
@@ -333,15 +333,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def settings_in(folder: Path) -> dict:
-    """Of the evaluation in `folder`, as its eval.json has them; {} without one."""
-    path = folder / "eval.json"
+    """Of the evaluation in `folder`, or of that whose file this is, as its eval.json has them; {} without one."""
+    path = (folder.parent if folder.is_file() else folder) / "eval.json"
     saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return saved["settings"] if "settings" in saved else {}  # a run's own eval.json is a list
 
 
 def regrade(args: argparse.Namespace) -> None:
     """Prints what the figures would be by the grader as it is now; nothing is written."""
-    cfg, old = args.cfg, read_samples(args.regrade / "eval_samples.jsonl")
+    cfg, path = args.cfg, args.regrade
+    old = read_samples(path if path.is_file() else path / "eval_samples.jsonl")
     asked = old if cfg.answer_style == "auto" else [dataclasses.replace(s, style=cfg.answer_style) for s in old]
     with Grader(workers=cfg.grader_workers, timeout=cfg.grader_timeout, reward=cfg.reward) as grader:
         new = grade(asked, grader)
