@@ -18,7 +18,6 @@ import json
 import re
 import sys
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,7 +98,10 @@ def summary(samples: list[Sample]) -> dict[str, dict]:
         together["all"] = names
     for row, benchmarks in together.items():
         of = [s for s in samples if s.benchmark in benchmarks]
-        by_problem = [list(group) for _, group in groupby(of, key=lambda s: (s.benchmark, s.id))]
+        of_problem: dict[tuple[str, str], list[Sample]] = {}  # wherever in the file they stand
+        for s in of:
+            of_problem.setdefault((s.benchmark, s.id), []).append(s)
+        by_problem = list(of_problem.values())
         if len({len(group) for group in by_problem}) > 1:
             raise ValueError(f"{row}: some problems have more responses than others; the file is incomplete or mixed")
         right = np.array([[s.right for s in group] for group in by_problem])

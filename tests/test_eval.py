@@ -241,6 +241,10 @@ def test_regrading_prints_the_same_table_and_counts_changed_verdicts(evaluated, 
     eval_module.regrade(parse_args(["--regrade", str(tmp_path)]))
     printed, rows = capsys.readouterr().out, json.loads((evaluated / "eval.json").read_text())["figures"]
     assert markdown(rows, "me/Qwen3-8B-mine") in printed and "1 of 800 verdicts changed" in printed
+    joined = tmp_path / "joined.jsonl"  # of two evaluations: a problem's responses are no neighbours
+    joined.write_text(eval_module.lines_of(sorted(old, key=lambda s: s.sample % 2)))
+    eval_module.regrade(parse_args(["--regrade", str(joined)]))
+    assert markdown(rows, "me/Qwen3-8B-mine") in capsys.readouterr().out
 
 
 def test_regrading_takes_another_style_and_another_reward(evaluated, tmp_path):
