@@ -105,7 +105,7 @@ def main() -> None:
         sys.exit(work([trial for trial in chosen if not recorded(trial)], args.jobs))
     for trial in chosen:
         line = recorded(trial)
-        ended = Evaluation.from_json(Run(**json.loads(line)).last()).line() if line else "missing"
+        ended = Evaluation(**Run(**json.loads(line)).last()).line() if line else "missing"
         print(f"{trial.name}: {ended}\n    python train.py", *trial.flags())
 
 

@@ -28,7 +28,8 @@ def test_every_trial_is_a_run_that_train_accepts_from_its_base_at_its_rate_and_d
         cfg, flags = config(trial), {k: v for k, v in trial.row.flags.items() if k != "adversary"}
         check(cfg)
         assert (cfg.train_data, cfg.eval_data) == (trial.task, trial.task)
-        assert cfg.model.removesuffix(f":{trial.row.disguised}") == f"{trial.task}:{trial.base}"
+        share = [trial.row.disguised] if trial.row.name.partition("-disguised-")[2] else []
+        assert cfg.model.split(":") == [trial.task, str(trial.base), *share]
         assert cfg.seed == trial.base and cfg.learning_rate == trial.rate and cfg.out_dir.endswith(trial.name)
         assert cfg.eval_problems == tasks.SIZES["heldout"] == 600 and cfg.eval_rollouts == 16
         usual = {"mode": "grpo", **{k: v for k, v in trial.row.flags.items() if k == "adversary"}}
@@ -117,7 +118,7 @@ def test_the_list_says_of_each_run_how_it_ended_and_how_train_would_be_called(mo
     monkeypatch.setattr(sys, "argv", ["study", "--list", "--only", "arithmetic/grpo"])
     command.main()
     done, flags, missing, *_ = capsys.readouterr().out.splitlines()
-    ended = Evaluation.from_json(json.loads(line)["evaluations"][-1]).line()
+    ended = Evaluation(**json.loads(line)["evaluations"][-1]).line()
     assert (done, missing) == (f"arithmetic/grpo-1e-4-0: {ended}", "arithmetic/grpo-1e-4-1: missing")
     cfg, _ = parse_args(flags.split()[2:])
     assert cfg == dataclasses.replace(config(trials("arithmetic/grpo-1e-4-0")[0]), out_dir="out/arithmetic-0-grpo-0")
