@@ -238,8 +238,7 @@ def choose_preset(given: dict) -> str:
         task = next((t for t in BUILT_IN if t in [name.partition(":")[0] for name in named]), None)
         preset, why = task or "own", "for what --model and --train_data name"
     else:
-        cuda = cuda_usable()
-        preset, why = "qwen3-1.7b" if cuda else "arithmetic", f"CUDA is {'' if cuda else 'not '}present"
+        preset, why = ("qwen3-1.7b", "CUDA is present") if cuda_usable() else ("arithmetic", "CUDA is not present")
     say(f"preset {preset} (auto: {why})")
     return preset
 

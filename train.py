@@ -161,6 +161,7 @@ class Trainer:
         """`loaded`: what the run to be resumed had loaded; its hub commits are taken again, wherever `main` is now."""
         self.cfg, self.ranks, self.device, self.pinned = cfg, ranks, ranks.device, loaded or {}
         self.bins, self.prompt_gdro, self.rollout_gdro = adversaries(cfg)
+        self.learners = {"bins": self.bins, "prompt": self.prompt_gdro, "rollout": self.rollout_gdro}
         self.record: dict = {}  # what was loaded, for config.json
         self.grader = Grader(workers=cfg.grader_workers, timeout=cfg.grader_timeout, reward=cfg.reward)
         if self.grader.source:
@@ -502,7 +503,7 @@ class Trainer:
 
     def checkpoint(self, evaluations: list[Evaluation]) -> tuple[dict, dict, dict]:
         """All that is needed to go on exactly: tensors, arrays, and a state that is JSON."""
-        arrays = {f"{name}/{k}": v for name, part in self._parts().items() for k, v in part.state_dict().items()}
+        arrays = {f"{name}/{k}": v for name, part in self.learners.items() for k, v in part.state_dict().items()}
         return self.tensors(), arrays, {"next_step": self.next_step, "optimizer_steps": self.optimizer_steps,
                                         "evaluations": [dataclasses.asdict(e) for e in evaluations]}
 
@@ -512,12 +513,9 @@ class Trainer:
         self.next_step, self.optimizer_steps = state["next_step"], state["optimizer_steps"]
         for moments in self.optimizer.state.values():
             moments["step"].fill_(self.optimizer_steps)
-        for name, part in self._parts().items():
+        for name, part in self.learners.items():
             part.load_state_dict({k.split("/")[1]: v for k, v in arrays.items() if k.startswith(name + "/")})
         return [Evaluation(**e) for e in state["evaluations"]]
-
-    def _parts(self) -> dict:
-        return {"bins": self.bins, "prompt": self.prompt_gdro, "rollout": self.rollout_gdro}
 
 
 # ------------------------------------------------------------------------------------------------ the loop
