@@ -630,10 +630,10 @@ def nothing_to_learn(lines: list[dict]) -> str | None:
             "--max_response_tokens")
 
 
-def run(cfg: Config, preset: str, resume: bool) -> None:
-    """Sets up, trains, saves the policy, says how it ended, and exits."""
+def run(cfg: Config, command) -> None:
+    """Sets up, trains, saves the policy, says how it ended, and exits. Takes what `parse_args` gives."""
     try:
-        trainer, folder, evaluations = set_up(cfg, preset, resume)
+        trainer, folder, evaluations = set_up(cfg, command.preset, command.resume)
     except KeyboardInterrupt:
         sys.exit(130)  # while it loads: nothing is lost
     except (ValueError, OSError) as error:  # what was given; a later ValueError is a bug and keeps its trace
@@ -667,7 +667,7 @@ def main() -> None:
         sys.exit(f"train.py: {error}")
     with watching(Path(cfg.out_dir), cfg.stall_seconds):
         try:
-            run(cfg, command.preset, command.resume)
+            run(cfg, command)
         except RunError as error:
             sys.exit(f"train.py: {error}")
 
