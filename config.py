@@ -41,13 +41,14 @@ class Config:
     train_data: str = arg("dapo", "arithmetic, permutations, dapo, hub:owner/name[:config[:split]][@revision], or a "
                                    ".jsonl, .json or .parquet file")
     train_problems: int = arg(0, "use the first so many training problems; 0 = all (built-in tasks: 640)", low=0)
-    eval_data: str = arg("math500", "the same; empty = a tenth of train_data, at most 200, held out of training")
+    eval_data: str = arg("math500", "the same; empty = a tenth of train_data (by hash), at most 200, held out")
     eval_problems: int = arg(0, "use the first so many; 0 = all (built-in tasks: 600)", low=0)
     answer_style: str = arg("auto", "where a response states its answer (reward.py); auto = as the data set says",
                             ("auto", *STYLES))
     reward: str = arg("", "FILE.py:function, your own: (response: str, problem: data.Problem) -> float in [-1, 1], "
                           "above 0 is right; empty = +1 for the right answer, else -1")
     allow_bad_golds: float = arg(0.02, "largest share of golds that no response could match", low=0, high=1)
+    allow_overlap: float = arg(0.02, "largest share of eval_data that may stand in train_data, too", low=0, high=1)
     prompt_suffix: str = arg(PROMPT_SUFFIX, "appended to every prompt")
     chat_template: str = arg("auto", "auto = when the tokenizer has one", ("auto", "always", "never"))
     stop_tokens: str = arg("auto", "comma-separated tokens that end a response; auto = the model's own")
@@ -91,7 +92,6 @@ class Config:
     prompt_signal: str = arg("surrogate", "bin loss: that of (5)-(7); minus the mean reward (appendix B); its variance",
                              tuple(SIGNALS), heading="Prompt-GDRO, (12)-(16)")
     prompt_eta: float = arg(0.65, "eta_q", low=0)
-    prompt_ema: float = arg(0.12, "beta, EMA rate of the scores", above=0, high=1)
     mean_one: bool = arg(False, "rescale the batch's weights to mean 1, as the official code does")
 
     n_min: int = arg(2, "fewest rollouts of a prompt", low=1, heading="Rollout-GDRO, (17)-(21)")
@@ -154,7 +154,7 @@ MAY_CHANGE = ("steps", "out_dir", "save_every", "eval_every", "grader_workers", 
               "learning_rate", "stall_seconds")
 # What acts with an adversary alone: mode -> its settings.
 OF_ADVERSARY = {
-    "prompt": ("prompt_signal", "prompt_eta", "prompt_ema", "mean_one"),
+    "prompt": ("prompt_signal", "prompt_eta", "mean_one"),
     "rollout": ("n_min", "n_max", "rollout_utility", "rollout_budget", "rollout_eta", "allocation")}
 
 # ------------------------------------------------------------------------------------------------ the command line

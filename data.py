@@ -4,11 +4,13 @@ Everything is checked before the first step: a training run should not find the 
 The order of prompts is a function of (seed, step), so a resumed run needs no saved sampler.
 """
 
+import dataclasses
 import difflib
 import hashlib
 import json
 import logging
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -36,6 +38,10 @@ ANSWER_COLUMNS = ("answer", "final_answer", "solution", "reward_model")  # the l
 KIND_COLUMNS = ("kind", "level", "subject", "type", "category")  # MATH has a level beside its subject or type
 ID_COLUMNS = ("id", "uid", "unique_id", "Record ID")
 CHOICE_COLUMNS = ("Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)))  # of GPQA
+OPTION_COLUMNS = ("choices", "options")  # of other sets: a list, in the order to which the answer refers
+LETTERS = "ABCDEFGHIJ"  # of options; reward.py knows no more
+ROLES = ("system", "user", "assistant")  # others are passed over by many a chat template
+NESTED = re.compile(r"""\s*(?:\[\s*["']|\{\s*")""")  # how a text begins that is JSON; [3, 5] and {1, 2} are mathematics
 SUFFIXES = (".jsonl", ".json", ".parquet")
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>")  # what chat models end a turn with, where it is not their eos token
 
@@ -98,9 +104,11 @@ def _read_file(path: Path) -> tuple[list[tuple[str, dict]], dict]:
         import pyarrow.parquet
 
         try:
-            table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{path.name} is not a parquet file: {error}") from error
+            table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content)).read()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{path.name} is not a parquet file that can be read: {error}") from error
+        if twice := [name for name in dict.fromkeys(table.column_names) if table.column_names.count(name) > 1]:
+            raise ValueError(f"{path.name} has several columns {', '.join(twice)}; rename or drop all but one")
         return [(f"row {i}", row) for i, row in enumerate(table.to_pylist(), 1)], record
     try:
         text = content.decode("utf-8").removeprefix("\ufeff")  # a byte-order mark, as editors on Windows write it
@@ -121,6 +129,9 @@ def _json(text: str, where: str):
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except (RecursionError, ValueError) as error:  # lists in lists; more digits than Python reads
+        why = str(error).partition(";")[0]
+        raise ValueError(f"{where}: {why}; give such a number as text, such nesting flat, or remove the row") from error
 
 
 def _read_hub(source: str, revision: str | None) -> tuple[list[tuple[str, dict]], dict]:
@@ -152,26 +163,56 @@ def _problem(row: dict, where: str) -> Problem:
         raise ValueError(f"{where}: must be an object, it is a {type(row).__name__}")
     if CHOICE_COLUMNS[1] in row:
         return _multiple_choice(row, where)
-    prompt = _column(row, PROMPT_COLUMNS, where)
-    if isinstance(prompt, list):  # chat messages, as in raw DAPO
-        users = [m.get("content") for m in prompt if isinstance(m, dict) and m.get("role") == "user"]
-        prompt = users[-1] if users else None
-    answer, style = _column(row, ANSWER_COLUMNS, where), "math"
-    if isinstance(answer, dict):  # verl's rows, whose prompts ask for a last line "Answer: ..."
-        answer, style = answer.get("ground_truth"), "dapo"
-    if isinstance(answer, list):
-        answer = ", ".join(_text(part) for part in answer)
-    prompt, answer = _text(prompt).strip(), _text(answer)
-    if row.keys().isdisjoint(ANSWER_COLUMNS[:2]):  # a worked solution, as in MATH
-        answer = boxed(answer) or answer
-    _, hashes, answer = answer.rpartition("####")  # GSM8K: "... #### 18"
-    answer, style = answer.strip(), _text(row.get("style")) or ("gsm8k" if hashes else style)
+    prompt, messages = _asked(_column(row, PROMPT_COLUMNS, where), where)
+    (answer, style), own = _gold(row, where), _text(row.get("style"))
+    options = next((row[c] for c in OPTION_COLUMNS if row.get(c)), None)
+    if options and own in ("", "choice"):
+        prompt, answer = _choice(prompt, answer, None if messages else options, where)
+        style = "choice"
+    style = own or style
     if style not in STYLES:
         raise ValueError(f"{where}: unknown answer style {style!r}; there are {', '.join(STYLES)}")
     for field, value in ("prompt", prompt), ("answer", answer):
         if not value:
-            raise ValueError(f"{where}: the {field} is empty or not text; fill it in or remove the row")
-    return Problem(_id(row, prompt), prompt, answer, style, _kind(row))
+            raise ValueError(f"{where}: the {field} is empty or not text; write it as text or remove the row")
+    return _with_id(row, Problem("", prompt, answer, style, _kind(row), messages))
+
+
+def _asked(value, where: str) -> tuple[str, tuple[dict[str, str], ...]]:
+    """A prompt as `Problem.prompt` and `Problem.messages`, from text or from chat messages, as in raw DAPO."""
+    if isinstance(value, str) and value.startswith("[{") and value.endswith("}]"):
+        value = _json(value, f"{where}, prompt")
+    if not isinstance(value, list):
+        return _text(value).strip(), ()
+    turns = tuple({name: m.get(name) for name in ("role", "content")} if isinstance(m, dict) else {} for m in value)
+    readable = all(m.get("role") in ROLES and _text(m["content"]) == m["content"] for m in turns)
+    if not turns or not readable or turns[-1]["role"] != "user" or not turns[-1]["content"]:
+        raise ValueError(f"{where}: the prompt is empty, or no chat of messages with a role ({', '.join(ROLES)}) and "
+                         "text as content, the last the user's")
+    text = turns[0]["content"] if len(turns) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in turns)
+    return text.strip(), turns if len(turns) > 1 else ()
+
+
+def _gold(row: dict, where: str) -> tuple[str, str]:
+    """(answer, or "" for what is none; style as far as the other columns tell)"""
+    answer, style = _nested(_column(row, ANSWER_COLUMNS, where), where), "math"
+    if isinstance(answer, dict):  # verl's rows, whose prompts ask in the way of their source
+        source, answer = _text(row.get("data_source")).lower(), _nested(answer.get("ground_truth"), where)
+        style = next((known for known in ("gsm8k", "dapo") if known in source), "math")
+    elif row.keys().isdisjoint(ANSWER_COLUMNS[:-1]):  # a reward_model that is none
+        return "", style
+    if isinstance(answer, list):
+        parts = [_text(part).strip() for part in answer]
+        answer = ", ".join(parts) if all(parts) else ""
+    answer = _text(answer)
+    if row.keys().isdisjoint(ANSWER_COLUMNS[:2]):  # a worked solution, as in MATH
+        answer = boxed(answer) or answer
+    _, hashes, answer = answer.rpartition("####")  # GSM8K: "... #### 18"
+    return answer.strip(), "gsm8k" if hashes else style
+
+
+def _nested(value, where: str):
+    return _json(value, f"{where}, answer") if isinstance(value, str) and NESTED.match(value) else value
 
 
 def _multiple_choice(row: dict, where: str) -> Problem:
@@ -181,14 +222,39 @@ def _multiple_choice(row: dict, where: str) -> Problem:
         raise ValueError(f"{where}: one of {', '.join(CHOICE_COLUMNS)} is empty; fill it in or remove the row")
     seed = int.from_bytes(hashlib.blake2b(question.encode(), digest_size=8).digest(), "big")
     order = np.random.default_rng(seed).permutation(4)  # place -> option; option 0 is the right one
-    lines = [f"({letter}) {options[option]}" for letter, option in zip("ABCD", order, strict=True)]
-    prompt = "\n".join([question, "", *lines, "", "Answer with the letter of the right option."])
-    return Problem(_id(row, prompt), prompt, "ABCD"[list(order).index(0)], "choice", _kind(row))
+    prompt = _with_options(question, [options[option] for option in order])
+    return _with_id(row, Problem("", prompt, LETTERS[list(order).index(0)], "choice", _kind(row)))
 
 
-def _id(row: dict, prompt: str) -> str:
+def _with_options(question: str, options: list[str]) -> str:
+    lines = [f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)]
+    return "\n".join([question, "", *lines, "", "Answer with the letter of the right option."])
+
+
+def _choice(question: str, gold: str, options: object, where: str) -> tuple[str, str]:
+    """The options behind the question, and the letter of the one that `gold` means: by its letter or its place, from 0.
+    """
+    texts = [_text(option).strip() for option in options] if isinstance(options, list) else []
+    places = {name: letter for place, letter in enumerate(LETTERS[: len(texts)]) for name in (letter, str(place))}
+    if gold not in places or gold in texts or "" in texts or len(texts) > len(LETTERS):
+        raise ValueError(f"{where}: which of the options is {gold!r}? They must be a list of at most {len(LETTERS)} "
+                         "texts beside one message, the answer a letter or a place from 0, and none of the texts; or "
+                         "write them into the prompt and give the row a `style`")
+    return _with_options(question, texts), places[gold]
+
+
+def key(problem: Problem) -> str:
+    """What is asked, all messages of a chat: the same for two rows that are one prompt, and for no others."""
+    return json.dumps(problem.messages) if problem.messages else problem.prompt
+
+
+def _hash(problem: Problem) -> str:
+    return hashlib.blake2b(key(problem).encode(), digest_size=8).hexdigest()
+
+
+def _with_id(row: dict, problem: Problem) -> Problem:
     own = next((str(row[c]) for c in ID_COLUMNS if row.get(c) not in (None, "")), None)
-    return own or hashlib.blake2b(prompt.encode(), digest_size=8).hexdigest()
+    return dataclasses.replace(problem, id=own or _hash(problem))
 
 
 def _kind(row: dict) -> str:
@@ -213,18 +279,18 @@ def _text(value) -> str:
 
 def _merge(found: list[tuple[str, Problem]], name: str) -> tuple[list[Problem], dict]:
     """One problem a prompt; rows == problems + merged + conflicting. Two answers to one prompt cannot both be right."""
-    rows_of: dict[str, tuple[str, str]] = {}  # id -> (prompt, where)
-    answers: dict[str, set[str]] = {}  # prompt -> its answers
+    rows_of: dict[str, tuple[str, str]] = {}  # id -> (what is asked, where)
+    answers: dict[str, set[str]] = {}  # what is asked -> its answers
     for where, problem in found:
-        prompt, first = rows_of.setdefault(problem.id, (problem.prompt, where))
-        if prompt != problem.prompt:
+        asked, first = rows_of.setdefault(problem.id, (key(problem), where))
+        if asked != key(problem):
             raise ValueError(f"{name}: {first} and {where} have the id {problem.id!r} and different prompts; "
                              "make the ids unique or drop the id column")
-        answers.setdefault(problem.prompt, set()).add(problem.answer)
-    consistent = [problem for _, problem in found if len(answers[problem.prompt]) == 1]
+        answers.setdefault(key(problem), set()).add(problem.answer)
+    consistent = [problem for _, problem in found if len(answers[key(problem)]) == 1]
     first_of: dict[str, Problem] = {}
     for problem in consistent:
-        first_of.setdefault(problem.prompt, problem)
+        first_of.setdefault(key(problem), problem)
     problems = list(first_of.values())
     counts = {"merged": len(consistent) - len(problems), "conflicting": len(found) - len(consistent)}
     if any(counts.values()):
@@ -233,6 +299,30 @@ def _merge(found: list[tuple[str, Problem]], name: str) -> tuple[list[Problem], 
     if not problems:
         raise ValueError(f"{name}: nothing left, every prompt has several different answers")
     return problems, counts
+
+
+def hold_out(problems: list[Problem], was: dict | None) -> tuple[list[Problem], list[Problem], dict]:
+    """Those to train on, in their order; a tenth, at most 200, that is held out; how that was chosen: by the smallest
+    hashes of the prompts, whatever the order of the rows. `was`: how a run to go on with did; once, it took the `last`.
+    """
+    if len(problems) < 2:
+        raise ValueError("one problem alone leaves nothing to hold out of training: give more, or --eval_data")
+    chosen = {"last": was["last"]} if was and "last" in was else {
+        "by": "hash", "count": min(200, max(1, len(problems) // 10))}
+    held_out = problems[-chosen["last"] :] if "last" in chosen else sorted(problems, key=_hash)[: chosen["count"]]
+    ids = {p.id for p in held_out}
+    return [p for p in problems if p.id not in ids], held_out, chosen
+
+
+def check_overlap(trained: list[Problem], evaluated: list[Problem], *, allowed: float) -> None:
+    """Warns of prompts that stand in both; raises ValueError for more than a share `allowed` of those to evaluate."""
+    asked = set(map(key, trained))
+    if both := [p for p in evaluated if key(p) in asked]:
+        message = (f"eval_data: {len(both)} of {len(evaluated)} problems stand in train_data, too, such as "
+                   f"{both[0].prompt[:60]!r}: they measure what was learned by heart")
+        if len(both) > allowed * len(evaluated):
+            raise ValueError(f"{message}; take others, or admit a share with --allow_overlap SHARE (now {allowed:g})")
+        log.warning("%s", message)
 
 
 # ---- encoding
@@ -250,10 +340,13 @@ def encode_prompts(problems: list[Problem], tokenizer, *, suffix: str, chat_temp
     if chat_template == "always" and not tokenizer.chat_template:
         raise ValueError("chat_template='always', but the tokenizer has none; use 'never' or an instruct model")
     use_template = chat_template != "never" and bool(tokenizer.chat_template)
-    texts = [problem.prompt + suffix for problem in problems]
     if use_template:
-        texts = [tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                               add_generation_prompt=True) for text in texts]
+        texts = [_through_template(problem, tokenizer, suffix) for problem in problems]
+    elif chats := [p for p in problems if p.messages]:
+        raise ValueError(f"problem {chats[0].id} ({chats[0].prompt[:60]!r}): several messages need a chat template; "
+                         "take an instruct model and --chat_template auto, or write them as one message")
+    else:
+        texts = [problem.prompt + suffix for problem in problems]
     all_ids = _encode(texts, tokenizer, special=not use_template)  # a template writes the special tokens itself
     for problem, ids in zip(problems, all_ids, strict=True):
         if not ids or ids == [tokenizer.bos_token_id]:
@@ -271,6 +364,24 @@ def encode_prompts(problems: list[Problem], tokenizer, *, suffix: str, chat_temp
     record = {"chat_template": use_template, "too_long": len(problems) - len(kept), "tokens_max": max(lengths),
               "tokens_mean": sum(lengths) / len(lengths)}
     return [problem for problem, _ in kept], [ids for _, ids in kept], record
+
+
+def _through_template(problem: Problem, tokenizer, suffix: str) -> str:
+    """All messages as the model was trained to see them. Raises ValueError for a template that refuses them, or leaves
+    out one of the system or the user (of the assistant's it may drop the reasoning)."""
+    from jinja2 import TemplateError
+
+    *earlier, last = problem.messages or [{"role": "user", "content": problem.prompt}]
+    turns = [*earlier, {**last, "content": last["content"] + suffix}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"problem {problem.id}: the chat template refuses its messages ({error}); change them, or "
+                         "give --chat_template never where each is one message") from error
+    if lost := [m for m in turns if m["role"] != "assistant" and m["content"].strip() not in text]:
+        raise ValueError(f"problem {problem.id}: the chat template leaves out {lost[0]['content'][:60]!r} of the "
+                         f"{lost[0]['role']}; write it into the last message, or use another template")
+    return text
 
 
 def _encode(texts: list[str], tokenizer, *, special: bool) -> list[list[int]]:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import metrics
 import tasks
 from config import PROMPT_SUFFIX, Config, add_flag, check_bounds, of_run
-from data import HUB_SETS, SUFFIXES, Problem, encode_prompts
+from data import HUB_SETS, SUFFIXES, Problem, encode_prompts, hold_out
 from metrics import by_kind, figures, headline_k
 from policy import Policy
 from ranks import Ranks, RunError, say
@@ -180,8 +180,8 @@ class TrainedRun:
                              "on with --benchmarks")
         if cfg.eval_data:
             return source, problems, record
-        last = self.loaded["eval_data"]["last"]  # the end of train_data, not trained on
-        return "heldout", problems[-last:][: cfg.eval_problems or None], {**record, "last": last}
+        _, held_out, chosen = hold_out(problems, self.loaded["eval_data"])
+        return "heldout", held_out[: cfg.eval_problems or None], {**record, **chosen}
 
 
 # ------------------------------------------------------------------------------------------------ drawing

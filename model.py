@@ -48,9 +48,13 @@ class ModelConfig:
         kind = hf.get("model_type")
         if kind not in QK_NORM:
             raise ValueError(f"model_type {kind!r} is not supported; supported are {sorted(QK_NORM)}")
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        ropes = [hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}]
+        thetas = {theta for place in (hf, *ropes) if (theta := place.get("rope_theta")) is not None}
+        if len(thetas) > 1:
+            raise ValueError(f"config.json has rope_theta twice, {' and '.join(map(str, sorted(thetas)))}: remove the "
+                             "one that the model was not trained with")
         for what, present in {
-            "rope scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
+            "rope scaling": any(rope.get("rope_type", rope.get("type", "default")) != "default" for rope in ropes),
             "attention_bias": kind != "qwen2" and hf.get("attention_bias", False),
             "mlp_bias": hf.get("mlp_bias", False),
             "sliding window attention": hf.get("use_sliding_window", False),
@@ -58,7 +62,7 @@ class ModelConfig:
         }.items():
             if present:
                 raise ValueError(f"this checkpoint's config.json asks for {what}, which this model does not do")
-        defaults = {"rope_theta": rope.get("rope_theta", 10_000.0), "tie_word_embeddings": False,
+        defaults = {"rope_theta": next(iter(thetas), 10_000.0), "tie_word_embeddings": False,
                     "num_key_value_heads": hf.get("num_attention_heads"), "head_dim": None}
         values = defaults | {name: hf[name] for name in cls.__dataclass_fields__ if hf.get(name) is not None}
         if missing := cls.__dataclass_fields__.keys() - values.keys():
@@ -334,8 +338,19 @@ class Transformer(nn.Module):
             model = cls(config).to(dtype)
         shard(model)
         model.to_empty(device=device)
-        passed_over = ["rotary_emb.inv_freq"] + ["lm_head.weight"] * config.tie_word_embeddings  # derived; stored twice
-        model.load_weights((x for x in iterate_safetensors(path) if not x[0].endswith(tuple(passed_over))), source=path)
+        second = []  # of a tied head
+
+        def needed(name: str, tensor: Tensor) -> bool:
+            if config.tie_word_embeddings and name == "lm_head.weight":
+                second.append(tensor.to(dtype))
+                return False
+            return not name.endswith("rotary_emb.inv_freq")  # derived
+
+        model.load_weights((x for x in iterate_safetensors(path) if needed(*x)), source=path)
+        if second and not torch.equal(second[0], full(model.head, dtype).cpu()):
+            raise ValueError(f"{path}: config.json ties lm_head to the embedding, and the weights hold another "
+                             "lm_head.weight: set tie_word_embeddings to false there to use it, as transformers does, "
+                             "or remove it from the weights")
         return model
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], source: str | Path) -> None:

@@ -50,6 +50,7 @@ class Problem:
     answer: str
     style: str = "math"  # where a response states its answer, a key of STYLES
     kind: str = ""  # what evaluations tell apart; "" = nothing
+    messages: Sequence[dict[str, str]] = ()  # of a chat: role, content; () = one, the user's, which `prompt` is
 
 
 # ---- extraction

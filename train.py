@@ -34,7 +34,7 @@ from tqdm import tqdm
 import plan
 import tasks
 from config import Config, parse_args
-from data import Problem, batch_order, encode_prompts
+from data import Problem, batch_order, check_overlap, encode_prompts, hold_out
 from gdro import RULES, SIGNALS, DifficultyBins, PromptGDRO, RolloutGDRO, bin_shares, errors_by, means_by
 from kernels import group_advantage
 from metrics import Evaluation, table
@@ -146,7 +146,7 @@ def adversaries(cfg: Config) -> tuple[DifficultyBins, PromptGDRO, RolloutGDRO]:
     bins = DifficultyBins(edges, history=cfg.bin_history, hysteresis=cfg.bin_hysteresis, success=cfg.bin_success,
                           unseen_rate=cfg.unseen_rate)
     prompt = PromptGDRO(bins.num_bins, eta=cfg.prompt_eta if cfg.mode in ("prompt", "both") else 0.0,
-                        beta=cfg.prompt_ema, share_normalize=cfg.prompt_signal == "surrogate", mean_one=cfg.mean_one)
+                        share_normalize=cfg.prompt_signal == "surrogate", mean_one=cfg.mean_one)
     n_bar = cfg.rollouts_per_prompt
     n_min, n_max = (cfg.n_min, cfg.n_max) if cfg.mode in ("rollout", "both") else (n_bar, n_bar)
     rollout = RolloutGDRO(bins.num_bins, n_min=n_min, n_max=n_max, n_bar=n_bar, eta=cfg.rollout_eta,
@@ -215,10 +215,11 @@ class Trainer:
         problems = self._load("train_data", "train", cfg.train_data, cfg.train_problems)
         if cfg.eval_data:
             held_out = self._load("eval_data", "heldout", cfg.eval_data, cfg.eval_problems)
+            check_overlap(problems, held_out, allowed=cfg.allow_overlap)
         else:
-            count = min(200, max(1, len(problems) // 10))
-            problems, held_out = problems[:-count], problems[-count:][: cfg.eval_problems or None]
-            self.record["eval_data"] = {"held out of": "train_data", "last": count}
+            problems, held_out, chosen = hold_out(problems, self.pinned.get("eval_data"))
+            held_out = held_out[: cfg.eval_problems or None]
+            self.record["eval_data"] = {"held out of": "train_data", **chosen}
         self.problems, self.prompts = self._encode("train_data", problems)
         self.eval_set = self._encode("eval_data", held_out)
         batch_order(len(self.problems), cfg.prompts_per_step, cfg.seed, 0)  # raises when there are too few

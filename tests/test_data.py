@@ -1,5 +1,7 @@
 """Problems from files and from the hub, and what a tokenizer makes of them; whatever is wrong is named."""
 
+import dataclasses
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -9,7 +11,8 @@ import numpy as np
 import pytest
 
 import data
-from data import Problem, batch_order, encode_prompts, load_problems, stop_token_ids
+from data import Problem, batch_order, check_overlap, encode_prompts, hold_out, load_problems, stop_token_ids
+from reward import score
 
 
 def write(path, rows):
@@ -75,9 +78,10 @@ def test_lines_end_at_newlines_alone_and_a_byte_order_mark_is_no_part_of_the_tex
 
 
 def test_chat_messages_and_own_ids(tmp_path):
-    messages = [{"role": "system", "content": "be good"}, {"role": "user", "content": "1+1?"}]
-    problems, _ = load_problems(write(tmp_path / "a.parquet", [{"prompt": messages, "answer": "2", "id": 7}]))
-    assert problems == [Problem("7", "1+1?", "2")]
+    messages = [{"role": "user", "content": " 1+1?"}]
+    row = {"prompt": messages, "reward_model": {"ground_truth": "2", "style": "rule"}, "id": 7}
+    problems, _ = load_problems(write(tmp_path / "a.parquet", [row]))
+    assert problems == [Problem("7", "1+1?", "2", "math")]
 
 
 @pytest.mark.parametrize("rows, message", [
@@ -318,3 +322,161 @@ def test_the_right_option_stands_in_every_place_alike(tmp_path):
     counts = [sum(p.answer == letter for p in problems) for letter in "ABCD"]
     assert min(counts) > 70 and sum(counts) == 400
     assert load_problems(write(tmp_path / "h.jsonl", rows[::-1]))[0] == problems[::-1]  # the order is the question's
+
+
+# ---- other people's files
+
+
+def chat_of(*turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+CHAT = (("system", "c=c"), ("user", "b"), ("assistant", "c"), ("user", "a+b"))
+
+
+@pytest.mark.parametrize("change", [0, 1, 2, 3])
+def test_two_rows_are_one_prompt_only_if_all_their_messages_are_the_same(tmp_path, change):
+    other = [(role, content + "=" * (i == change)) for i, (role, content) in enumerate(CHAT)]
+    rows = [{"prompt": chat_of(*turns), "answer": i} for i, turns in enumerate((CHAT, other))]
+    rows += [{"prompt": json.dumps(chat_of(*CHAT)), "answer": 0}]  # the same as text
+    rows += [{"prompt": "\n\n".join(f"{role}: {content}" for role, content in CHAT), "answer": 2}]  # not the same
+    problems, record = load_problems(write(tmp_path / "a.jsonl", rows))
+    assert [list(p.messages) for p in problems] == [chat_of(*CHAT), chat_of(*other), []]
+    assert problems[0].prompt == problems[2].prompt == "system: c=c\n\nuser: b\n\nassistant: c\n\nuser: a+b"
+    assert record["counts"] == {"rows": 4, "merged": 1, "conflicting": 0} and len({p.id for p in problems}) == 3
+    assert Problem(**json.loads(json.dumps(dataclasses.asdict(problems[0])))).messages == chat_of(*CHAT)  # in a worker
+
+
+@pytest.mark.parametrize("turns", [
+    [("user", "x"), ("assistant", "y")], [("human", "x")], [("user", None)],
+    [("user", [{"type": "text", "text": "x"}])],
+    [("developer", "x"), ("user", "y")], [("system", "x"), ("user", "")], [("system", "\ud800"), ("user", "y")]])
+def test_a_chat_that_would_not_go_in_as_it_is_is_refused_with_its_row(tmp_path, turns):
+    rows = [{"prompt": "x", "answer": 1}, {"prompt": chat_of(*turns), "answer": 2}]
+    with pytest.raises(ValueError, match="line 2: the prompt is empty, or no chat of messages with a role"):
+        load_problems(write(tmp_path / "a.jsonl", rows))
+
+
+def test_all_messages_go_through_the_template_and_the_suffix_stands_behind_the_last(chat, tmp_path, monkeypatch):
+    problems, _ = load_problems(write(tmp_path / "a.jsonl", [{"prompt": chat_of(*CHAT), "answer": 1}]))
+    encode = functools.partial(encode_prompts, problems, chat, suffix="=", max_tokens=99)
+    [text] = chat.batch_decode(encode(chat_template="auto")[1])
+    assert text.replace(" ", "") == "bc=c<|im_end|>bb<|im_end|>bc<|im_end|>ba+b=<|im_end|>c"
+    monkeypatch.setattr(chat, "chat_template", "{{ messages[-1]['content'] }}")
+    with pytest.raises(ValueError, match="template leaves out 'c=c' of the system"):
+        encode(chat_template="auto", suffix="b")
+    monkeypatch.setattr(chat, "chat_template", "{{ raise_exception('no system') }}")
+    with pytest.raises(ValueError, match=r"refuses its messages \(no system\).*--chat_template never"):
+        encode(chat_template="auto")
+    with pytest.raises(ValueError, match=rf"problem {problems[0].id} \('system: c.*need a chat template"):
+        encode(chat_template="never")
+
+
+@pytest.mark.parametrize("source, style", [
+    ("openai/gsm8k", "gsm8k"), ("DigitalLearningGmbH/MATH-lighteval", "math"), ("math_dapo", "dapo"), (None, "math"),
+    ("numina_olympiads", "math")])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_verl_s_rows_are_graded_as_their_source_asks(tmp_path, source, style, as_text):
+    reward_model = {"style": "rule", "ground_truth": "7"}
+    row = {"prompt": chat_of(("user", "3+4?")), "data_source": source,
+           "reward_model": json.dumps(reward_model) if as_text else reward_model}
+    [problem], _ = load_problems(write(tmp_path / "a.jsonl", [row]))
+    assert (problem.answer, problem.style) == ("7", style)
+    asked = {"gsm8k": "#### 7", "math": r"\boxed{7}", "dapo": "Answer: 7"}[style]
+    assert score(asked, problem.answer, problem.style) == 1 and score(asked, "8", problem.style) == -1
+    [problem], _ = load_problems(write(tmp_path / "a.jsonl", [row | {"style": "choice"}]))  # the row's own wins
+    assert problem.style == "choice"
+
+
+@pytest.mark.parametrize("row, answer", [
+    ({"reward_model": {"ground_truth": '["3", "5"]'}}, "3, 5"), ({"answer": ' ["34"]'}, "34"),
+    ({"answer": "[3, 5]"}, "[3, 5]"), ({"answer": "{1, 2}"}, "{1, 2}"), ({"answer": "[[1, 2], [3, 4]]"},) * 2,
+    ({"answer": [[1, 2], [3, 4]]}, None), ({"answer": ["3", None]}, None), ({"answer": '["3", ["5"]]'}, None),
+    ({"answer": "['3', '5']"}, None), ({"answer": '{"value": 3}'}, None), ({"answer": {"value": 3}}, None),
+    ({"reward_model": '{"style": "rule"}'}, None), ({"reward_model": "rule"}, None), ({"reward_model": "7"}, None)])
+def test_an_answer_with_lists_or_objects_in_it_is_read_as_meant_or_refused_with_its_row(tmp_path, row, answer):
+    source = write(tmp_path / "a.jsonl", [{"prompt": "?"} | row])
+    if answer is None:
+        with pytest.raises(ValueError, match="line 1: the answer is empty or not text|line 1, answer: broken JSON"):
+            load_problems(source)
+    else:
+        expected = answer if isinstance(answer, str) else answer["answer"]
+        assert [p.answer for p in load_problems(source)[0]] == [expected]
+
+
+@pytest.mark.parametrize("column", data.OPTION_COLUMNS)
+@pytest.mark.parametrize("options, answer, letter", [
+    (["x", "y"], 1, "B"), (["x", "y", "z"], "C", "C"), (["x", "y"], "0", "A"), (["x", "y"], 2, None),
+    ([1, 2, 3], 1, None), (["x", "y"], "y", None), (["B", "A"], "A", None), (["x", ""], 0, None),
+    (["x", "y"], True, None), ({"A": "x", "B": "y"}, "A", None), ("x, y", "A", None), ([*"qrstuvwxyzp"], 0, None)])
+def test_options_stand_behind_the_question_and_the_letter_is_the_gold(tmp_path, column, options, answer, letter):
+    row = {"question": "Q", column: options, "answer": answer}
+    if letter:
+        [problem], _ = load_problems(write(tmp_path / "a.jsonl", [row]))
+        assert (problem.answer, problem.style) == (letter, "choice")
+        lines = [f"({name}) {option}" for name, option in zip("ABC", options, strict=False)]
+        assert problem.prompt.splitlines() == ["Q", "", *lines, "", "Answer with the letter of the right option."]
+        row["question"] = chat_of(*CHAT)
+    with pytest.raises(ValueError, match="line 1: which of the options is"):
+        load_problems(write(tmp_path / "a.jsonl", [row]))
+    if answer is not True:  # options beside a style of its own, and none at all, are passed over
+        rows = [row | {"question": "Q", "style": "math"}, row | {"question": "R", column: None}]
+        assert [p.prompt for p in load_problems(write(tmp_path / "a.jsonl", rows))[0]] == ["Q", "R"]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.jsonl", b'{"problem": "?", "answer": 1' + b"0" * 5000 + b"}", "a.jsonl, line 1: .*4300 digits.*as text"),
+    ("a.jsonl", b'{"problem": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "a.jsonl, line 1: .*recursion.*flat")])
+def test_numbers_and_lists_that_python_does_not_read_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_problems(str(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+
+def test_a_column_that_a_parquet_file_has_twice_is_named(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = [pyarrow.array([x]) for x in ("Q", "5", "6")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=["problem", "answer", "answer"]),
+                                tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet has several columns answer; rename or drop"):
+        load_problems(str(tmp_path / "a.parquet"))
+
+
+def kinds_in_turn(number):
+    return [Problem(f"id{i}", f"{i}+{i}", "1", kind="first" if i < number // 2 else "second") for i in range(number)]
+
+
+def test_what_is_held_out_is_the_same_whatever_the_order_of_the_rows_and_of_every_kind():
+    problems = kinds_in_turn(400)
+    trained, held_out, chosen = hold_out(problems, None)
+    assert chosen == {"by": "hash", "count": 40} and len(held_out) == 40
+    assert trained == [p for p in problems if p not in held_out]  # in their order
+    assert hold_out(problems[::-1], None) == (trained[::-1], held_out, chosen)  # its first few are the same, too
+    assert 10 <= sum(p.kind == "first" for p in held_out) <= 30
+    renamed = [dataclasses.replace(p, id=f"other{p.id}") for p in problems]
+    assert [p.prompt for p in hold_out(renamed, None)[1]] == [p.prompt for p in held_out]
+    assert [p.prompt for p in held_out[:3]] == ["108+108", "268+268", "380+380"]  # on every machine
+    assert len(hold_out(kinds_in_turn(5000), None)[1]) == 200
+    with pytest.raises(ValueError, match="one problem alone .*--eval_data"):
+        hold_out(problems[:1], None)
+
+
+def test_an_older_run_goes_on_with_the_tail_that_it_held_out():
+    problems = kinds_in_turn(50)
+    assert hold_out(problems, {"held out of": "train_data", "last": 5}) == (problems[:45], problems[45:], {"last": 5})
+    once = hold_out(problems, None)
+    assert hold_out(problems, {"held out of": "train_data", **once[2]}) == once
+
+
+def test_prompts_of_both_train_and_eval_data_are_counted_and_refused_above_a_share(caplog):
+    problems = kinds_in_turn(100)
+    trained, evaluated = problems[:52], [dataclasses.replace(p, id="x" + p.id) for p in problems[50:]]
+    check_overlap(trained, evaluated[2:], allowed=0)
+    assert not caplog.text
+    check_overlap(trained, evaluated, allowed=0.04)
+    assert "2 of 50 problems stand in train_data, too, such as '50+50'" in caplog.text
+    with pytest.raises(ValueError, match=r"2 of 50 .*--allow_overlap SHARE \(now 0.02\)"):
+        check_overlap(trained, evaluated, allowed=0.02)

@@ -148,7 +148,7 @@ def trained(request, base, tmp_path_factory) -> Path:
     out, sums = tmp_path_factory.mktemp("runs") / "mine", base.parent / "sums.jsonl"
     values = {"model": base, "out_dir": out, "engine": "torch", "seed": 5, "prompts_per_step": 24, "train_data": sums,
               "minibatch_prompts": 12, "max_response_tokens": 8, "eval_data": sums, "eval_rollouts": 4,
-              "eval_temperature": 1.3, "eval_top_k": 9, "learning_rate": 1e-2, **request.param}
+              "eval_temperature": 1.3, "eval_top_k": 9, "learning_rate": 1e-2, "allow_overlap": 1, **request.param}
     subprocess.run([sys.executable, "train.py", "--preset", "arithmetic",
                     *(str(x) for k, v in values.items() for x in (f"--{k}", v))], cwd=ROOT, check=True, timeout=300)
     return out

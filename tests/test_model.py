@@ -271,3 +271,33 @@ def test_fetch_says_that_a_hub_id_is_not_to_be_had_offline(monkeypatch, tmp_path
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="'nobody/nothing' is neither a folder nor to be had .*log in"):
         fetch("nobody/nothing")
+
+
+# ------------------------------------------------------------------------------------- parts that contradict each other
+
+
+def test_a_tied_checkpoint_that_stores_another_head_is_refused(tiny_hf, tmp_path):
+    def add(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["lm_head.weight"][3, 5] += 0.5
+
+    path = edited(tiny_hf("llama", True), tmp_path / "copy", tensors=add)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}: config.json ties .*tie_word_embeddings to false"):
+        load(path)
+    untied = load(edited(path, tmp_path / "untied", config=lambda c: c.update(tie_word_embeddings=False)))
+    row, reference = sequences()[0], transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "untied")
+    with torch.no_grad():
+        torch.testing.assert_close(untied.logits(untied(row, PackedAttention(torch.tensor([0, len(row)]), len(row)))), reference.eval()(row[None]).logits[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("change, theta", [
+    ({"rope_theta": 500.0}, 500.0), ({"rope_theta": None}, 500.0), ({"rope_theta": 1e6}, None),
+    ({"rope_scaling": {"rope_theta": 1e4}}, None), ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, None),
+    ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 7.0}, 7.0)])
+def test_rope_is_taken_from_wherever_it_stands_and_contradictions_are_refused(tiny_hf, change, theta):
+    hf = hf_config(tiny_hf("qwen3", True)) | change
+    if theta:
+        assert ModelConfig.from_hf(hf).rope_theta == theta
+    else:
+        with pytest.raises(ValueError, match="has rope_theta twice, .* and .*remove|asks for rope scaling"):
+            ModelConfig.from_hf(hf)

@@ -101,8 +101,8 @@ def test_runs_kept_at_once_are_all_there_by_base_and_the_same_runs_give_the_same
 
 def test_a_run_that_fails_is_reported_and_is_kept_once_it_is_complete(base, folders, capsys):
     sums = base.parent / "sums.jsonl"
-    small = dict(model=base, train_data=sums, eval_data=sums, eval_problems=4, eval_rollouts=2, steps=2,
-                 prompts_per_step=8, minibatch_prompts=8, max_response_tokens=8)
+    small = dict(model=base, train_data=sums, eval_data=sums, allow_overlap=1, eval_problems=4, eval_rollouts=2,
+                 steps=2, prompts_per_step=8, minibatch_prompts=8, max_response_tokens=8)
     diverging, lower = (Trial("arithmetic", Row("some-row", {**small, **more}), 1e-4, 0)
                         for more in ({"learning_rate": 1e39}, {}))  # beyond float32
     assert command.work([diverging], 1) == 1 and not command.recorded(diverging)

@@ -108,6 +108,7 @@ def training(base: Path, out: Path, *extra) -> subprocess.Popen:
     sums = base.parent / "sums.jsonl"
     values = {"model": base, "out_dir": out, "engine": "torch", "prompts_per_step": 24, "minibatch_prompts": 12,
               "train_problems": 72, "eval_problems": 6, "train_data": sums, "eval_data": sums, "eval_every": 0,
+              "allow_overlap": 1,
               "max_response_tokens": 8, "save_every": 0, "steps": 500}
     return start(["train.py", "--preset", "arithmetic", *(x for k, v in values.items() for x in (f"--{k}", v)), *extra])
 
