@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import data
+from config import Config
 from data import Problem, batch_order, check_overlap, encode_prompts, hold_out, load_problems, stop_token_ids
+from eval import TrainedRun
 from reward import score
 
 
@@ -480,3 +482,14 @@ def test_prompts_of_both_train_and_eval_data_are_counted_and_refused_above_a_sha
     assert "2 of 50 problems stand in train_data, too, such as '50+50'" in caplog.text
     with pytest.raises(ValueError, match=r"2 of 50 .*--allow_overlap SHARE \(now 0.02\)"):
         check_overlap(trained, evaluated, allowed=0.02)
+
+
+def test_an_older_run_is_evaluated_on_its_tail_and_a_new_one_on_what_it_held_out(tmp_path):
+    rows = [{"problem": p.prompt, "answer": 1} for p in kinds_in_turn(50)]
+    source = write(tmp_path / "a.jsonl", rows)
+    problems, record = load_problems(source)
+    cfg = Config(train_data=source, eval_data="", eval_problems=3)
+    for chosen in {"last": 5}, {"by": "hash", "count": 5}:
+        loaded = {"train_data": record, "eval_data": {"held out of": "train_data", **chosen}}
+        run = TrainedRun(tmp_path, tmp_path, loaded)
+        assert run.held_out(cfg) == ("heldout", hold_out(problems, chosen)[1][:3], {**record, **chosen})

@@ -676,3 +676,7 @@ def test_a_tenth_of_the_training_data_is_held_out_where_no_other_is_named(base, 
     trained, held_out = ([p.id for p in problems] for problems in (trainer.problems, trainer.eval_set[0]))
     assert len(trained) == 65 and len(held_out) == 6 and trained == [i for i in ids if i in trained]
     assert not set(trained) & set(held_out)
+    older = Trainer(trainer.cfg, trainer.ranks, {"eval_data": {"held out of": "train_data", "last": 7}})
+    assert [p.id for p in older.problems] == ids[:65] and [p.id for p in older.eval_set[0]] == ids[65:][:6]
+    with pytest.raises(ValueError, match=r"6 of 6 problems stand in train_data.*--allow_overlap"):
+        trainer_of(base, tmp_path, allow_overlap=0.9)
