@@ -52,8 +52,9 @@ def load_problems(source: str, *, revision: str | None = None) -> tuple[list[Pro
     """Problems of `source`, and the record of what exactly they are.
 
     source: a path ending in .jsonl, .json (a list of objects) or .parquet; a key of HUB_SETS; or
-        `hub:owner/name[:config[:split]]` (split: train). Columns: PROMPT_COLUMNS and ANSWER_COLUMNS; optional are
-        style, KIND_COLUMNS and ID_COLUMNS. Behind a hub set `@` and its commit, branch or tag may stand.
+        `hub:owner/name[:config[:split]]` (split: train). Columns: PROMPT_COLUMNS (text, or chat messages) and
+        ANSWER_COLUMNS; optional are style, OPTION_COLUMNS, KIND_COLUMNS and ID_COLUMNS. Behind a hub set `@` and its
+        commit, branch or tag may stand.
     revision: it, and wins over what `source` says; a full commit sha needs no network if the set is cached.
     Returns the problems in file order, and {source, counts: {rows, merged, conflicting}} with {repo, config, split,
     revision: the commit sha} or {sha256}: no absolute path, so it can be published and compared.

@@ -46,7 +46,7 @@ def test_local_files_in_either_naming(tmp_path, suffix, prompt, answer):
     *(({"answer": given, "solution": "no"}, answer, "math") for given, answer in (
         (["5"], "5"), (["5", "7"], "5, 7"), (3, "3"), (2.0, "2"), (2.5, "2.5"))),
     ({"answer": "so 9*2\n#### 18"}, "18", "gsm8k"),
-    ({"reward_model": {"ground_truth": "2", "style": "rule"}}, "2", "dapo"),
+    ({"reward_model": {"ground_truth": "2", "style": "rule"}}, "2", "math"),
     ({"solution": "34", "reward_model": {"ground_truth": "34"}}, "34", "math"),  # DAPO as processed
     # nothing else is cut from an answer, and of a worked solution the box is one
     *(({name: r"\boxed{3} or \boxed{5}", "solution": r"\boxed{3}"}, r"\boxed{3} or \boxed{5}", "math")
