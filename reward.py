@@ -27,7 +27,7 @@ import unicodedata
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -50,7 +50,8 @@ class Problem:
     answer: str
     style: str = "math"  # where a response states its answer, a key of STYLES
     kind: str = ""  # what evaluations tell apart; "" = nothing
-    messages: Sequence[dict[str, str]] = ()  # of a chat: role, content; () = one, the user's, which `prompt` is
+    # Of a chat, role and content of each; () = one, the user's, which `prompt` is. (No hash: dicts have none.)
+    messages: Sequence[dict[str, str]] = field(default=(), hash=False)
 
 
 # ---- extraction

@@ -14,7 +14,7 @@ import data
 from config import Config
 from data import Problem, batch_order, check_overlap, encode_prompts, hold_out, load_problems, stop_token_ids
 from eval import TrainedRun
-from reward import score
+from reward import Grader, score
 
 
 def write(path, rows):
@@ -357,6 +357,13 @@ def test_a_chat_that_would_not_go_in_as_it_is_is_refused_with_its_row(tmp_path, 
     rows = [{"prompt": "x", "answer": 1}, {"prompt": chat_of(*turns), "answer": 2}]
     with pytest.raises(ValueError, match="line 2: the prompt is empty, or no chat of messages with a role"):
         load_problems(write(tmp_path / "a.jsonl", rows))
+
+
+def test_a_reward_of_ones_own_sees_the_messages_of_a_chat(tmp_path):
+    problem = load_problems(write(tmp_path / "a.jsonl", [{"prompt": chat_of(*CHAT), "answer": "5"}]))[0][0]
+    (tmp_path / "mine.py").write_text("def turns(response, problem):\n    return len(problem.messages) / 10\n")
+    with Grader(workers=1, timeout=20, reward=f"{tmp_path}/mine.py:turns") as grader:
+        assert [g.reward for g in grader.grade(["4", "5"], [problem] * 2)] == [len(CHAT) / 10] * 2
 
 
 def test_all_messages_go_through_the_template_and_the_suffix_stands_behind_the_last(chat, tmp_path, monkeypatch):
