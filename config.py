@@ -114,14 +114,14 @@ class Config:
     grader_timeout: float = arg(5.0, "seconds per answer; past it the response counts as wrong", above=0)
 
 
-# What the adversaries see and may do. "paper": Config's defaults, as the paper's text and scripts have it. "tuned":
+# What the adversaries see and may do. "paper": Config's defaults for the same, as its text and scripts have it. "tuned":
 # what was best on development problems of the built-in tasks' first form, fixed in the arena; see docs/study.md.
 ADVERSARIES = {
-    "paper": {},
     "tuned": dict(
         bin_success="rate", unseen_rate=0.5, bin_hysteresis=0.0, prompt_signal="reward", prompt_eta=2.0,
         mean_one=True, rollout_utility="gain", rollout_budget="spread", averaging="rollout"),
 }
+ADVERSARIES["paper"] = {name: getattr(Config, name) for name in ADVERSARIES["tuned"]}
 ON_A_CPU = dict(  # the built-in tasks
     prompt_suffix="", chat_template="never", threads=1,  # threads that wait spin: see docs/speed.md
     max_prompt_tokens=16, max_response_tokens=32, steps=50, prompts_per_step=64,
@@ -305,6 +305,8 @@ def check(cfg: Config, needed: tuple[str, ...] = ("model", "train_data")) -> Non
         check_bounds(f, getattr(cfg, f.name))
     if cfg.eval_temperature == 0 and cfg.eval_rollouts > 1:
         raise ValueError("--eval_temperature 0 gives the same response every time: use it with --eval_rollouts 1")
+    if cfg.rollouts_per_prompt == 1 and cfg.mode in ("grpo", "prompt"):
+        raise ValueError("--rollouts_per_prompt 1 teaches nothing: an advantage (3) compares the rollouts of a prompt")
     if cfg.minibatch_prompts > cfg.prompts_per_step:
         raise ValueError(f"--minibatch_prompts {cfg.minibatch_prompts} is more than --prompts_per_step "
                          f"{cfg.prompts_per_step}")

@@ -372,7 +372,7 @@ def evaluate(args: argparse.Namespace) -> None:
     cfg, run = args.cfg, args.run
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    ranks, folder = Ranks(), run.model if run else tasks.model_folder(args.model)
+    ranks, folder = Ranks(max(900, 2 * cfg.stall_seconds)), run.model if run else tasks.model_folder(args.model)
     policy = Policy.open(folder, dtype=cfg.dtype, device=ranks.device, stop_tokens=cfg.stop_tokens)
     prompt, response = policy.config.limits(cfg.max_prompt_tokens, cfg.max_response_tokens,
                                             *([] if run else [(3200, 4096)]))

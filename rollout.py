@@ -86,7 +86,8 @@ class Batch:
 
 def to_text(tokenizer, responses: Iterable[np.ndarray]) -> list[str]:
     """Responses, (L,) token ids each, as text, special tokens left out."""
-    return tokenizer.batch_decode([tokens.tolist() for tokens in responses], skip_special_tokens=True)
+    tokens = [response.tolist() for response in responses]
+    return tokenizer.batch_decode(tokens, skip_special_tokens=True) if tokens else []  # transformers makes [""] of []
 
 
 def choose_engine(name: str, device: torch.device) -> tuple[str, str]:

@@ -459,6 +459,7 @@ def test_resume_alone_goes_on_with_the_settings_of_the_run_and_says_what_changed
         return command_line("--out_dir", str(finished), "--resume", *more), capsys.readouterr().out
 
     assert "--temperature 0.9" in (message := resume("--temperature", "0.5")[0]) and "may change: steps" in message
+    assert "--mean_one True" in resume("--adversary", "paper")[0]  # and all else in which the two differ
     code, said = resume()
     assert code == 0 and "already at 2 of 2 steps" in said
     code, said = resume("--steps", "3", "--learning_rate", "2e-4")
@@ -598,6 +599,7 @@ def test_a_run_that_cannot_learn_says_where_to_look(base, tmp_path, capsys):
 
 @pytest.mark.parametrize("changes, message", [
     (dict(prompts_per_step=0), "--prompts_per_step must be at least 1, got 0"),
+    (dict(rollouts_per_prompt=1), "--rollouts_per_prompt 1 teaches nothing"),
     (dict(learning_rate="nan"), "--learning_rate must be above 0, got nan"),
     (dict(minibatch_prompts=25), "--minibatch_prompts 25 is more than --prompts_per_step 24"),
     (dict(train_problems=5), "prompts_per_step=24 must be from 1 to the number of problems, 5"),
@@ -606,6 +608,7 @@ def test_a_run_that_cannot_learn_says_where_to_look(base, tmp_path, capsys):
     (dict(eps_low=2), "--eps_low must be at most 1"), (dict(eval_temperature=0), "use it with --eval_rollouts 1"),
     (dict(mode="rollout", allocation="weights", rollout_utility="surrogate"), "known for every arm (variance, gain,"),
     (dict(mode="rollout", allocation="weights", rollout_budget="dual"), "--rollout_budget exact or spread"),
+    (dict(mode="rollout", allocation="weights", averaging="prompt"), "--averaging rollout: with prompt"),
     (dict(max_response_tokens=1000), "and the model's context is 256"),
     (dict(train_data="nowhere.jsonl"), "nowhere.jsonl"), (dict(train_data="nonsense"), "unknown problem set"),
     (dict(model="no/such/folder"), "no folder"), (dict(model="arithmetic:x"), "--model arithmetic:x: the base models"),
@@ -630,7 +633,8 @@ def test_unknown_and_abbreviated_flags_are_refused_with_what_they_may_have_meant
 def test_the_preset_is_that_of_what_is_named_and_never_another_in_silence(capsys):
     for preset in set(PRESETS) - {"own"}:
         cfg, command = parse_args(["--preset", preset])  # which checks
-        assert command == (preset, False, False) and cfg.out_dir == f"out/{preset}-grpo-0"
+        assert vars(command) == {"preset": preset, "resume": False, "plan": False}
+        assert cfg.out_dir == f"out/{preset}-grpo-0"
     for argv, expected in (("--model arithmetic:3", "arithmetic"), ("--train_data permutations", "permutations"),
                            ("--model m --train_data x.jsonl", "own")):
         cfg, command = parse_args(argv.split())
