@@ -114,7 +114,7 @@ class Config:
     grader_timeout: float = arg(5.0, "seconds per answer; past it the response counts as wrong", above=0)
 
 
-# What the adversaries see and may do. "paper": Config's defaults for the same, as its text and scripts have it. "tuned":
+# What the adversaries see and may do. "paper": Config's defaults, as the paper's text and scripts have it. "tuned":
 # what was best on development problems of the built-in tasks' first form, fixed in the arena; see docs/study.md.
 ADVERSARIES = {
     "tuned": dict(
