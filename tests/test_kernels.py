@@ -482,7 +482,7 @@ def test_a_training_step_on_the_kernels_is_one_on_the_references(how, base, tmp_
     cfg, _ = parse_args([
         "--preset", "arithmetic", "--model", str(base), "--train_data", sums, "--eval_data", sums, "--mode", "both",
         "--engine", "torch", "--prompts_per_step", "12", "--minibatch_prompts", "6", "--max_response_tokens", "6",
-        "--learning_rate", "1e-3", "--kl_beta", "0.1", "--out_dir", str(tmp_path)])
+        "--learning_rate", "1e-3", "--kl_beta", "0.1", "--allow_overlap", "1", "--out_dir", str(tmp_path)])
     for devices in (set(), {"cpu"}):
         assert not any(k.launches for k in counted)
         monkeypatch.setattr(backend, "AUTO_DEVICES", devices)
