@@ -18,7 +18,7 @@ TWO: Rates = {task: (*HALF[task], *BEST[task]) for task in BOTH_TASKS}
 @dataclass(frozen=True)
 class Row:
     name: str
-    flags: dict[str, object] = field(default_factory=dict)  # what differs from the preset of the task
+    flags: dict[str, object] = field(default_factory=dict)  # what differs from the preset of the task; may be by task
     against: str = "grpo"  # the row that it is compared with, base by base
     rates: Rates = field(default_factory=lambda: ARENA)
     bases: range = range(8)  # their numbers, which are the seeds too
@@ -42,6 +42,18 @@ COMMON = {"engine": "torch", "eval_problems": 600, "eval_every": 0, "save_every"
 LONGER = "Longer: 300 steps"
 FRESH = "On fresh bases: rollouts by rank"
 ASKED_AGAIN = "The first question again, at 300 steps"
+SHAPE = "The shape of the batch"
+SHAPES = {"64x4": (64, 4), "32x8": (32, 8), "16x16": (16, 16)}  # prompts and rollouts of each: 256 rollouts a step
+LENGTH = {"arithmetic": 300, "permutations": 150}  # steps where the way there is looked at
+
+
+def shaped(flags: dict[str, object], prompts: int, rollouts: int) -> dict[str, object]:
+    """A row at another shape of the batch, in four mini-batches, evaluated along the way."""
+    moves = {"n_min": 2, "n_max": 3 * rollouts} if flags["mode"] == "rollout" else {}
+    return {**flags, **moves, "prompts_per_step": prompts, "minibatch_prompts": prompts // 4,
+            "rollouts_per_prompt": rollouts, "steps": LENGTH, "eval_every": 25}
+
+
 # Parts of the study -> rows, in the order in which they run. The preset's adversary is "tuned"; every row but `base`
 # trains on the same number of rollouts.
 PARTS = {
@@ -86,6 +98,11 @@ PARTS = {
           for utility in ("rank", "variance", "surrogate")),
         at_best("rollout-maxrl-32", {**ROLLOUT_MAXRL, "n_max": 32}, "rollout-maxrl"),
     ),
+    SHAPE: tuple(
+        Row(f"{row}-{shape}", shaped(flags, *sizes), f"grpo-{shape}", rates, range(4))
+        for row, flags, rates in (("grpo", {"mode": "grpo"}, TWO), ("maxrl", MAXRL, TWO),
+                                  ("rank-maxrl", RANK_MAXRL, HALF), ("rollout-maxrl", ROLLOUT_MAXRL, HALF))
+        for shape, sizes in SHAPES.items()),
     "The dial: skills that spread between kinds": tuple(
         at_best(f"{row}-disguised-{share}", flags, f"{against}-disguised-{share}", disguised=share)
         for share in ("0", "0.5")
@@ -112,7 +129,7 @@ class Trial:
         model = f"{self.task}:{self.base}" + (f":{self.row.disguised}" if self.row.disguised != "1" else "")
         settings = {"preset": self.task, **COMMON, "model": model, "learning_rate": written(self.rate),
                     **self.row.flags, "seed": self.base}
-        return [str(x) for k, v in settings.items() for x in (f"--{k}", v)]
+        return [str(x) for k, v in settings.items() for x in (f"--{k}", v[self.task] if isinstance(v, dict) else v)]
 
     def command(self, folder: Path) -> list[str]:
         """What trains it into `folder`, or goes on there."""
