@@ -4,9 +4,10 @@
     python -m study                              runs what is missing, two at a time (--jobs), one thread each
     python -m study --only permutations/maxrl-2e-4   of these, those whose TASK/ROW-RATE-BASE contains this
 
-A run goes to out/study/TASK/ROW-RATE-BASE; when it is complete, its config, log (three significant digits, seconds in
-total alone) and evaluations become one line of results/study/TASK/ROW.jsonl.gz, and the folder goes (`seconds` of its
-config are those of its last sitting). Ctrl-C lets the runs finish their step and checkpoint; the same command goes on.
+A run goes to out/study/TASK/ROW-RATE-BASE, a base's second run to ROW-RATE-BASE.1; when it is complete, its config,
+log (three significant digits, seconds in total alone) and evaluations become one line of
+results/study/TASK/ROW.jsonl.gz, and the folder goes (`seconds` of its config are those of its last sitting). Ctrl-C
+lets the runs finish their step and checkpoint; the same command goes on.
 """
 
 import argparse
@@ -71,7 +72,7 @@ def keep(folder: Path, seconds: float) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with WRITING:
         lines = {**kept_lines(file), folder.name: json.dumps(record, separators=(",", ":")) + "\n"}
-        order = sorted(lines, key=lambda name: (int(name.rpartition("-")[2]), name))
+        order = sorted(lines, key=lambda name: (float(name.rpartition("-")[2]), name))
         aside = file.with_name(file.name + ".partial")
         aside.write_bytes(gzip.compress("".join(lines[name] for name in order).encode(), 9, mtime=0))
         aside.replace(file)

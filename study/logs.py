@@ -1,7 +1,7 @@
 """Logs and what is computed from them: the numbers behind every figure and table (each function is tested).
 
 A bin that no prompt of a batch was in is absent (NaN), never zero. Suffixes name axes: T steps, B bins (0 = hardest),
-S seeds.
+S bases, E evaluations.
 """
 
 import functools
@@ -59,6 +59,11 @@ class Run:
     @property
     def seed(self) -> int:
         return self.config["seed"]
+
+    @property
+    def base(self) -> int:
+        """Number of the base model that a run of the study began from."""
+        return int(self.config["model"].split(":")[1])
 
     @property
     def steps(self) -> np.ndarray:
@@ -235,23 +240,33 @@ def mean_success(evaluation: dict) -> float:
 
 
 def cross_fitted(sweep: Sweep) -> list[Run]:
-    """Of each base its run at the rate whose headline is best in the mean over the OTHER bases, so that no base has a
+    """Of each base its runs at the rate whose headline is best in the mean over the OTHER bases, so that no base has a
     say in what it reports. Of bases that have runs at every rate."""
-    at = {rate: {r.seed: r for r in runs} for rate, runs in sweep.items()}
+    at = {rate: by_base(runs) for rate, runs in sweep.items()}
     bases = sorted(set.intersection(*map(set, at.values())))
 
     def elsewhere(rate: float, base: int) -> float:
-        return sum(headline(run.last()) for other, run in at[rate].items() if other in bases and other != base)
+        return sum(mean_over(headline, at[rate][other]) for other in bases if other != base)
 
-    return [at[max(at, key=lambda rate: elsewhere(rate, base))][base] for base in bases]
+    return [run for base in bases for run in at[max(at, key=lambda rate: elsewhere(rate, base))][base]]
+
+
+def by_base(runs: list[Run]) -> dict[int, list[Run]]:
+    """Number of a base -> its runs, one or more seeds."""
+    return {base: [r for r in runs if r.base == base] for base in sorted({r.base for r in runs})}
+
+
+def mean_over(figure: Callable[[dict], float], runs: list[Run]) -> float:
+    """Of a figure of their last evaluations."""
+    return float(np.mean([figure(r.last()) for r in runs]))
 
 
 def paired(runs: list[Run], baseline: list[Run], figure: Callable[[dict], float]) -> np.ndarray:
-    """Differences in points of a figure of the last evaluations, by the seeds (the study's base models) in both, (S,).
-    Raises ValueError for runs that began from different base models: a base moves the figures as much as a mode."""
-    other = {r.seed: r for r in baseline}
-    pairs = [(r, other[r.seed]) for r in runs if r.seed in other]
-    for a, b in pairs:
+    """Differences in points of a figure of the last evaluations, by the bases in both, (S,): a base's seeds are
+    averaged, and it moves the figures as much as a mode. Raises ValueError where a base is not the same in both."""
+    ours, theirs = by_base(runs), by_base(baseline)
+    both = [base for base in ours if base in theirs]
+    for a, b in ((a, b) for base in both for a in ours[base] for b in theirs[base]):
         if a.config["loaded"]["model"] != b.config["loaded"]["model"]:
             raise ValueError(f"{a.name} and {b.name} began from different base models and cannot be compared")
-    return np.array([100 * (figure(a.last()) - figure(b.last())) for a, b in pairs])
+    return np.array([100 * (mean_over(figure, ours[base]) - mean_over(figure, theirs[base])) for base in both])

@@ -21,13 +21,14 @@ class Row:
     flags: dict[str, object] = field(default_factory=dict)  # what differs from the preset of the task; may be by task
     against: str = "grpo"  # the row that it is compared with, base by base
     rates: Rates = field(default_factory=lambda: ARENA)
-    bases: range = range(8)  # their numbers, which are the seeds too
+    bases: range = range(8)  # their numbers
+    seeds: int = 1  # runs from each base
     disguised: str = "1"  # share of the base's textbook that stands under any sign (tasks.BaseSettings)
 
 
 def at_best(name: str, flags: dict[str, object], against: str = "grpo", bases: int = 4, disguised: str = "1") -> Row:
     """A row at one rate, that which was the best of its task in the arena."""
-    return Row(name, flags, against, BEST, range(bases), disguised)
+    return Row(name, flags, against, BEST, range(bases), disguised=disguised)
 
 
 MAXRL = {"mode": "grpo", "rule": "maxrl"}
@@ -119,16 +120,17 @@ class Trial:
     row: Row
     rate: float
     base: int
+    seed: int = 0  # counts the runs of a base
 
     @property
     def name(self) -> str:
-        return f"{self.task}/{self.row.name}-{written(self.rate)}-{self.base}"
+        return f"{self.task}/{self.row.name}-{written(self.rate)}-{self.base}" + f".{self.seed}" * bool(self.seed)
 
     def flags(self) -> list[str]:
         """With which train.py is called, but for the folder."""
         model = f"{self.task}:{self.base}" + (f":{self.row.disguised}" if self.row.disguised != "1" else "")
         settings = {"preset": self.task, **COMMON, "model": model, "learning_rate": written(self.rate),
-                    **self.row.flags, "seed": self.base}
+                    **self.row.flags, "seed": self.base + 100 * self.seed}
         return [str(x) for k, v in settings.items() for x in (f"--{k}", v[self.task] if isinstance(v, dict) else v)]
 
     def command(self, folder: Path) -> list[str]:
@@ -139,8 +141,8 @@ class Trial:
 
 def trials(only: str = "") -> list[Trial]:
     """All whose name contains `only`."""
-    every = [Trial(task, row, rate, base) for rows in PARTS.values() for row in rows for task in row.rates
-             for rate in row.rates[task] for base in row.bases]
+    every = [Trial(task, row, rate, base, seed) for rows in PARTS.values() for row in rows for task in row.rates
+             for rate in row.rates[task] for base in row.bases for seed in range(row.seeds)]
     return [t for t in every if only in t.name]
 
 

@@ -158,34 +158,39 @@ class BaseSettings:
     astray: float = 0.1  # share of exams that are worked by another kind's method, the common ones first, and wrong
 
 
-def problems(task: str, split: str, count: int) -> list[Problem]:
-    """The first `count` distinct problems of one of SPLITS, which share none. The id starts with the kind.
+def problems(task: str, split: str, count: int, first: int = 1) -> list[Problem]:
+    """`count` distinct problems of one of SPLITS, which share none, from number `first`. The id starts with the kind.
 
     Raises ValueError for an unknown split, or for more problems than are kept out of the base model's corpus.
     """
     if split not in SPLITS:
         raise ValueError(f"{task}: the splits are {', '.join(SPLITS)}, not {split!r}")
-    if count > HELD_BACK:
-        raise ValueError(f"{task}: a split has {HELD_BACK} problems that the base model never saw, not {count}")
+    last = first - 1 + count
+    if not 1 <= first <= last <= HELD_BACK:
+        raise ValueError(f"{task}: a split has {HELD_BACK} problems that the base model never saw, none of them are "
+                         f"{first} to {last}")
     rng, kinds = np.random.default_rng(20260127), list(TASKS[task].kinds.items())
     asked, found = set(), []  # the questions of all splits, the problems of this one
-    while len(found) < count:
+    while len(found) < last:
         (name, kind), (left, right) = kinds[len(asked) % len(kinds)], TASKS[task].draw(rng)
         turn = SPLITS[len(asked) // len(kinds) % len(SPLITS)]  # a question of each kind for one, then for the next
         question = f"{left}{kind.sign}{right}="
         if turn == split and question not in asked:
             found.append(Problem(f"{name}:{question[:-1]}", question, kind.method(left, right)[1], "gsm8k", name))
         asked.add(question)
-    return found
+    return found[first - 1 :]
 
 
 def load(source: str, *, split: str, limit: int = 0, revision: str | None = None) -> tuple[list[Problem], dict]:
-    """The first `limit` problems (0: all, or SIZES) of a built-in TASK[:SPLIT] or of what `data.load_problems` takes,
-    and the record of what they are. `split`: of a built-in task that names none."""
-    task, _, own = source.partition(":")
+    """The first `limit` problems (0: all, or SIZES) of a built-in TASK[:SPLIT[:FIRST]], from number FIRST, or of what
+    `data.load_problems` takes, and the record of what they are. `split`: of a built-in task that names none."""
+    task, *own = source.split(":")
     if task in TASKS:
-        split = own or split
-        return problems(task, split, limit or SIZES.get(split, 0)), {"source": task, "split": split}
+        if len(own) > 2 or (own[1:] and not own[1].isdecimal()):
+            raise ValueError(f"{source}: {task} may be followed by :SPLIT or :SPLIT:NUMBER, that of the first problem")
+        split, first = (*own, *(split, 1)[len(own):])
+        found = problems(task, split, limit or SIZES.get(split, 0), int(first))
+        return found, {"source": task, "split": split, **({"first": int(first)} if own[1:] else {})}
     found, record = load_problems(source, revision=revision)
     return found[: limit or None], record
 

@@ -46,6 +46,11 @@ def a_run(mode: str = "prompt", seed: int = 0, steps: int = 12, bins: int = 5, p
     return Run(f"{mode}-{seed}", config, log, evaluations)
 
 
+def from_base(mode: str, base: int, **changes) -> Run:
+    """The same as a run of the study."""
+    return a_run(mode, base, preset="arithmetic", changes={"model": f"arithmetic:{base}", **changes})
+
+
 def folder_of(run: Run, path: Path) -> Path:
     path.mkdir()
     (path / "config.json").write_text(json.dumps(run.config))
@@ -105,11 +110,14 @@ def test_budget_shares_are_the_rollouts_of_a_bin_over_all():
     assert logs.budget_share(run)[0] == pytest.approx([1.5 / 4, 2.5 / 4, 0])
 
 
-def test_differences_are_paired_by_seed_whatever_the_order():
-    ours, base = [a_run("prompt", s) for s in (3, 1, 2)], [a_run("grpo", s) for s in (0, 1, 2)]
-    ours[0].evaluations[-1]["passes"]["pass@8"] = 0.9  # seed 3: GRPO has none
+def test_differences_are_paired_by_base_whatever_the_order_and_a_base_s_seeds_are_averaged():
+    ours, base = [from_base("prompt", b) for b in (3, 1, 2)], [from_base("grpo", b) for b in (0, 1, 2)]
+    ours[0].evaluations[-1]["passes"]["pass@8"] = 0.9  # base 3: GRPO has none
     ours[1].evaluations[-1]["passes"]["pass@8"] += 0.25
     assert logs.paired(ours, base, logs.headline) == pytest.approx([30, 5])  # points
+    again = from_base("grpo", 1, seed=101)
+    again.evaluations[-1]["passes"]["pass@8"] += 0.1
+    assert logs.paired(ours, [*base, again], logs.headline) == pytest.approx([25, 5])
     ours[1].config["loaded"] = {"model": {"head": "another"}}
     with pytest.raises(ValueError, match="began from different base models"):
         logs.paired(ours, base, logs.headline)
@@ -131,14 +139,15 @@ def test_cross_fitting_equals_brute_force_over_the_bases_that_have_every_rate():
         rates, bases = rng.integers(1, 5), rng.integers(1, 7)
         found = {10.0**-k: {int(b): rng.random() for b in rng.permutation(bases) if rng.random() < 0.9}
                  for k in range(rates)}
-        sweep = {rate: [Run("", {"seed": base, "learning_rate": rate}, [], [{"rollouts": 16, "passes": {"pass@8": x}}])
+        sweep = {rate: [Run("", {"model": f"arithmetic:{base}", "learning_rate": rate}, [],
+                             [{"rollouts": 16, "passes": {"pass@8": x}}])
                         for base, x in by_base.items()] for rate, by_base in found.items()}
         whole, expected = [b for b in range(bases) if all(b in by_base for by_base in found.values())], []
         for b in whole:
             means = {rate: [by_base[o] for o in whole if o != b] for rate, by_base in found.items()}
             rate = max((np.mean(x) if x else 0, rate) for rate, x in means.items())[1]
             expected.append((b, rate, found[rate][b]))
-        assert [(r.seed, r.config["learning_rate"], logs.headline(r.last()))
+        assert [(r.base, r.config["learning_rate"], logs.headline(r.last()))
                 for r in logs.cross_fitted(sweep)] == expected
 
 
@@ -152,7 +161,7 @@ def test_the_study_is_read_by_row_rate_and_base(tmp_path, monkeypatch):
     monkeypatch.setattr(logs, "sweeps", logs.sweeps.__wrapped__)  # nothing is remembered
     for row, mode, rate, base in (("rollout", "rollout", 2e-4, 0), ("grpo", "grpo", 1e-4, 1), ("grpo", "grpo", 5e-5, 0),
                                   ("grpo", "grpo", 5e-5, 1), ("grpo", "grpo", 1e-4, 0), ("grpo", "grpo", 1e-4, 2)):
-        run = a_run(mode, base, preset="arithmetic", changes={"learning_rate": rate})
+        run = from_base(mode, base, learning_rate=rate)
         command.keep(folder_of(run, tmp_path / f"{row}-{written(rate)}-{base}"), 1.0)
     found = logs.sweeps()
     assert list(found) == ["arithmetic"] and list(found["arithmetic"]) == ["grpo", "rollout"]

@@ -25,25 +25,31 @@ def config(trial: Trial) -> Config:
 
 def test_every_trial_is_a_run_that_train_accepts_from_its_base_at_its_rate_and_differs_from_grpo_by_its_flags_alone():
     for trial in TRIALS:
-        cfg, flags = config(trial), {k: v for k, v in trial.row.flags.items() if k != "adversary"}
+        cfg, flags = config(trial), {k: v[trial.task] if isinstance(v, dict) else v
+                                     for k, v in trial.row.flags.items() if k != "adversary"}
         check(cfg)
         assert (cfg.train_data, cfg.eval_data) == (trial.task, trial.task)
         share = [trial.row.disguised] if trial.row.name.partition("-disguised-")[2] else []
         assert cfg.model.split(":") == [trial.task, str(trial.base), *share]
-        assert cfg.seed == trial.base and cfg.learning_rate == trial.rate and cfg.out_dir.endswith(trial.name)
+        assert cfg.seed == trial.base + 100 * trial.seed and cfg.learning_rate == trial.rate
+        assert cfg.out_dir.endswith(trial.name)
         assert cfg.eval_problems == tasks.SIZES["heldout"] == 600 and cfg.eval_rollouts == 16
         usual = {"mode": "grpo", **{k: v for k, v in trial.row.flags.items() if k == "adversary"}}
         grpo = config(dataclasses.replace(trial, row=dataclasses.replace(trial.row, name="grpo", flags=usual)))
         assert cfg == dataclasses.replace(grpo, out_dir=cfg.out_dir, **flags)
-        assert all(getattr(cfg, k) != getattr(grpo, k) for k in set(flags) - {"mode", "rule"})
+        if trial.row not in rows.PARTS[rows.SHAPE]:  # which say the usual shape, too
+            assert all(getattr(cfg, k) != getattr(grpo, k) for k in set(flags) - {"mode", "rule"})
+
 
 
 def test_rows_of_a_task_train_on_equally_many_rollouts_as_the_preset_has():
     for trial in TRIALS:
-        cfg = config(trial)
+        cfg, shape = config(trial), rows.SHAPES.get(trial.row.name.rpartition("-")[2])
         steps = 300 if trial.row.name.endswith(("-300", "-long")) else PRESETS[trial.task][1]["steps"]
-        assert cfg.steps == (0 if trial.row.name == "base" else steps)
-        assert (cfg.prompts_per_step, cfg.rollouts_per_prompt) == (64, 4)
+        assert cfg.steps == (0 if trial.row.name == "base" else rows.LENGTH[trial.task] if shape else steps)
+        assert (cfg.prompts_per_step, cfg.rollouts_per_prompt) == (shape or (64, 4))
+        assert cfg.prompts_per_step * cfg.rollouts_per_prompt == 256
+        assert cfg.minibatch_prompts * 4 == cfg.prompts_per_step
         assert cfg.rollout_budget != "dual"  # the only budget that holds on average alone
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from test_logs import a_run, folder_of
+from test_logs import a_run, folder_of, from_base
 
 from study import logs, tables
 from study.rows import BOTH_TASKS, PARTS
@@ -30,7 +30,7 @@ def found(monkeypatch) -> Callable:
 
 def runs_of(gain: float, bases: int = 3) -> list[logs.Run]:
     """Whose pass@8 is that of the base plus a gain in points and, of the first base, one point more."""
-    runs = [a_run("grpo", base) for base in range(bases)]
+    runs = [from_base("grpo", base) for base in range(bases)]
     for run in runs:
         run.evaluations[-1]["passes"]["pass@8"] += (gain + (run.seed == 0)) / 100
     return runs
@@ -89,7 +89,8 @@ def test_questions_are_pooled_over_tasks_and_adjusted_within_their_table_and_the
 def test_the_note_above_the_tables_and_the_flags_of_its_row_are_true_of_every_run():
     rows = [row for part in PARTS.values() for row in part]
     for row, run in [(r, run) for found in logs.study().values() for r in rows for run in found[r.name]]:
-        assert all(run.config[k] == v for k, v in row.flags.items() if k != "adversary")
+        flags = {k: v[run.config["preset"]] if isinstance(v, dict) else v for k, v in row.flags.items()}
+        assert all(run.config[k] == v for k, v in flags.items() if k != "adversary")
         assert [run.config[f"eval_{key}"] for key in ("rollouts", "temperature", "top_p", "top_k")] == [16, 1, 1, 0]
         assert run.last()["step"] == run.config["steps"] and run.config["loaded"]["eval_data"]["split"] == "heldout"
 
