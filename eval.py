@@ -34,7 +34,7 @@ from policy import Policy
 from ranks import Ranks, RunError, say
 from reward import Grader, check_golds
 from rollout import Sampling, choose_engine, draw_part, make_engine, rollout_seed, to_text
-from runfolder import environment, portable, replace_text, write_json
+from runfolder import FolderLock, environment, portable, replace_text, write_json
 from watchdog import progress, watching
 
 PAPER_BENCHMARKS = ("math500", "aime24", "aime25", "amc23", "minerva", "olympiad", "gpqa")
@@ -228,7 +228,7 @@ def load_benchmarks(args: argparse.Namespace, cfg: Config, tokenizer,
 
 
 def draw_samples(questions: list[Question], path: Path, engine, ranks: Ranks, tokenizer, sampling: Sampling, *,
-                 k: int, seed: int, grader: Grader) -> list[Sample]:
+                 k: int, seed: int, grader: Grader, lock: FolderLock) -> list[Sample]:
     """Draws, grades and appends to `path` what is not there yet; all samples, in order, on the first rank."""
     chunk, samples = CHUNK * ranks.world, []
     if ranks.rank == 0:
@@ -242,6 +242,7 @@ def draw_samples(questions: list[Question], path: Path, engine, ranks: Ranks, to
         part = questions[start : start + chunk]
         batch = draw_part(engine, ranks, [q.tokens for q in part], [k] * len(part),
                           [rollout_seed(seed, -1, q.problem.id) for q in part], sampling).exchange(ranks)
+        lock.check()
         if ranks.rank == 0:
             texts = to_text(tokenizer, map(batch.response, range(len(batch.owner))))
             drawn = [Sample(part[i].benchmark, p.id, p.prompt, p.answer, p.style, p.kind, r % k, texts[r],
@@ -388,6 +389,7 @@ def evaluate(args: argparse.Namespace) -> None:
                     "reward": portable(cfg.reward), "reward_sha256": grader.source.sha256 if grader.source else None,
                     "benchmarks": records}
         say(f"as {run.folder}:" if run else "settings:", ", ".join(f"{k} {v}" for k, v in asked.items()))
+        lock = FolderLock(args.out, ranks)
         if ranks.rank == 0:
             refuse_another(args.out, settings)
         progress("engine")  # from here on, with all downloads done, the watchdog watches
@@ -395,16 +397,16 @@ def evaluate(args: argparse.Namespace) -> None:
                              max_prompt_tokens=prompt, max_response_tokens=response, max_rollouts=cfg.max_rollouts,
                              gpu_memory_utilization=cfg.gpu_memory_utilization)
         if ranks.rank == 0 and not (args.out / "eval.json").exists():  # only now that the model runs
-            args.out.mkdir(parents=True, exist_ok=True)
             write_json(args.out / "eval.json", {"settings": settings})
         sampling = Sampling(response, cfg.eval_temperature, cfg.eval_top_p, cfg.eval_top_k, policy.stop_ids)
         samples = draw_samples(questions, args.out / "eval_samples.jsonl", engine, ranks, policy.tokenizer, sampling,
-                               k=cfg.eval_rollouts, seed=cfg.seed, grader=grader)
+                               k=cfg.eval_rollouts, seed=cfg.seed, grader=grader, lock=lock)
     if ranks.rank == 0:
         rows = summary(samples)
         write_json(args.out / "eval.json", {"settings": settings, "environment": environment(), "figures": rows})
         print(markdown(rows, settings["model"]))
         print(f"\nfigures: {args.out / 'eval.json'}   responses: {args.out / 'eval_samples.jsonl'}")
+    lock.close()
     engine.close()
     ranks.leave()
 

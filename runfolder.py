@@ -1,16 +1,19 @@
 """What a run leaves on disk: its folder, checkpoints and records.
 
 `out_dir/`: config.json, paths.json, metrics.jsonl, samples.jsonl, eval.json, checkpoint/step_N/, model/, best/. Written
-by the first rank, but for the checkpoints' tensors: there every rank writes what it holds. All but paths.json can be
-published: it alone names absolute paths, for --resume.
+by the first rank, which holds the folder's lock meanwhile, but for the checkpoints' tensors: there every rank writes
+what it holds. All but paths.json and lock can be published: the one names absolute paths, for --resume, the other
+(after a kill) the machine.
 """
 
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -82,6 +85,65 @@ def replace_text(path: Path, text: str) -> None:
     aside.replace(path)
 
 
+# ------------------------------------------------------------------------------------------------ the lock
+
+
+class FolderLock:
+    """Held by the first rank while a run or an evaluation writes into a folder: two would mix their lines.
+
+    flock's: it goes with the process that holds it, however that ends, so none is ever stale. The file `lock` says who
+    holds it, and stays.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks):
+        """Takes the lock, and makes the folder. All ranks call it, and end where that fails: see `_agree`."""
+        self.path, self.ranks = folder / "lock", ranks
+        self._agree(self._take() if ranks.rank == 0 else None)
+
+    def _take(self) -> str | None:
+        """Takes the lock; what is in the way, None if nothing is."""
+        folder = self.path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path, "a+", encoding="utf-8")
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.seek(0)
+            return (f"{folder} is in use: {self.file.read() or 'another process'} writes there. Wait until it is done, "
+                    "or end it; then start this again")
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                return str(error)
+            return (f"{folder} lies on a file system without locks ({error.strerror}): two runs could write there and "
+                    "neither would know. Choose a folder on another one, or have it mounted with locks (flock)")
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self.file.flush()
+
+    def check(self) -> None:
+        """Ends all ranks where the lock is lost: the file is gone, or another one, which somebody else may lock."""
+        lost = False
+        if self.ranks.rank == 0:
+            try:
+                lost = not os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
+            except FileNotFoundError:
+                lost = True
+        self._agree(f"{self.path} was removed or replaced while this run held it: another may write there, too. Look "
+                    "for one, then go on from what was saved" if lost else None)
+
+    def _agree(self, problem: str | None) -> None:
+        """Where the first rank has met a problem: raises RunError there, ends the others without a word."""
+        if problem := self.ranks.from_all(problem)[0]:
+            if self.ranks.rank:
+                sys.exit(1)
+            raise RunError(problem)
+
+    def close(self) -> None:
+        if self.ranks.rank == 0:
+            self.file.truncate(0)
+            self.file.close()
+
+
 # ------------------------------------------------------------------------------------------------ the folder
 
 PATIENCE = 60.0  # seconds after which every rank sees a new file: NFS may keep an old list that long
@@ -104,11 +166,12 @@ class RunFolder:
         self.path, self.config = Path(cfg.out_dir), {**settings, **{k: portable(settings[k]) for k in FILES}}
         self.paths = {k: v for k, v in settings.items() if self.config[k] != v}
         self.saved: dict = {}  # config.json of the run to be gone on with
+        self.lock: FolderLock | None = None  # until a run begins
 
     def loaded_before(self, resume: bool) -> dict | None:
         """What the run to be gone on with had loaded, None to begin one.
 
-        Makes the folder. Raises OSError where it cannot be one, or is in use, ValueError for changed settings.
+        Makes the folder. Raises OSError where it cannot be one, or holds a run, ValueError for changed settings.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / "config.json").exists():

@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,7 +44,7 @@ from policy import Policy
 from ranks import Ranks, RunError, deal_rows, full, reshard, say, shard
 from reward import Grader, check_golds, extract
 from rollout import Batch, Sampling, choose_engine, draw_part, make_engine, rollout_seed, to_text
-from runfolder import RunFolder, Tracker, jsonable, portable, write_json
+from runfolder import FolderLock, RunFolder, Tracker, jsonable, portable, write_json
 from watchdog import progress, watching
 
 ADVANTAGE_CLIP = 5.0  # advantages (3) are clipped to [-5, 5]
@@ -545,6 +546,7 @@ def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, 
     # Collectives outlast the watchdog, which says more than they do when a rank is missing.
     ranks, folder = Ranks(max(900, 2 * cfg.stall_seconds)), RunFolder(cfg)
     ranks.check_work(cfg.prompts_per_step, cfg.minibatch_prompts * cfg.rollouts_per_prompt)
+    folder.lock = FolderLock(folder.path, ranks)
     loaded = folder.loaded_before(resume)
     folder.check_shared(ranks)
     trainer, evaluations = Trainer(cfg, ranks, loaded), []
@@ -596,6 +598,7 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
     while trainer.next_step < cfg.steps and not stopping:
         line, samples = trainer.step(trainer.next_step)
         trainer.next_step += 1
+        folder.lock.check()
         stopping, last = asked(), trainer.next_step == cfg.steps
         if last or (due() and not stopping):
             line["eval"] = evaluate()
@@ -640,7 +643,7 @@ def run(cfg: Config, command) -> None:
     except (ValueError, OSError) as error:  # what was given; a later ValueError is a bug and keeps its trace
         raise RunError(str(error)) from error
     ranks, begun = trainer.ranks, trainer.next_step
-    with trainer.grader, folder.full_disk_explained(12 * trainer.policy.config.num_parameters()):
+    with trainer.grader, closing(folder.lock), folder.full_disk_explained(12 * trainer.policy.config.num_parameters()):
         complete = train(trainer, folder, evaluations)
         saved = ranks.from_all((folder.path / "model").exists())[0]
         if trainer.next_step > begun or not saved:

@@ -1,18 +1,21 @@
-"""Ends a run in which nothing moves any more, and leaves in RUN/stall-rankN.txt what each rank was doing.
+"""Ends a run in which nothing moves any more, or a part of which is gone, and leaves in its folder what each rank did.
 
 A kernel that hangs, a collective that one rank never enters, a disk that does not answer: a run would hold its GPUs
 until somebody looks. `progress` is called wherever something has moved: at the borders of phases, for each token of a
 rollout (TorchEngine), each step of vLLM's engine, each verdict, micro-batch and weight. A thread of each rank watches
 its own clock and, through the launcher's store, whether any other rank moved; when none did for --stall_seconds it
-writes the file and ends the process, whatever the main thread is stuck in. Nothing has to be agreed on: ranks that hang
-can't agree.
+writes stall-rankN.txt and ends the process, whatever the main thread is stuck in. Nothing has to be agreed on: ranks
+that hang can't agree. Another thread looks whether the launcher is there: torchrun starts each rank in a session of its
+own, which a kill of torchrun leaves at work. And a collective that breaks, for another rank is gone, ends this one.
 """
 
+import contextlib
 import faulthandler
 import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from pathlib import Path
 POLL_SECONDS = 5.0  # at most, between two looks; a tenth of the limit where that is less
 STDERR = 2  # the descriptor: trackers put objects of their own into sys.stderr
 LATER = 10.0  # seconds after which the timer in C ends what the watching thread could not
+GO_ON = "Go on from what was saved with the same command, of train.py with --resume"
 
 
 @dataclass
@@ -49,29 +53,60 @@ def progress(phase: str | None = None, *, step: int | None = None) -> None:
 
 @contextmanager
 def watching(folder: Path, seconds: float) -> Iterator[None]:
-    """Inside, the process ends with status 1 once no rank has moved for so many seconds; 0 = never.
+    """Inside, the process ends with status 1 once no rank has moved for so many seconds (0 = never), once the torchrun
+    that started it has ended, and where a collective breaks.
 
     The clock starts at the first `progress`: before it a model may have to be downloaded.
     """
     global _work
     _work = Work()
-    if not seconds:
-        yield
-        return
     over, poll = threading.Event(), min(POLL_SECONDS, seconds / 10)
     watch = threading.Thread(target=_watch, args=(over, poll, folder, seconds), daemon=True)
-    watch.start()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if seconds:
+        watch.start()
+    if seconds and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         threading.Thread(target=_listen, args=(over, poll), daemon=True).start()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun sets it; what nohup starts must outlive its shell
+        threading.Thread(target=_follow, args=(over, os.getppid()), daemon=True).start()
     try:
         yield
+    except RuntimeError as error:
+        _end_if_broken(folder, error)
+        raise
     finally:
         over.set()
-        watch.join()
+        if seconds:
+            watch.join()
         faulthandler.cancel_dump_traceback_later()
 
 
-# The two threads share nothing with the main one that it could hold while it hangs.
+def _end_if_broken(folder: Path, error: RuntimeError) -> None:
+    """Ends the process if the error is of a collective: with one line, and the trace in a file. At once, whatever
+    signals asked before: nothing more can be done together."""
+    from torch.distributed import DistError
+
+    if not isinstance(error, DistError) and "gloo/transport" not in str(error):  # gloo's have no class of their own
+        return
+    rank = os.environ.get("RANK", "0")
+    path = folder / f"lost-rank{rank}.txt"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(traceback.format_exc(), encoding="utf-8")
+    print(f"\nrank {rank}: another rank died or does not answer (what it said, if anything, stands above; the trace of "
+          f"this one: {path}). {GO_ON}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
+
+
+# The threads share nothing with the main one that it could hold while it hangs.
+
+
+def _follow(over: threading.Event, launcher: int) -> None:
+    while os.getppid() == launcher:
+        if over.wait(1.0):
+            return
+    with contextlib.suppress(OSError):  # nobody may be left to read it
+        print(f"\nrank {os.environ['RANK']}: torchrun is gone, the run ends. {GO_ON}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _silence() -> float:
@@ -95,16 +130,17 @@ def _watch(over: threading.Event, poll: float, folder: Path, seconds: float) -> 
 
 def _listen(over: threading.Event, poll: float) -> None:
     """Adds this rank's moves to a sum of all ranks' in the launcher's store: while it grows, some rank moves."""
-    from torch.distributed import TCPStore  # here, for the grader's workers import this file and need no torch
+    from torch.distributed import DistError, TCPStore  # here: the grader's workers import this file and need no torch
 
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    told = total = 0
-    while not over.wait(poll):
-        moves = _work.moves
-        known, total = total, store.add("watchdog/moves", moves - told)
-        told = moves
-        if total != known:
-            _work.others_moved = time.monotonic()
+    with contextlib.suppress(DistError):  # the launcher is gone, and this rank's own clock goes on
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        told = total = 0
+        while not over.wait(poll):
+            moves = _work.moves
+            known, total = total, store.add("watchdog/moves", moves - told)
+            told = moves
+            if total != known:
+                _work.others_moved = time.monotonic()
 
 
 def _report(folder: Path, seconds: float) -> None:
@@ -112,8 +148,7 @@ def _report(folder: Path, seconds: float) -> None:
     path, own, silence = folder / f"stall-rank{rank}.txt", time.monotonic() - _work.moved, _silence()
     where = f"phase {_work.phase}" + (f", step {_work.step}" if _work.step is not None else "")
     print(f"rank {rank}: no rank has moved for {silence:.0f} seconds (--stall_seconds {seconds:g}), the run ends. This "
-          f"one is in {where}; its stacks: {path}. Go on from what was saved with the same command, of train.py with "
-          "--resume", file=sys.stderr, flush=True)
+          f"one is in {where}; its stacks: {path}. {GO_ON}", file=sys.stderr, flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         print(f"rank {rank} of {world}", where,
