@@ -92,51 +92,39 @@ class FolderLock:
     """Held by the first rank while a run or an evaluation writes into a folder: two would mix their lines.
 
     flock's: it goes with the process that holds it, however that ends, so none is ever stale. The file `lock` says who
-    holds it, and stays.
+    holds it, and stays. All ranks make it, check it and close it; where the first finds a problem, it alone says so.
     """
 
     def __init__(self, folder: Path, ranks: Ranks):
-        """Takes the lock, and makes the folder. All ranks call it, and end where that fails: see `_agree`."""
+        """Makes the folder and takes its lock. Raises RunError where another process has it, or there are no locks."""
         self.path, self.ranks = folder / "lock", ranks
-        self._agree(self._take() if ranks.rank == 0 else None)
+        self._end_if(self._take() if ranks.rank == 0 else None)
 
     def _take(self) -> str | None:
         """Takes the lock; what is in the way, None if nothing is."""
-        folder = self.path.parent
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "a+", encoding="utf-8")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path, "a")  # the name of who holds it must outlive the attempts of others
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.file.seek(0)
-            return (f"{folder} is in use: {self.file.read() or 'another process'} writes there. Wait until it is done, "
-                    "or end it; then start this again")
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                return str(error)
-            return (f"{folder} lies on a file system without locks ({error.strerror}): two runs could write there and "
-                    "neither would know. Choose a folder on another one, or have it mounted with locks (flock)")
+            return (f"{self.path.parent} is in use: {self.path.read_text() or 'another process'} writes there. Wait "
+                    "until it is done or end it, then start this again")
+        except OSError as error:  # ENOLCK, ENOSYS: some NFS, Lustre and FUSE mounts have no locks
+            return f"{self.path} cannot be locked: {error}. If its file system has no locks, choose a folder on another"
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self.file.flush()
 
     def check(self) -> None:
-        """Ends all ranks where the lock is lost: the file is gone, or another one, which somebody else may lock."""
-        lost = False
-        if self.ranks.rank == 0:
-            try:
-                lost = not os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
-            except FileNotFoundError:
-                lost = True
-        self._agree(f"{self.path} was removed or replaced while this run held it: another may write there, too. Look "
-                    "for one, then go on from what was saved" if lost else None)
+        """Raises RunError where the file is gone or another one, which somebody else may lock."""
+        held = self.ranks.rank > 0 or (
+            self.path.exists() and os.path.samestat(os.fstat(self.file.fileno()), self.path.stat()))
+        self._end_if(None if held else f"{self.path} was removed or replaced, so another process may write there, too. "
+                                       "Look for one, then go on from what was saved")
 
-    def _agree(self, problem: str | None) -> None:
-        """Where the first rank has met a problem: raises RunError there, ends the others without a word."""
+    def _end_if(self, problem: str | None) -> None:
         if problem := self.ranks.from_all(problem)[0]:
-            if self.ranks.rank:
-                sys.exit(1)
-            raise RunError(problem)
+            raise RunError(problem) if self.ranks.rank == 0 else SystemExit(1)
 
     def close(self) -> None:
         if self.ranks.rank == 0:

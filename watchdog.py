@@ -5,13 +5,14 @@ until somebody looks. `progress` is called wherever something has moved: at the 
 rollout (TorchEngine), each step of vLLM's engine, each verdict, micro-batch and weight. A thread of each rank watches
 its own clock and, through the launcher's store, whether any other rank moved; when none did for --stall_seconds it
 writes stall-rankN.txt and ends the process, whatever the main thread is stuck in. Nothing has to be agreed on: ranks
-that hang can't agree. Another thread looks whether the launcher is there: torchrun starts each rank in a session of its
-own, which a kill of torchrun leaves at work. And a collective that breaks, for another rank is gone, ends this one.
+that hang can't agree. A collective that breaks, for another rank is gone, ends this one at once.
 """
 
 import contextlib
+import ctypes
 import faulthandler
 import os
+import signal
 import sys
 import threading
 import time
@@ -53,8 +54,8 @@ def progress(phase: str | None = None, *, step: int | None = None) -> None:
 
 @contextmanager
 def watching(folder: Path, seconds: float) -> Iterator[None]:
-    """Inside, the process ends with status 1 once no rank has moved for so many seconds (0 = never), once the torchrun
-    that started it has ended, and where a collective breaks.
+    """Inside, the process ends with status 1 once no rank has moved for so many seconds (0 = never), where a
+    collective breaks, and when the torchrun that started it is gone.
 
     The clock starts at the first `progress`: before it a model may have to be downloaded.
     """
@@ -66,8 +67,8 @@ def watching(folder: Path, seconds: float) -> Iterator[None]:
         watch.start()
     if seconds and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         threading.Thread(target=_listen, args=(over, poll), daemon=True).start()
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun sets it; what nohup starts must outlive its shell
-        threading.Thread(target=_follow, args=(over, os.getppid()), daemon=True).start()
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":  # torchrun started it, and not nohup
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG: else a kill -9 of torchrun leaves it at work
     try:
         yield
     except RuntimeError as error:
@@ -97,16 +98,7 @@ def _end_if_broken(folder: Path, error: RuntimeError) -> None:
     os._exit(1)
 
 
-# The threads share nothing with the main one that it could hold while it hangs.
-
-
-def _follow(over: threading.Event, launcher: int) -> None:
-    while os.getppid() == launcher:
-        if over.wait(1.0):
-            return
-    with contextlib.suppress(OSError):  # nobody may be left to read it
-        print(f"\nrank {os.environ['RANK']}: torchrun is gone, the run ends. {GO_ON}", file=sys.stderr, flush=True)
-    os._exit(1)
+# The two threads share nothing with the main one that it could hold while it hangs.
 
 
 def _silence() -> float:
