@@ -29,7 +29,7 @@ import metrics
 import tasks
 from config import PROMPT_SUFFIX, Config, add_flag, check_bounds, of_run
 from data import HUB_SETS, SUFFIXES, Problem, encode_prompts, hold_out
-from metrics import by_kind, figures, headline_k
+from metrics import by_kind, figures, headline_k, whole_lines
 from policy import Policy
 from ranks import Ranks, RunError, say
 from reward import Grader, check_golds
@@ -74,8 +74,8 @@ def read_samples(path: Path) -> list[Sample]:
     Raises ValueError for a file that holds something else.
     """
     try:
-        return [Sample(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-    except (json.JSONDecodeError, TypeError) as error:
+        return [Sample(**line) for line in whole_lines(path)]
+    except TypeError as error:
         raise ValueError(f"{path} holds lines that are not samples: {error}") from error
 
 
@@ -406,7 +406,6 @@ def evaluate(args: argparse.Namespace) -> None:
         write_json(args.out / "eval.json", {"settings": settings, "environment": environment(), "figures": rows})
         print(markdown(rows, settings["model"]))
         print(f"\nfigures: {args.out / 'eval.json'}   responses: {args.out / 'eval_samples.jsonl'}")
-    lock.close()
     engine.close()
     ranks.leave()
 

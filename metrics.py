@@ -4,11 +4,15 @@
     pass@k  the chance that at least one of k responses is right, estimated without bias from the m >= k drawn:
             1 - C(m - c, k) / C(m, k) for c right ones
     [a, b]  95% interval: percentiles of the bootstrap over problems
+
+And how the files are read in which such things are logged.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import comb
+from pathlib import Path
 
 import numpy as np
 
@@ -98,3 +102,16 @@ def table(evaluations: list[Evaluation]) -> str:
         figures |= {f"{first.shown}, {kind}": [e.by_kind[kind][2] for e in evaluations] for kind in first.by_kind}
     head = [f"{first.problems} held-out problems x {first.rollouts}, percent", *(f"step {e.step}" for e in evaluations)]
     return "\n" + markdown(head, [[name, *(f"{100 * x:.1f}" for x in values)] for name, values in figures.items()])
+
+
+def whole_lines(path: Path) -> list[dict]:
+    """The lines of a .jsonl file; what follows the last line break is being written, or was cut by a kill. Raises
+    ValueError, with the place and the remedy, for a line that is no JSON object."""
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], 1):
+        try:
+            found.append({**json.loads(line)})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is no JSON object ({error}): a crash of the machine may leave "
+                             f"such. Delete the line: sed -i {number}d {path}") from error
+    return found

@@ -21,7 +21,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -554,9 +553,12 @@ def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, 
         evaluations = trainer.restore(*saved)
     elif resume:
         say(f"--resume: {folder.path} has no checkpoint yet, starting from the beginning")
+    if saved:
+        folder.refuse_other(jsonable(trainer.record))
+    if trainer.next_step > cfg.steps:
+        raise ValueError(f"--steps {cfg.steps}: this run has done {trainer.next_step} already; give as many or more")
     if ranks.rank == 0:
         if saved:
-            folder.refuse_other(jsonable(trainer.record))
             folder.record_change(trainer.next_step)
             folder.write_evaluations(evaluations)
         else:
@@ -643,7 +645,7 @@ def run(cfg: Config, command) -> None:
     except (ValueError, OSError) as error:  # what was given; a later ValueError is a bug and keeps its trace
         raise RunError(str(error)) from error
     ranks, begun = trainer.ranks, trainer.next_step
-    with trainer.grader, closing(folder.lock), folder.full_disk_explained(12 * trainer.policy.config.num_parameters()):
+    with trainer.grader, folder.full_disk_explained(12 * trainer.policy.config.num_parameters()):
         complete = train(trainer, folder, evaluations)
         saved = ranks.from_all((folder.path / "model").exists())[0]
         if trainer.next_step > begun or not saved:
@@ -656,7 +658,7 @@ def run(cfg: Config, command) -> None:
     else:
         say(f"stopped after {trainer.next_step} steps; go on with: python train.py --out_dir {folder.path} --resume")
     trainer.engine.close()
-    del trainer
+    del trainer, folder
     ranks.leave()
     sys.exit(0 if complete else 130)
 

@@ -8,7 +8,6 @@ writes stall-rankN.txt and ends the process, whatever the main thread is stuck i
 that hang can't agree. A collective that breaks, for another rank is gone, ends this one at once.
 """
 
-import contextlib
 import ctypes
 import faulthandler
 import os
@@ -16,16 +15,16 @@ import signal
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import print_exc
+from typing import TextIO
 
 POLL_SECONDS = 5.0  # at most, between two looks; a tenth of the limit where that is less
 STDERR = 2  # the descriptor: trackers put objects of their own into sys.stderr
 LATER = 10.0  # seconds after which the timer in C ends what the watching thread could not
-GO_ON = "Go on from what was saved with the same command, of train.py with --resume"
 
 
 @dataclass
@@ -72,7 +71,9 @@ def watching(folder: Path, seconds: float) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        _end_if_broken(folder, error)
+        if _broken(error):  # nothing more can be done together, whatever signals asked for
+            _report(folder, "lost", "another rank died or does not answer", lambda file: print_exc(file=file))
+            os._exit(1)
         raise
     finally:
         over.set()
@@ -81,21 +82,11 @@ def watching(folder: Path, seconds: float) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def _end_if_broken(folder: Path, error: RuntimeError) -> None:
-    """Ends the process if the error is of a collective: with one line, and the trace in a file. At once, whatever
-    signals asked before: nothing more can be done together."""
-    from torch.distributed import DistError
+def _broken(error: RuntimeError) -> bool:
+    """Whether it is a collective's that lost another rank."""
+    from torch.distributed import DistError  # here, for the grader's workers import this file and need no torch
 
-    if not isinstance(error, DistError) and "gloo/transport" not in str(error):  # gloo's have no class of their own
-        return
-    rank = os.environ.get("RANK", "0")
-    path = folder / f"lost-rank{rank}.txt"
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(traceback.format_exc(), encoding="utf-8")
-    print(f"\nrank {rank}: another rank died or does not answer (what it said, if anything, stands above; the trace of "
-          f"this one: {path}). {GO_ON}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(1)
+    return isinstance(error, DistError) or "gloo/transport" in str(error)  # gloo's have no class of their own
 
 
 # The two threads share nothing with the main one that it could hold while it hangs.
@@ -114,7 +105,8 @@ def _watch(over: threading.Event, poll: float, folder: Path, seconds: float) -> 
         if over.wait(poll):
             return
     faulthandler.dump_traceback_later(LATER, exit=True, file=STDERR)
-    _report(folder, seconds)
+    _report(folder, "stall", f"no rank has moved for {_silence():.0f} seconds (--stall_seconds {seconds:g})",
+            faulthandler.dump_traceback)
     faulthandler.cancel_dump_traceback_later()
     time.sleep(3 * poll)  # a rank that goes breaks the others' collectives: let them write first
     os._exit(1)
@@ -122,28 +114,28 @@ def _watch(over: threading.Event, poll: float, folder: Path, seconds: float) -> 
 
 def _listen(over: threading.Event, poll: float) -> None:
     """Adds this rank's moves to a sum of all ranks' in the launcher's store: while it grows, some rank moves."""
-    from torch.distributed import DistError, TCPStore  # here: the grader's workers import this file and need no torch
+    from torch.distributed import TCPStore
 
-    with contextlib.suppress(DistError):  # the launcher is gone, and this rank's own clock goes on
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        told = total = 0
-        while not over.wait(poll):
-            moves = _work.moves
-            known, total = total, store.add("watchdog/moves", moves - told)
-            told = moves
-            if total != known:
-                _work.others_moved = time.monotonic()
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    told = total = 0
+    while not over.wait(poll):
+        moves = _work.moves
+        known, total = total, store.add("watchdog/moves", moves - told)
+        told = moves
+        if total != known:
+            _work.others_moved = time.monotonic()
 
 
-def _report(folder: Path, seconds: float) -> None:
+def _report(folder: Path, kind: str, why: str, trace: Callable[[TextIO], object]) -> None:
+    """Says on stderr why this rank ends, and writes what it was doing into KIND-rankN.txt, with a trace."""
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    path, own, silence = folder / f"stall-rank{rank}.txt", time.monotonic() - _work.moved, _silence()
+    path, own, silence = folder / f"{kind}-rank{rank}.txt", time.monotonic() - _work.moved, _silence()
     where = f"phase {_work.phase}" + (f", step {_work.step}" if _work.step is not None else "")
-    print(f"rank {rank}: no rank has moved for {silence:.0f} seconds (--stall_seconds {seconds:g}), the run ends. This "
-          f"one is in {where}; its stacks: {path}. {GO_ON}", file=sys.stderr, flush=True)
+    print(f"\nrank {rank}: {why}; the run ends. This one is in {where}; its trace: {path}. Go on from what was saved "
+          "with the same command, of train.py with --resume", file=sys.stderr, flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         print(f"rank {rank} of {world}", where,
               f"this rank last moved {own:.1f} seconds ago, some rank {silence:.1f}\n", sep="\n", file=file, flush=True)
-        faulthandler.dump_traceback(file)
+        trace(file)
     sys.stdout.flush()
