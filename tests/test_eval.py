@@ -20,6 +20,8 @@ import eval as eval_module
 import tasks
 from eval import PAPER_BENCHMARKS, Sample, evaluate, markdown, parse_args, summary
 from model import Transformer
+from ranks import Ranks, RunError
+from runfolder import FolderLock
 
 ROOT = Path(__file__).parents[1]
 
@@ -280,6 +282,13 @@ def test_gold_answers_that_nobody_can_give_are_refused_until_admitted(base, tmp_
     with pytest.raises(ValueError, match="(?s)bad: 1 of 2 .*--allow_bad_golds"):
         run(base, tmp_path / "out", "--benchmarks", str(bad))
     assert run(base, tmp_path / "out", "--benchmarks", str(bad), "--allow_bad_golds", "0.5")["figures"]["bad"]
+
+
+def test_an_evaluation_does_not_write_beside_another(base, tmp_path):
+    other = FolderLock(tmp_path / "out", Ranks())
+    with pytest.raises(RunError, match=r"out is in use: process \d+ on "):
+        run(base, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == [other.path]
 
 
 # ---- benchmarks

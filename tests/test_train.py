@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import two_ranks
+from conftest import gloo, two_ranks
 
 import tasks
 import train as train_module
@@ -24,7 +24,7 @@ from kernels import group_advantage
 from model import Transformer
 from ranks import Ranks, RunError, deal_rows
 from rollout import Batch
-from runfolder import RunFolder, Tracker, environment, scalars, write_json
+from runfolder import FolderLock, RunFolder, Tracker, environment, scalars, write_json
 from train import Step, Trainer, nothing_to_learn, pack, set_up, stop_signal
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +78,9 @@ def command_line(*argv: str) -> int | str:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(sys, "argv", ["train.py", *argv])
         train_module.main()
-    return end.value.code
+    code = end.value.code
+    del end  # which holds the run, and the run its folder's lock
+    return code
 
 
 def main(base: Path, out: Path, *extra: str, **changes) -> int | str:
@@ -313,6 +315,15 @@ def close(a, b) -> None:
         assert a == b
 
 
+def test_one_problem_and_three_ranks_give_what_one_rank_gives(base, tmp_path):
+    """Two ranks have nothing to draw, to grade and to exchange in an evaluation."""
+    few = dict(eval_problems=1, prompts_per_step=3, minibatch_prompts=3, steps=1)
+    assert gloo(3, command_line, *flags(base, tmp_path / "three", **few), limit=120) == [0, 0, 0]
+    assert main(base, tmp_path / "one", **few) == 0
+    for a, b in zip(log(tmp_path / "three"), log(tmp_path / "one"), strict=True):
+        close(a, b)
+
+
 @two_ranks
 def test_two_ranks_train_on_vllm_and_agree_with_its_log_probs(base, tmp_path):
     pytest.importorskip("vllm", reason="vLLM is an optional second step of the CPU installation")
@@ -460,6 +471,7 @@ def test_resume_alone_goes_on_with_the_settings_of_the_run_and_says_what_changed
 
     assert "--temperature 0.9" in (message := resume("--temperature", "0.5")[0]) and "may change: steps" in message
     assert "--mean_one True" in resume("--adversary", "paper")[0]  # and all else in which the two differ
+    assert "--steps 1: this run has done 2 already" in resume("--steps", "1")[0]
     code, said = resume()
     assert code == 0 and "already at 2 of 2 steps" in said
     code, said = resume("--steps", "3", "--learning_rate", "2e-4")
@@ -486,6 +498,34 @@ def test_values_come_before_folders_and_a_folder_that_cannot_be_one_before_model
     assert "Not a directory" in main(base, finished / "config.json" / "run")
     with pytest.raises(ValueError, match="nowhere holds no run to go on with"):
         parse_args(["--out_dir", str(tmp_path / "nowhere"), "--resume"])
+
+
+def test_a_run_does_not_go_on_beside_another_or_without_its_lock(finished):
+    def state() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+    resume = ["--out_dir", str(finished), "--resume", "--steps", "3"]
+    other = FolderLock(finished, Ranks())
+    before = state()
+    assert re.search(r"^train.py: .*run is in use: process \d+ on .* start this again$", command_line(*resume))
+    assert state() == before
+    del other
+    cfg, command = parse_args(resume)
+    trainer, folder, evaluations = set_up(cfg, command.preset, command.resume)
+    folder.lock.path.unlink()
+    with trainer.grader, pytest.raises(RunError, match="lock was removed"):
+        train_module.train(trainer, folder, evaluations)
+    assert len(log(finished)) == 2
+
+
+def test_a_log_line_that_is_no_json_is_named_with_the_remedy(finished):
+    metrics = finished / "metrics.jsonl"
+    first, second = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text(first + 9 * "\0" + "\n" + second)
+    message = command_line("--out_dir", str(finished), "--resume")
+    assert re.search(r"metrics.jsonl, line 2 is no JSON object .* Delete the line: sed -i 2d (.*)$", message)
+    subprocess.run(message[message.index("sed"):].split(), check=True)
+    assert command_line("--out_dir", str(finished), "--resume") == 0
 
 
 def test_a_full_disk_says_what_is_kept_and_how_to_go_on(base, finished):

@@ -101,6 +101,30 @@ def test_a_killed_rank_ends_one_that_hears_nothing_of_it_within_the_limit(tmp_pa
     assert (tmp_path / "run" / "stall-rank1.txt").exists()
 
 
+def test_a_collective_that_breaks_ends_the_other_rank_with_one_line_whatever_sigterm_meant_to_it(tmp_path):
+    """As in train.py, rank 1 takes the launcher's SIGTERM for "stop after this step"; the launcher is patient."""
+    script = tmp_path / "meeting.py"
+    script.write_text(MEETING.format(body="os.kill(os.getpid(), signal.SIGKILL)").replace(
+        "    ranks.merge", "    signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1); ranks.merge"))
+    process = start([script, tmp_path / "run", 0], launcher=("--shutdown_timeout", "600"))
+    output, _ = process.communicate(timeout=60)
+    (said,) = re.findall("rank 1: .*", output)
+    assert process.returncode != 0 and "another rank died or does not answer; the run ends" in said
+    assert "phase generate, step 7" in said and "--resume" in said and "[rank1]" not in output  # no trace
+    assert "gloo/transport" in (tmp_path / "run" / "lost-rank1.txt").read_text()
+
+
+def test_ranks_end_with_a_launcher_that_is_killed(tmp_path):
+    script = tmp_path / "meeting.py"
+    script.write_text(MEETING.format(body="Path(sys.argv[1]).mkdir(); time.sleep(600)"))
+    process, deadline = start([script, tmp_path / "run", 0]), time.monotonic() + 60
+    while not (tmp_path / "run").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    process.communicate(timeout=20)  # until nobody holds the pipe any more
+
+
 # ---- train.py
 
 
