@@ -9,8 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import two_ranks
+from conftest import gloo, two_ranks
+from torch.multiprocessing.spawn import ProcessExitedException
+
+from ranks import Ranks
+from watchdog import progress, watching
 
 ROOT = Path(__file__).parents[1]
 pytestmark = two_ranks
@@ -101,24 +106,32 @@ def test_a_killed_rank_ends_one_that_hears_nothing_of_it_within_the_limit(tmp_pa
     assert (tmp_path / "run" / "stall-rank1.txt").exists()
 
 
-def test_a_collective_that_breaks_ends_the_other_rank_with_one_line_whatever_sigterm_meant_to_it(tmp_path):
-    """As in train.py, rank 1 takes the launcher's SIGTERM for "stop after this step"; the launcher is patient."""
-    script = tmp_path / "meeting.py"
-    script.write_text(MEETING.format(body="os.kill(os.getpid(), signal.SIGKILL)").replace(
-        "    ranks.merge", "    signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1); ranks.merge"))
-    process = start([script, tmp_path / "run", 0], launcher=("--shutdown_timeout", "600"))
-    output, _ = process.communicate(timeout=60)
-    (said,) = re.findall("rank 1: .*", output)
-    assert process.returncode != 0 and "another rank died or does not answer; the run ends" in said
-    assert "phase generate, step 7" in said and "--resume" in said and "[rank1]" not in output  # no trace
-    assert "gloo/transport" in (tmp_path / "run" / "lost-rank1.txt").read_text()
+def lose(folder: Path) -> None:
+    """Rank 0 dies. Rank 1, which takes a SIGTERM for "stop after this step" as train.py does, then wants to meet it."""
+    if Ranks().rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT), 2)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with watching(folder / "run", 0):
+        progress("generate", step=7)
+        Ranks().merge(np.ones(1))
+
+
+def test_a_collective_that_breaks_ends_the_other_rank_with_one_line(tmp_path):
+    with pytest.raises(ProcessExitedException):
+        gloo(2, lose, tmp_path)
+    (said,) = (tmp_path / "stderr").read_text().split("\n")[1:-1]
+    assert said.startswith("rank 1: another rank died or does not answer; the run ends. This one is in phase generate")
+    assert "lost-rank1.txt. Go on" in said and "gloo" in (tmp_path / "run" / "lost-rank1.txt").read_text()
 
 
 def test_ranks_end_with_a_launcher_that_is_killed(tmp_path):
-    script = tmp_path / "meeting.py"
-    script.write_text(MEETING.format(body="Path(sys.argv[1]).mkdir(); time.sleep(600)"))
-    process, deadline = start([script, tmp_path / "run", 0]), time.monotonic() + 60
-    while not (tmp_path / "run").exists():
+    script = tmp_path / "sleeping.py"
+    script.write_text("import os, time\nfrom pathlib import Path\nfrom watchdog import watching\n\n"
+                      f"with watching(Path('{tmp_path}'), 0):\n"
+                      f"    Path('{tmp_path}', os.environ['RANK']).touch()\n    time.sleep(600)\n")
+    process, deadline = start([script]), time.monotonic() + 60
+    while not (tmp_path / "0").exists() or not (tmp_path / "1").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     process.kill()
