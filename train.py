@@ -657,9 +657,9 @@ def run(cfg: Config, command) -> None:
         say(f"\nmodel: {folder.path / 'model'}   log: {folder.path / 'metrics.jsonl'}")
     else:
         say(f"stopped after {trainer.next_step} steps; go on with: python train.py --out_dir {folder.path} --resume")
-    trainer.engine.close()
-    del trainer, folder
-    ranks.leave()
+    close = trainer.engine.close
+    del trainer, folder  # before the group ends: model, optimiser and reference hold it
+    ranks.leave(close)
     sys.exit(0 if complete else 130)
 
 
