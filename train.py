@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -238,7 +238,7 @@ class Trainer:
         cfg = self.cfg
         problems, tokens, counts = encode_prompts(
             problems, self.policy.tokenizer, suffix=cfg.prompt_suffix, chat_template=cfg.chat_template,
-            max_tokens=cfg.max_prompt_tokens)
+            max_tokens=cfg.max_prompt_tokens, rows=self.policy.config.vocab_size)
         if cfg.answer_style != "auto":
             problems = [dataclasses.replace(p, style=cfg.answer_style) for p in problems]
         golds = check_golds(problems, self.grader, allowed=cfg.allow_bad_golds, name=name)
@@ -290,8 +290,8 @@ class Trainer:
                + evaluation * sum(map(self.due, range(cfg.steps + 1))))
         times = [timedelta(seconds=round(rollouts * mean / speed)) for rollouts in (evaluation, run)]
         return (f"\nestimate (h:mm:ss): an evaluation draws for {times[0]}, the run for {times[1]} in all, at "
-                f"{speed:,.0f} tokens a second and {mean:.0f} a response, as above; {limit / mean:.1f} times as long, if "
-                f"all reached the limit of {limit}. Training comes on top: the bar tells after a step\n")
+                f"{speed:,.0f} tokens a second and {mean:.0f} a response, as above; {limit / mean:.1f} times as long "
+                f"if all reached {limit}. Training comes on top: the bar tells after a step\n")
 
     # -- one step
 
@@ -533,9 +533,12 @@ class Trainer:
                      cfg.max_response_tokens, cfg.eval_temperature, cfg.eval_top_p, cfg.eval_top_k,
                      self.policy.stop_ids))
         progress("evaluate", step=step)
-        with suppress(KeyboardInterrupt), self.stop.at_once():
-            self.draw(s)
-            self.grade(s)
+        with suppress(KeyboardInterrupt):
+            self.stop.at_once = True
+            if not self.stop.asked:
+                self.draw(s)
+                self.grade(s)
+            self.stop.at_once = False
         if self.stop():
             return None
         self.exchange(s)
@@ -576,22 +579,11 @@ class Stop:
     Called, it says whether any rank was asked: all stop, or none. Collective."""
 
     def __init__(self, ranks: Ranks):
-        self.ranks, self.asked, self.raises = ranks, False, False
+        self.ranks, self.asked = ranks, False
+        self.at_once = False  # raise KeyboardInterrupt when asked; not in collectives: others may never be
 
     def __call__(self) -> bool:
         return bool(self.ranks.merge(np.array([self.asked], int))[0])
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Inside, KeyboardInterrupt is raised as soon as this rank is asked. No place for collectives: the other ranks
-        may be asked later, or never."""
-        self.raises = True
-        try:
-            if self.asked:
-                raise KeyboardInterrupt
-            yield
-        finally:
-            self.raises = False
 
     def listen(self, folder: RunFolder) -> None:
         """From here on the signals come here."""
@@ -602,10 +594,9 @@ class Stop:
                 sys.stdout.flush()
                 os._exit(130)
             self.asked = True
-            if self.raises:
-                say("the evaluation ends here (again to stop at once)")
+            say("stopping", "the evaluation" if self.at_once else "after this step", "(again to stop at once)")
+            if self.at_once:
                 raise KeyboardInterrupt
-            say("stopping after this step (again to stop at once)")
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, ask)
@@ -714,7 +705,7 @@ def collapsed(first: list[dict], last: list[dict]) -> str | None:
     study from which it recovered (0.25), or None. Entropy tells nothing: in most good runs it falls to a tenth."""
     before, now = (np.mean([line["reward_mean"] for line in lines]) for lines in (first, last))
     solved_before, solved_now = (any(line["solved_frac"] for line in lines) for lines in (first, last))
-    if len(last) < 10 or (now > before - 0.3 and (solved_now or not solved_before)):
+    if len(last) < 10 or now > before - 0.3 and (solved_now or not solved_before):
         return None
     return (f"WARNING: the policy has collapsed: the mean reward is {now:+.2f} over the last ten steps, {before:+.2f} "
             "over the first three. Begin again, or go on from an earlier checkpoint, with a lower --learning_rate")

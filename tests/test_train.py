@@ -421,7 +421,7 @@ def test_ctrl_c_ends_an_evaluation_and_a_resumed_run_draws_it_again(base, tmp_pa
     assert go(True, "step", lambda step, trainer: step == 1) == (False, [0])  # after the step, without its evaluation
     assert "has no checkpoint yet" in capsys.readouterr().out
     assert go(True, "grade", lambda s, trainer: s.number == -1 and trainer.next_step == 4) == (False, [0, 2])
-    assert "the evaluation ends here" in capsys.readouterr().out
+    assert "stopping the evaluation" in capsys.readouterr().out
     assert go(True, "draw", lambda s, trainer: False) == (True, [0, 2, 4])
     assert [line["eval"] for line in log(out)] == [None] * 4
 
@@ -445,7 +445,7 @@ def test_the_first_responses_are_shown_with_the_hours_to_come_and_change_nothing
     said = capsys.readouterr().out
     shown = r"prompt: \.\.\. '.*s.='\nresponse: '.*'\nfound .*, the answer is '\d+': reward [+-]1; \d tokens"
     assert len(re.findall(shown, said)) == 2
-    assert re.search(r"an evaluation draws for \d:\d\d:\d\d, the run for .* if all reached the limit of 8", said)
+    assert re.search(r"an evaluation draws for \d:\d\d:\d\d, the run for .* if all reached 8", said)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "preview", lambda trainer: None)
         assert main(base, tmp_path / "without", steps=1) == 0
