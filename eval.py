@@ -158,8 +158,9 @@ class TrainedRun:
             if loaded and model.is_dir():
                 return cls(folder, model, loaded)
             if loaded and folder == path:
+                others = ", ".join(str(p.parent) for p in path.glob("*/config.json"))
                 raise FileNotFoundError(f"{name} has no model/ yet: finish it with train.py --out_dir {name} --resume, "
-                                        "or name another model in it")
+                                        f"or name another model; in it are: {others or 'none'}")
         return None
 
     @property
@@ -193,7 +194,7 @@ class Question(NamedTuple):
     tokens: list[int]  # its prompt, encoded
 
 
-def load_benchmarks(args: argparse.Namespace, cfg: Config, tokenizer,
+def load_benchmarks(args: argparse.Namespace, cfg: Config, policy: Policy,
                     grader: Grader) -> tuple[list[Question], dict[str, dict]]:
     """All that is asked, and the record of each benchmark by its name. Hub sets that cannot be had are left out with a
     warning: gpqa wants a login. Raises ValueError or FileNotFoundError for another, and where none is left."""
@@ -212,8 +213,9 @@ def load_benchmarks(args: argparse.Namespace, cfg: Config, tokenizer,
         suffix = cfg.prompt_suffix
         if suffix is None:
             suffix = "" if name.partition(":")[0] in tasks.TASKS else PROMPT_SUFFIX
-        problems, prompts, counts = encode_prompts(problems, tokenizer, suffix=suffix, chat_template=cfg.chat_template,
-                                                   max_tokens=cfg.max_prompt_tokens)
+        problems, prompts, counts = encode_prompts(
+            problems, policy.tokenizer, suffix=suffix, chat_template=cfg.chat_template,
+            max_tokens=cfg.max_prompt_tokens, rows=policy.config.vocab_size)
         if counts["too_long"]:
             say(f"{label}: {counts['too_long']} problems over {cfg.max_prompt_tokens} tokens are left out")
         if cfg.answer_style != "auto":
@@ -381,7 +383,7 @@ def evaluate(args: argparse.Namespace) -> None:
     kind, why = choose_engine(cfg.engine, ranks.device)
     say(f"engine: {kind}. {why}")
     with Grader(workers=cfg.grader_workers, timeout=cfg.grader_timeout, reward=cfg.reward) as grader:
-        questions, records = load_benchmarks(args, cfg, policy.tokenizer, grader)
+        questions, records = load_benchmarks(args, cfg, policy, grader)
         asked = {name: getattr(cfg, name) for name in ASKED}
         settings = {"model": run.name if run else portable(args.model), "folder": folder.name,
                     "weights": policy.weights_hash() if ranks.rank == 0 else "", "engine": kind,
@@ -421,7 +423,8 @@ def main() -> None:
     except (ValueError, OSError, RunError) as error:
         sys.exit(f"eval.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("eval.py: interrupted; the same command goes on where it was")
+        say("eval.py: interrupted; the same command goes on where it was")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from model import Transformer
 from ranks import Ranks, RunError, deal_rows
 from rollout import Batch
 from runfolder import FolderLock, RunFolder, Tracker, environment, scalars, write_json
-from train import Step, Trainer, nothing_to_learn, pack, set_up, stop_signal
+from train import Step, Stop, Trainer, nothing_to_learn, pack, set_up
 
 ROOT = Path(__file__).parents[1]
 
@@ -398,31 +398,75 @@ def test_a_stop_signal_finishes_the_step_and_saves(base, tmp_path, number):
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
-def test_a_second_ctrl_c_stops_at_once(capsys):
-    asked = stop_signal()
-    signal.raise_signal(signal.SIGINT)
-    assert asked() and "stopping after this step" in capsys.readouterr().out
-    with pytest.raises(KeyboardInterrupt):
+def test_a_second_ctrl_c_ends_the_process_with_one_line_of_what_is_kept(base, finished, capfd):
+    cfg, _ = parse_args(flags(base, finished))
+    if not (pid := os.fork()):
+        stop = Stop(Ranks())
+        stop.listen(RunFolder(cfg))
         signal.raise_signal(signal.SIGINT)
+        print("asked:", stop())
+        signal.raise_signal(signal.SIGINT)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    assert capfd.readouterr().out == (
+        "stopping after this step (again to stop at once)\nasked: True\nstopped at once, step_2 is kept; go on with: "
+        f"python train.py --out_dir {finished} --resume\n")
 
 
-def test_a_stop_before_the_first_step_begins_anew_and_an_evaluation_that_a_stop_did_not_wait_for_is_made_up(
-        base, tmp_path, capsys):
-    cfg, command = parse_args(flags(base, tmp_path / "run", steps=4, eval_every=2, save_every=0))
+def test_ctrl_c_ends_an_evaluation_and_a_resumed_run_draws_it_again(base, tmp_path, capsys):
+    out = tmp_path / "run"
+    cfg, command = parse_args(flags(base, out, steps=4, eval_every=2, save_every=0))
 
-    def go(resume: bool, method: str, when: int) -> tuple[bool, list[int]]:
-        """Whether a run came to its end, and its evaluations; Ctrl-C comes when `method` has done step `when`."""
+    def go(resume: bool, method: str, when) -> tuple[bool, list[int]]:
+        """Whether a run came to its end, and its evaluations; Ctrl-C comes when `method` has done what `when` is true
+        of."""
         trainer, folder, evaluations = set_up(cfg, command.preset, resume)
         call = getattr(trainer, method)
-        setattr(trainer, method, lambda i: (call(i), i == when and signal.raise_signal(signal.SIGINT))[0])
+        setattr(trainer, method, lambda i: (call(i), when(i, trainer) and signal.raise_signal(signal.SIGINT))[0])
         with trainer.grader:
             return train_module.train(trainer, folder, evaluations), [e.step for e in evaluations]
 
-    assert go(False, "evaluate", 0) == (False, [0])
-    assert not (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert go(True, "step", 1) == (False, [0])
+    assert go(False, "draw", lambda s, trainer: s.number == -1) == (False, [])
+    assert go(True, "evaluate", lambda step, trainer: step == 0) == (False, [0])  # it is over, and stays
+    assert not (out / "metrics.jsonl").read_text()
+    assert go(True, "step", lambda step, trainer: step == 1) == (False, [0])  # after the step, without its evaluation
     assert "has no checkpoint yet" in capsys.readouterr().out
-    assert go(True, "step", 9) == (True, [0, 2, 4])
+    assert go(True, "grade", lambda s, trainer: s.number == -1 and trainer.next_step == 4) == (False, [0, 2])
+    assert "stopping the evaluation" in capsys.readouterr().out
+    assert go(True, "draw", lambda s, trainer: False) == (True, [0, 2, 4])
+    assert [line["eval"] for line in log(out)] == [None] * 4
+
+
+def evaluated(base: Path, out: Path, asked: int) -> list[bool]:
+    """Whether an evaluation comes to its end, then another; Ctrl-C comes to rank `asked` as it draws the first."""
+    trainer = trainer_of(base, out)
+    trainer.stop.listen(RunFolder(trainer.cfg))
+    draw = trainer.draw
+    trainer.draw = lambda s: (draw(s), trainer.ranks.rank == asked and signal.raise_signal(signal.SIGINT))
+    with trainer.grader:
+        return [trainer.evaluate(0) is not None for _ in range(2 - (asked >= 0))]
+
+
+def test_when_one_rank_is_asked_to_stop_no_rank_ends_the_evaluation(base, tmp_path):
+    assert gloo(2, evaluated, base, tmp_path, 1) == [[False], [False]]
+
+
+def test_the_first_responses_are_shown_with_the_hours_to_come_and_change_nothing(base, tmp_path, capsys, monkeypatch):
+    assert main(base, tmp_path / "with", steps=1, engine="torch") == 0
+    said = capsys.readouterr().out
+    shown = r"prompt: \.\.\. '.*s.='\nresponse: '.*'\nfound .*, the answer is '\d+': reward [+-]1; \d tokens"
+    assert len(re.findall(shown, said)) == 2
+    assert re.search(r"an evaluation draws for \d:\d\d:\d\d, the run for .* if all reached 8", said)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "preview", lambda trainer: None)
+        assert main(base, tmp_path / "without", steps=1) == 0
+    assert log(tmp_path / "with") == log(tmp_path / "without")
+    for name in ("eval.json", "samples.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as it is in a new process
+    monkeypatch.setattr(Trainer, "preview", lambda trainer: signal.raise_signal(signal.SIGINT))
+    assert main(base, tmp_path / "other") == 130 and "nothing is lost" in capsys.readouterr().out
+    assert not (tmp_path / "other" / "config.json").exists()  # the same folder serves for the next attempt
 
 
 def test_a_tracker_gets_every_number_and_one_that_fails_is_named_once_and_left_out(finished, tmp_path, capsys):
@@ -631,6 +675,8 @@ def test_a_run_that_cannot_learn_says_where_to_look(base, tmp_path, capsys):
     assert capsys.readouterr().out.count("WARNING: so far all rollouts of a prompt scored alike (0% of") == 1
     assert main(base, tmp_path / "b", steps=4, max_response_tokens=1, stop_tokens="Q") == 0
     assert capsys.readouterr().out.count("WARNING: every response so far was cut") == 1
+    assert main(base, tmp_path / "c", steps=12, learning_rate=100, max_mismatch=1e9) == 0
+    assert capsys.readouterr().out.count("WARNING: the policy has collapsed") == 1
     lines = [{"truncated_frac": 1.0, "zero_std_frac": 1.0, "solved_frac": 0.0}] * 2
     assert nothing_to_learn([*lines, {**lines[0], "truncated_frac": 0.9, "zero_std_frac": 0.9}]) is None
 
