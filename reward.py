@@ -6,8 +6,9 @@ words, lists and sets part by part. What is left (surds, polynomials, equations)
 time nothing bounds (`9^{9^{9^9}}`): `Grader` asks it in worker processes that can be killed. What math-verify does not
 look at (letters, subscripts, units) must agree before it is asked: a false match is what training would find.
 
-A worker is this very file run as a program: it starts in a second whatever the trainer has imported, shares no memory
-with CUDA or vLLM, and gets its work through a pipe as JSON, parsed and never unpickled.
+Workers are forked from this very file run as a program: it starts in a second whatever the trainer has imported, shares
+no memory with CUDA or vLLM, and holds the imports ready, so that a killed worker is replaced in milliseconds. A worker
+gets its work through a pipe as JSON, parsed and never unpickled.
 """
 
 import contextlib
@@ -16,11 +17,14 @@ import hashlib
 import json
 import logging
 import multiprocessing.connection
+import multiprocessing.reduction
+import os
 import re
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 import types
 import unicodedata
@@ -388,16 +392,40 @@ def _decide(function: Callable | None, response: str, problem: dict | str) -> fl
         return traceback.format_exc()
 
 
+def _end_with_parent() -> None:
+    """Also with one that is killed by -9. (Without Linux a worker that is not computing ends with its pipe.)"""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+
+
+def _bring_up(control: multiprocessing.connection.Connection) -> multiprocessing.connection.Connection:
+    """The nursery, of one thread, as it forks. In comes null and the pipe of a worker, whose pid goes out and in which
+    this returns; or the pid of one to kill."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to the whole process group; the trainer ends us
+    _end_with_parent()
+    ask_math_verify("x", "y")  # pays for the imports before the first deadline runs
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the trainer is gone
+        while True:
+            if pid := json.loads(control.recv_bytes()):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                continue
+            pipe = multiprocessing.connection.Connection(multiprocessing.reduction.recv_handle(control))
+            if not (pid := os.fork()):
+                return pipe
+            pipe.close()
+            control.send_bytes(str(pid).encode())
+    sys.exit()
+
+
 def _serve(pipe: multiprocessing.connection.Connection) -> None:
     """Worker. In comes what to do, a _Source or null, then jobs, [answer, gold] or [response, problem]; out goes null
     when it is ready, then for each job its reward, or a text that says what failed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to the whole process group; the trainer ends us
+    _end_with_parent()
     source = json.loads(pipe.recv_bytes())
-    function = _Source(*source).define() if source else None
-    ask_math_verify("x", "y")  # pays for the imports before the first deadline runs
-    if sys.platform == "linux":  # elsewhere a worker that is not computing ends with the pipe, which its parent closes
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG: die even with a parent killed by -9
+    function = _Source(*source).define() if source else None  # here: what it starts, threads or a GPU, bears no fork
+    if sys.platform == "linux":
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + WORKER_BYTES, mapped + WORKER_BYTES))
     pipe.send_bytes(b"null")
@@ -406,15 +434,44 @@ def _serve(pipe: multiprocessing.connection.Connection) -> None:
             pipe.send_bytes(json.dumps(_decide(function, *json.loads(pipe.recv_bytes()))).encode())
 
 
-class _Worker:
-    """A process that decides a job at a time."""
+class _Nursery:
+    """The process that workers are forked from."""
 
-    def __init__(self, source: _Source | None):
-        self.pipe, theirs = multiprocessing.Pipe()
+    def __init__(self):
+        self.control, theirs = multiprocessing.Pipe()
         self.process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], stdin=subprocess.DEVNULL,
                                         pass_fds=[theirs.fileno()])  # a new program: never a fork of one with a GPU
         theirs.close()  # ours must be the only other end, or neither side would ever see end-of-file
-        self.ask(source, seconds=120)  # imports from a slow disk
+        self.lock = threading.Lock()
+
+    def fork(self, pipe: multiprocessing.connection.Connection) -> int:
+        """The pid of a new worker at the other end of `pipe`."""
+        with self.lock:
+            self.control.send_bytes(b"null")
+            multiprocessing.reduction.send_handle(self.control, pipe.fileno(), self.process.pid)
+            if not self.control.poll(120):  # imports from a slow disk
+                raise TimeoutError
+            return json.loads(self.control.recv_bytes())
+
+    def kill(self, pid: int) -> None:
+        """Its worker; where the nursery itself has died its workers have, too."""
+        with self.lock, contextlib.suppress(OSError):
+            self.control.send_bytes(str(pid).encode())
+
+    def close(self) -> None:
+        self.control.close()
+        self.process.wait()
+
+
+class _Worker:
+    """A process that decides a job at a time."""
+
+    def __init__(self, nursery: _Nursery, source: _Source | None):
+        self.nursery = nursery
+        self.pipe, theirs = multiprocessing.Pipe()
+        self.pid = nursery.fork(theirs)
+        theirs.close()
+        self.ask(source, seconds=120)  # what a file of one's own imports
 
     def ask(self, message: object, seconds: float) -> float | str | None:
         """Its reply. After so many seconds it is killed: TimeoutError. If it died: EOFError or another OSError."""
@@ -430,8 +487,7 @@ class _Worker:
         return reply
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        self.nursery.kill(self.pid)
         self.pipe.close()
 
 
@@ -464,6 +520,8 @@ class Grader(contextlib.AbstractContextManager):
         # a thread for each worker, to wait for it; they stay, as a worker dies with the thread that started it
         self._threads = ThreadPoolExecutor(workers)
         self._workers: deque[_Worker] = deque()  # those that wait for a job
+        self._nursery: _Nursery | None = None
+        self._starting = threading.Lock()
         self._warned = False
 
     def grade(self, responses: Sequence[str], problems: Sequence[Problem], *,
@@ -494,7 +552,7 @@ class Grader(contextlib.AbstractContextManager):
             try:
                 worker = self._workers.pop()
             except IndexError:
-                worker = _Worker(self.source)
+                worker = self._start()
             try:
                 reply = worker.ask(job, self.timeout)
             except TimeoutError:
@@ -505,11 +563,19 @@ class Grader(contextlib.AbstractContextManager):
             return reply
         return None
 
+    def _start(self) -> _Worker:
+        with self._starting:
+            if not self._nursery or self._nursery.process.poll() is not None:
+                self._nursery = _Nursery()
+        return _Worker(self._nursery, self.source)
+
     def close(self, *exc) -> None:
         """Kills the workers and ends."""
         self._threads.shutdown(cancel_futures=True)
         while self._workers:
             self._workers.pop().kill()
+        if self._nursery:
+            self._nursery.close()
 
     __exit__ = close
 
@@ -539,4 +605,4 @@ def check_golds(problems: Sequence[Problem], grader: Grader, *, allowed: float, 
 
 
 if __name__ == "__main__":
-    _serve(multiprocessing.connection.Connection(int(sys.argv[1])))
+    _serve(_bring_up(multiprocessing.connection.Connection(int(sys.argv[1]))))
