@@ -6,9 +6,9 @@ words, lists and sets part by part. What is left (surds, polynomials, equations)
 time nothing bounds (`9^{9^{9^9}}`): `Grader` asks it in worker processes that can be killed. What math-verify does not
 look at (letters, subscripts, units) must agree before it is asked: a false match is what training would find.
 
-Workers are forked from this very file run as a program: it starts in a second whatever the trainer has imported, shares
-no memory with CUDA or vLLM, and holds the imports ready, so that a killed worker is replaced in milliseconds. A worker
-gets its work through a pipe as JSON, parsed and never unpickled.
+A worker is this very file run as a program: it starts in a second whatever the trainer has imported, shares no memory
+with CUDA or vLLM, and gets its work through a pipe as JSON, parsed and never unpickled. The work is done in a fork of
+it, and where that must be killed the next one has all imports from its first millisecond.
 """
 
 import contextlib
@@ -24,7 +24,6 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
 import traceback
 import types
 import unicodedata
@@ -393,38 +392,37 @@ def _decide(function: Callable | None, response: str, problem: dict | str) -> fl
 
 
 def _end_with_parent() -> None:
-    """Also with one that is killed by -9. (Without Linux a worker that is not computing ends with its pipe.)"""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+    if sys.platform == "linux":  # elsewhere what is not computing ends with its pipe, which the parent closes
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG: die even with a parent killed by -9
 
 
-def _bring_up(control: multiprocessing.connection.Connection) -> multiprocessing.connection.Connection:
-    """The nursery, of one thread, as it forks. In comes null and the pipe of a worker, whose pid goes out and in which
-    this returns; or the pid of one to kill."""
+def _fork_for_each(control: multiprocessing.connection.Connection) -> multiprocessing.connection.Connection:
+    """Worker program. Takes pipes out of `control`: for each it kills the fork that it has and makes one that returns
+    with the pipe. It has one thread and runs nothing of a user's: threads and a GPU bear no fork."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to the whole process group; the trainer ends us
     _end_with_parent()
-    ask_math_verify("x", "y")  # pays for the imports before the first deadline runs
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the trainer is gone
+    ask_math_verify("x", "y")  # pays for the imports, once
+    fork = None
+    with contextlib.suppress(EOFError):  # the trainer is gone
         while True:
-            if pid := json.loads(control.recv_bytes()):
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                continue
             pipe = multiprocessing.connection.Connection(multiprocessing.reduction.recv_handle(control))
-            if not (pid := os.fork()):
+            if fork:
+                os.kill(fork, signal.SIGKILL)
+                os.waitpid(fork, 0)
+            fork = os.fork()
+            if not fork:
                 return pipe
             pipe.close()
-            control.send_bytes(str(pid).encode())
     sys.exit()
 
 
 def _serve(pipe: multiprocessing.connection.Connection) -> None:
-    """Worker. In comes what to do, a _Source or null, then jobs, [answer, gold] or [response, problem]; out goes null
+    """The fork. In comes what to do, a _Source or null, then jobs, [answer, gold] or [response, problem]; out goes null
     when it is ready, then for each job its reward, or a text that says what failed."""
     _end_with_parent()
     source = json.loads(pipe.recv_bytes())
-    function = _Source(*source).define() if source else None  # here: what it starts, threads or a GPU, bears no fork
+    function = _Source(*source).define() if source else None
     if sys.platform == "linux":
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + WORKER_BYTES, mapped + WORKER_BYTES))
@@ -434,61 +432,44 @@ def _serve(pipe: multiprocessing.connection.Connection) -> None:
             pipe.send_bytes(json.dumps(_decide(function, *json.loads(pipe.recv_bytes()))).encode())
 
 
-class _Nursery:
-    """The process that workers are forked from."""
-
-    def __init__(self):
-        self.control, theirs = multiprocessing.Pipe()
-        self.process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], stdin=subprocess.DEVNULL,
-                                        pass_fds=[theirs.fileno()])  # a new program: never a fork of one with a GPU
-        theirs.close()  # ours must be the only other end, or neither side would ever see end-of-file
-        self.lock = threading.Lock()
-
-    def fork(self, pipe: multiprocessing.connection.Connection) -> int:
-        """The pid of a new worker at the other end of `pipe`."""
-        with self.lock:
-            self.control.send_bytes(b"null")
-            multiprocessing.reduction.send_handle(self.control, pipe.fileno(), self.process.pid)
-            if not self.control.poll(120):  # imports from a slow disk
-                raise TimeoutError
-            return json.loads(self.control.recv_bytes())
-
-    def kill(self, pid: int) -> None:
-        """Its worker; where the nursery itself has died its workers have, too."""
-        with self.lock, contextlib.suppress(OSError):
-            self.control.send_bytes(str(pid).encode())
-
-    def close(self) -> None:
-        self.control.close()
-        self.process.wait()
-
-
 class _Worker:
-    """A process that decides a job at a time."""
+    """A process that decides a job at a time, in a fork of it that can be killed."""
 
-    def __init__(self, nursery: _Nursery, source: _Source | None):
-        self.nursery = nursery
+    def __init__(self, source: _Source | None):
+        self.source, self.process = source, None
+        self.start()
+
+    def start(self) -> None:
+        """A fork in the place of the one before, which is killed; of a new process where that is gone."""
+        if self.process is None or self.process.poll() is not None:
+            self.control, theirs = multiprocessing.Pipe()
+            self.process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], stdin=subprocess.DEVNULL,
+                                            pass_fds=[theirs.fileno()])  # a new program: never a fork with a GPU
+            theirs.close()  # ours must be the only other end, or neither side would ever see end-of-file
         self.pipe, theirs = multiprocessing.Pipe()
-        self.pid = nursery.fork(theirs)
-        theirs.close()
-        self.ask(source, seconds=120)  # what a file of one's own imports
+        with theirs:
+            multiprocessing.reduction.send_handle(self.control, theirs.fileno(), self.process.pid)
+        self.ask(self.source, seconds=120)  # imports from a slow disk
 
     def ask(self, message: object, seconds: float) -> float | str | None:
-        """Its reply. After so many seconds it is killed: TimeoutError. If it died: EOFError or another OSError."""
+        """Its reply. TimeoutError after so many seconds, EOFError or another OSError if it died: then `start` is next.
+        """
         try:
             self.pipe.send_bytes(json.dumps(message, default=asdict).encode())
             if not self.pipe.poll(seconds):
                 raise TimeoutError
             reply = json.loads(self.pipe.recv_bytes())
         except BaseException:
-            self.kill()
+            self.pipe.close()
             raise
         progress()
         return reply
 
     def kill(self) -> None:
-        self.nursery.kill(self.pid)
+        self.process.kill()
+        self.process.wait()
         self.pipe.close()
+        self.control.close()
 
 
 class Grade(NamedTuple):
@@ -520,8 +501,6 @@ class Grader(contextlib.AbstractContextManager):
         # a thread for each worker, to wait for it; they stay, as a worker dies with the thread that started it
         self._threads = ThreadPoolExecutor(workers)
         self._workers: deque[_Worker] = deque()  # those that wait for a job
-        self._nursery: _Nursery | None = None
-        self._starting = threading.Lock()
         self._warned = False
 
     def grade(self, responses: Sequence[str], problems: Sequence[Problem], *,
@@ -552,30 +531,24 @@ class Grader(contextlib.AbstractContextManager):
             try:
                 worker = self._workers.pop()
             except IndexError:
-                worker = self._start()
+                worker = _Worker(self.source)
             try:
-                reply = worker.ask(job, self.timeout)
+                return worker.ask(job, self.timeout)
             except TimeoutError:
                 return None
             except (OSError, EOFError):
                 continue
-            self._workers.append(worker)
-            return reply
+            finally:
+                if worker.pipe.closed:
+                    worker.start()
+                self._workers.append(worker)
         return None
-
-    def _start(self) -> _Worker:
-        with self._starting:
-            if not self._nursery or self._nursery.process.poll() is not None:
-                self._nursery = _Nursery()
-        return _Worker(self._nursery, self.source)
 
     def close(self, *exc) -> None:
         """Kills the workers and ends."""
         self._threads.shutdown(cancel_futures=True)
         while self._workers:
             self._workers.pop().kill()
-        if self._nursery:
-            self._nursery.close()
 
     __exit__ = close
 
@@ -605,4 +578,4 @@ def check_golds(problems: Sequence[Problem], grader: Grader, *, allowed: float, 
 
 
 if __name__ == "__main__":
-    _serve(_bring_up(multiprocessing.connection.Connection(int(sys.argv[1]))))
+    _serve(_fork_for_each(multiprocessing.connection.Connection(int(sys.argv[1]))))

@@ -397,7 +397,7 @@ def grader():
 
 def test_a_worker_starts_without_what_the_trainer_has_loaded(grader):
     """It runs this project's grader alone: no torch, no main script, whatever the parent imported."""
-    maps = Path(f"/proc/{grader._workers[0].pid}/maps")
+    maps = Path(f"/proc/{grader._workers[0].process.pid}/maps")
     if not maps.exists():
         pytest.skip("reads /proc")
     assert "torch" in sys.modules or "torch" not in maps.read_text()
@@ -423,7 +423,7 @@ def test_a_killed_worker_loses_no_response(monkeypatch):
 
         def kill_once(self, job, seconds):
             if not killed:
-                killed.append(os.kill(self.pid, signal.SIGKILL))
+                killed.append(os.kill(self.process.pid, signal.SIGKILL))
             return ask(self, job, seconds)
 
         monkeypatch.setattr(reward._Worker, "ask", kill_once)
@@ -437,14 +437,14 @@ FAILS = r"\boxed{x<0}", r"x \ne 3"  # math-verify: KeyError, Unequality
 def test_an_exception_in_math_verify_is_counted_quiet_and_wrong_and_its_worker_lives(capfd):
     with Grader(workers=1, timeout=60) as grader:
         assert scores(grader, [r"\boxed{\sqrt{8}}"], [r"2\sqrt{2}"]) == ([1.0], 0)
-        pid = grader._workers[0].pid
+        pipe = grader._workers[0].pipe
         others = (r"\boxed{\sqrt{12}}", r"2\sqrt{3}"), (r"\boxed{\sqrt{7}}", r"\sqrt{5}")
         answers, golds = zip(FAILS, others[0], FAILS, others[1], strict=True)
         assert scores(grader, answers, golds) == ([-1.0, 1.0, -1.0, -1.0], 0)
         for _ in range(2):  # asked about once, counted every time
             failed = [g.failed for g in grader.grade(answers, problems_of(golds))]
             assert failed == [True, False, True, False]
-        assert [w.pid for w in grader._workers] == [pid] and scores(grader, answers[1:2], golds[1:2]) == ([1.0], 0)
+        assert [w.pipe for w in grader._workers] == [pipe] and not pipe.closed
     assert capfd.readouterr() == ("", "")
 
 
@@ -542,7 +542,7 @@ def test_a_killed_worker_costs_its_job_and_not_the_start_of_another(tmp_path):
         start = time.monotonic()
         assert all(g.timed_out for g in grader.grade([str(i) for i in range(20)], problems_of("1" * 20)))
         assert time.monotonic() - start < 8  # 2 of them deadlines; each worker's imports would take most of a second
-        threads = Path(f"/proc/{grader._nursery.process.pid}/task")
+        threads = Path(f"/proc/{grader._workers[0].process.pid}/task")
         assert not threads.exists() or len(list(threads.iterdir())) == 1  # no other would live on in a fork
 
 
@@ -551,7 +551,8 @@ def test_a_worker_that_takes_the_place_of_another_runs_the_file_as_it_was(tmp_pa
     with Grader(workers=1, timeout=20, reward=spec) as grader:
         assert grader.grade(["a"], problems_of("1"))[0].reward == 0.5
         write_reward(tmp_path / "r.py", "return 1")
-        os.kill(grader._workers[0].pid, signal.SIGKILL)
+        os.kill(grader._workers[0].process.pid, signal.SIGKILL)
+        grader._workers[0].process.wait()
         assert grader.grade(["a"], problems_of("1"))[0].reward == 0.5
 
 
@@ -611,12 +612,14 @@ def test_workers_die_with_a_parent_killed_by_9(tmp_path):
     script = tmp_path / "train.py"
     script.write_text("""
 import json, sys
+from pathlib import Path
 from reward import Grader, Problem
 if __name__ == "__main__":
     grader = Grader(workers=2, timeout=60)
     grades = grader.grade([r"\\boxed{\\sqrt{8}}", r"\\boxed{\\sqrt{7}}"], [Problem("", "", r"2\\sqrt{2}")] * 2)
     print(grades, file=sys.stderr)
-    print(json.dumps([grader._nursery.process.pid, *(w.pid for w in grader._workers)]), flush=True)
+    forks = [Path(f"/proc/{w.process.pid}/task/{w.process.pid}/children").read_text() for w in grader._workers]
+    print(json.dumps([*(w.process.pid for w in grader._workers), *map(int, forks)]), flush=True)
     grader.grade([r"\\boxed{9^{9^{9^9}}}"], [Problem("", "", r"\\sqrt{2}")])  # one worker computes, the other waits
 """)
     parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE,
@@ -636,7 +639,7 @@ if __name__ == "__main__":
 
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert len(pids) == 3 and not any(map(alive, pids))
+    assert len(pids) == 4 and not any(map(alive, pids))
 
 
 def test_importing_reward_imports_nothing_heavy():
