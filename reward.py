@@ -491,6 +491,7 @@ class Grader(contextlib.AbstractContextManager):
     workers: processes, started when first needed. timeout: seconds for one answer, hard: its worker is killed and
     replaced. reward: "FILE.py:function" decides instead, called with a response and its Problem: a number from -1 to 1,
     above 0 is right; `source` then holds the file's text and sha256. Raises ValueError that says what is wrong with it.
+    `failure`: the traceback of the first response over which math-verify or the reward raised, "" while there is none.
     """
 
     def __init__(self, *, workers: int = 2, timeout: float = 5.0, reward: str = ""):
@@ -501,7 +502,7 @@ class Grader(contextlib.AbstractContextManager):
         # a thread for each worker, to wait for it; they stay, as a worker dies with the thread that started it
         self._threads = ThreadPoolExecutor(workers)
         self._workers: deque[_Worker] = deque()  # those that wait for a job
-        self._warned = False
+        self.failure = ""
 
     def grade(self, responses: Sequence[str], problems: Sequence[Problem], *,
               cut: Sequence[bool] | None = None) -> list[Grade]:
@@ -514,10 +515,10 @@ class Grader(contextlib.AbstractContextManager):
                 for text, answer, p in zip(texts, found, problems, strict=True)]
         distinct = list(dict.fromkeys(jobs))
         verdicts = dict(zip(distinct, self._threads.map(self._verdict, distinct), strict=True))
-        why = next((v for v in verdicts.values() if isinstance(v, str)), None)
-        if self.source and why and not self._warned:
+        why = next((v for v in verdicts.values() if isinstance(v, str)), "")
+        if self.source and why and not self.failure:
             log.warning("%s failed; there a response counts as wrong. This is said once:\n%s", self.source.path, why)
-            self._warned = True
+        self.failure = self.failure or why
         return [Grade(verdicts[job] if isinstance(verdicts[job], float) else -1.0, answer, verdicts[job] is None,
                       isinstance(verdicts[job], str)) for job, answer in zip(jobs, found, strict=True)]
 

@@ -37,7 +37,7 @@ from config import Config, parse_args
 from data import Problem, batch_order, check_overlap, encode_prompts, hold_out
 from gdro import RULES, SIGNALS, DifficultyBins, PromptGDRO, RolloutGDRO, bin_shares, errors_by, means_by
 from kernels import group_advantage
-from metrics import Evaluation, table
+from metrics import Evaluation, table, ungraded
 from model import Transformer
 from policy import Policy
 from ranks import Ranks, RunError, deal_rows, full, reshard, say, shard
@@ -181,6 +181,7 @@ class Trainer:
             max_prompt_tokens=cfg.max_prompt_tokens, max_response_tokens=cfg.max_response_tokens,
             max_rollouts=cfg.max_rollouts, seed=cfg.seed, gpu_memory_utilization=cfg.gpu_memory_utilization)
         self.next_step = self.optimizer_steps = 0
+        self.lost_steps = 0  # in a row, in which most responses got no verdict
 
     # -- setting up
 
@@ -315,9 +316,16 @@ class Trainer:
         # How many rollouts are -1 for want of a verdict.
         s.timeouts, s.failures = self.ranks.merge(np.array([sum(g.timed_out for g in s.grades),
                                                             sum(g.failed for g in s.grades)]))
-        if self.cfg.reward and s.failures and s.failures == (~s.batch.truncated).sum():  # of all that it was asked
-            raise RunError(f"--reward {self.cfg.reward} failed on all {s.failures} responses: it raises (the first "
-                           "traceback stands above), or gives no number in [-1, 1]")
+        asked = int((~s.batch.truncated).sum())
+        if s.number >= 0:
+            self.lost_steps = self.lost_steps + 1 if 2 * (s.timeouts + s.failures) > asked else 0
+        if self.lost_steps == 3 or (self.cfg.reward and 0 < asked == s.failures):
+            first = next(filter(None, self.ranks.from_all(self.grader.failure)), "none").strip().splitlines()[-1]
+            raise RunError(
+                f"step {self.next_step}: {ungraded(asked, s.timeouts, s.failures)}. First failure: {first}. A run ends where "
+                "all fail, or in three steps running more than half get no verdict. Give --grader_timeout more than "
+                f"{self.cfg.grader_timeout:g} s and go on with --resume, or mend {self.cfg.reward or 'the golds'} and "
+                "begin anew")
 
     def advantages(self, s: Step) -> None:
         """(3), times the rule's factor."""
@@ -491,7 +499,8 @@ class Trainer:
         for method in (self.draw, self.grade, self.exchange):
             method(s)
         return Evaluation.of(step, [p.kind for p in problems], s.reward_R.reshape(len(problems), -1) > 0,
-                             float(s.batch.lengths.mean()), float(s.batch.truncated.mean()))
+                             float(s.batch.lengths.mean()), float(s.batch.truncated.mean()), int(s.timeouts),
+                             int(s.failures))
 
     # -- going on
 
@@ -607,7 +616,8 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
         if trainer.next_step == 3 and (hint := nothing_to_learn(begun)):
             say(hint)
         bar.update()
-        bar.set_postfix(reward=f"{line['reward_mean']:+.3f}", solved=f"{line['solved_frac']:.2f}",
+        lost = {name: line[f"reward_{name}"] for name in ("timeouts", "failures") if line[f"reward_{name}"]}
+        bar.set_postfix(lost, reward=f"{line['reward_mean']:+.3f}", solved=f"{line['solved_frac']:.2f}",
                         cut=f"{line['truncated_frac']:.0%}", tokens=f"{line['response_tokens_mean']:.0f}",
                         mismatch=f"{line['mismatch']['mean']:.0e}")
         progress("save")
