@@ -57,7 +57,7 @@ def ungraded(responses: int, timeouts: int, failures: int) -> str:
     if not timeouts + failures:
         return ""
     warning = "WARNING: " if 2 * (timeouts + failures) > responses else ""
-    return f"{warning}of {responses} responses {timeouts} timed out in grading and {failures} failed: they count as wrong"
+    return f"{warning}of {responses} responses {timeouts} timed out in grading, {failures} failed, and count as wrong"
 
 
 @dataclass(frozen=True)

@@ -321,11 +321,11 @@ class Trainer:
             self.lost_steps = self.lost_steps + 1 if 2 * (s.timeouts + s.failures) > asked else 0
         if self.lost_steps == 3 or (self.cfg.reward and 0 < asked == s.failures):
             first = next(filter(None, self.ranks.from_all(self.grader.failure)), "none").strip().splitlines()[-1]
+            running = " (most, in three steps running)" if self.lost_steps == 3 else ""
             raise RunError(
-                f"step {self.next_step}: {ungraded(asked, s.timeouts, s.failures)}. First failure: {first}. A run ends where "
-                "all fail, or in three steps running more than half get no verdict. Give --grader_timeout more than "
-                f"{self.cfg.grader_timeout:g} s and go on with --resume, or mend {self.cfg.reward or 'the golds'} and "
-                "begin anew")
+                f"step {self.next_step}: {ungraded(asked, s.timeouts, s.failures)}{running}. First failure: {first}. "
+                f"Raise --grader_timeout ({self.cfg.grader_timeout:g} s) and go on with --resume, or mend "
+                f"{self.cfg.reward or 'the golds'} and begin anew")
 
     def advantages(self, s: Step) -> None:
         """(3), times the rule's factor."""

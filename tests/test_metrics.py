@@ -55,7 +55,7 @@ def test_the_interval_of_one_problem_is_unknown():
 
 def test_responses_without_a_verdict_are_told_loudly_where_they_are_most():
     lost = dataclasses.replace(evaluation(0), timeouts=20, failures=5)
-    assert lost.line().endswith("problems. WARNING: of 48 responses 20 timed out in grading and 5 failed: they count as "
+    assert lost.line().endswith("problems. WARNING: of 48 responses 20 timed out in grading, 5 failed, and count as "
                                 "wrong") and "WARNING" not in dataclasses.replace(lost, timeouts=3).line()
     assert table([lost, evaluation(3)]).splitlines()[-2:] == ["| grader timeouts | 41.7 | 0.0 |",
                                                               "| grader failures | 10.4 | 0.0 |"]
