@@ -17,6 +17,7 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -62,6 +63,7 @@ class Sample:
     right: bool = False
     timed_out: bool = False  # the grader gave up: counts as wrong
     failed: bool = False  # the grader raised an exception over it: counts as wrong
+    messages: Sequence[dict[str, str]] = ()  # of a chat, as in Problem
 
 
 def lines_of(samples: list[Sample]) -> str:
@@ -81,7 +83,7 @@ def read_samples(path: Path) -> list[Sample]:
 
 def grade(samples: list[Sample], grader: Grader) -> list[Sample]:
     """The samples with verdicts of the grader as it is now."""
-    problems = [Problem(id=s.id, prompt=s.prompt, answer=s.gold, style=s.style, kind=s.kind) for s in samples]
+    problems = [Problem(s.id, s.prompt, s.gold, s.style, s.kind, s.messages) for s in samples]
     grades = grader.grade([s.response for s in samples], problems, cut=[s.finish == "length" for s in samples])
     return [dataclasses.replace(s, right=g.right, extracted=g.extracted, timed_out=g.timed_out, failed=g.failed)
             for s, g in zip(samples, grades, strict=True)]
@@ -117,14 +119,15 @@ def summary(samples: list[Sample]) -> dict[str, dict]:
 
 def markdown(rows: dict[str, dict], model: str) -> str:
     """The table, in percent with intervals; for a model of the paper, its mean@8, and pass@8 over all, beside ours.
-    Then the kinds."""
+    Then the kinds, and what was not graded."""
     names = [n for n in dict.fromkeys(n for row in rows.values() for n in row) if n.startswith(("mean@", "pass@"))]
     published = json.loads(PAPER.read_text(encoding="utf-8"))
     methods = next((m for size, m in published["table"].items() if f"-{size}" in model), {})
     columns = published["columns"]
     lines = []
     for benchmark, row in rows.items():
-        cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in row[n])) if n in row else "" for n in names]
+        form = "{:.1f} [-]" if row["problems"] == 1 else "{:.1f} [{:.1f}, {:.1f}]"
+        cells = [form.format(*(100 * x for x in row[n] if x is not None)) if n in row else "" for n in names]
         column = "pass@8" if benchmark == "all" else benchmark
         paper = [f"{m[columns.index(column)]:.2f}" if column in columns else "" for m in methods.values()]
         lines.append([benchmark, str(row["problems"]), *cells, f"{100 * row['truncated_frac']:.1f}%", *paper])
@@ -134,6 +137,9 @@ def markdown(rows: dict[str, dict], model: str) -> str:
             head = [f"{benchmark}, by kind", "problems", "pass@1", f"pass@{headline_k(row['responses'])}"]
             pages.append(metrics.markdown(head, [[kind, str(n), f"{100 * mean:.1f}", f"{100 * passed:.1f}"]
                                                  for kind, (n, mean, passed) in kinds.items()]))
+    for benchmark, row in rows.items():
+        counts = row["problems"] * row["responses"], row["grader_timeouts"], row["grader_failures"]
+        pages += [f"{benchmark}: {said}"] if (said := metrics.ungraded(*counts)) else []
     return "\n\n".join(pages)
 
 
@@ -150,7 +156,8 @@ class TrainedRun:
 
     @classmethod
     def find(cls, name: str) -> "TrainedRun | None":
-        """The run if `name` is its folder or one of a model in it. Raises FileNotFoundError for one without a model."""
+        """The run if `name` is its folder or one of a model in it. Raises FileNotFoundError for one without a model,
+        and for a folder that is neither a run nor a model."""
         path = Path(name)
         for folder, model in ((path, path / "model"), (path.parent, path)):
             config = folder / "config.json"
@@ -161,6 +168,10 @@ class TrainedRun:
                 others = ", ".join(str(p.parent) for p in path.glob("*/config.json"))
                 raise FileNotFoundError(f"{name} has no model/ yet: finish it with train.py --out_dir {name} --resume, "
                                         f"or name another model; in it are: {others or 'none'}")
+        if path.is_dir() and not (path / "config.json").exists():
+            inside = [str(p.parent) for depth in ("*", "*/*") for p in sorted(path.glob(f"{depth}/config.json"))]
+            raise FileNotFoundError(f"--model {name} is neither a run nor a model (no config.json); name one of those "
+                                    f"in it: {', '.join(inside[:9]) or 'there is none'}")
         return None
 
     @property
@@ -231,7 +242,8 @@ def load_benchmarks(args: argparse.Namespace, cfg: Config, policy: Policy,
 
 def draw_samples(questions: list[Question], path: Path, engine, ranks: Ranks, tokenizer, sampling: Sampling, *,
                  k: int, seed: int, grader: Grader, lock: FolderLock) -> list[Sample]:
-    """Draws, grades and appends to `path` what is not there yet; all samples, in order, on the first rank."""
+    """Draws, grades and appends to `path` what is not there yet, each rank its part; all samples, in order, on rank 0.
+    """
     chunk, samples = CHUNK * ranks.world, []
     if ranks.rank == 0:
         samples = read_samples(path) if path.exists() else []
@@ -242,15 +254,17 @@ def draw_samples(questions: list[Question], path: Path, engine, ranks: Ranks, to
     bar = tqdm(total=len(questions), initial=finished, unit="problem", desc="evaluating", disable=ranks.rank > 0)
     for start in range(finished, len(questions), chunk):
         part = questions[start : start + chunk]
-        batch = draw_part(engine, ranks, [q.tokens for q in part], [k] * len(part),
-                          [rollout_seed(seed, -1, q.problem.id) for q in part], sampling).exchange(ranks)
+        mine = draw_part(engine, ranks, [q.tokens for q in part], [k] * len(part),
+                         [rollout_seed(seed, -1, q.problem.id) for q in part], sampling)
+        texts = to_text(tokenizer, [rollout.tokens for rollout in mine.rollouts])
+        drawn = [Sample(part[r // k].benchmark, p.id, p.prompt, p.answer, p.style, p.kind, int(r % k), text,
+                        len(rollout.tokens), "length" if rollout.truncated else "stop", messages=p.messages)
+                 for r, text, rollout in zip(mine.mine_R, texts, mine.rollouts, strict=True)
+                 for p in [part[r // k].problem]]
+        drawn = sum(ranks.from_all(list(zip(mine.mine_R, grade(drawn, grader), strict=True))), [])  # of all ranks
         lock.check()
         if ranks.rank == 0:
-            texts = to_text(tokenizer, map(batch.response, range(len(batch.owner))))
-            drawn = [Sample(part[i].benchmark, p.id, p.prompt, p.answer, p.style, p.kind, r % k, texts[r],
-                            int(batch.lengths[r]), "length" if batch.truncated[r] else "stop")
-                     for r, i in enumerate(batch.owner) for p in [part[i].problem]]
-            samples += grade(drawn, grader)
+            samples += [sample for _, sample in sorted(drawn)]
             with open(path, "a", encoding="utf-8") as file:
                 file.write(lines_of(samples[-len(drawn):]))
             bar.set_postfix(right=f"{np.mean([s.right for s in samples]):.3f}")
@@ -375,7 +389,9 @@ def evaluate(args: argparse.Namespace) -> None:
     cfg, run = args.cfg, args.run
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    ranks, folder = Ranks(max(900, 2 * cfg.stall_seconds)), run.model if run else tasks.model_folder(args.model)
+    slowest = CHUNK * cfg.eval_rollouts * 2 * cfg.grader_timeout  # seconds that grading may take one rank alone
+    ranks = Ranks(max(900, 2 * cfg.stall_seconds) + slowest)
+    folder = run.model if run else tasks.model_folder(args.model)
     policy = Policy.open(folder, dtype=cfg.dtype, device=ranks.device, stop_tokens=cfg.stop_tokens)
     prompt, response = policy.config.limits(cfg.max_prompt_tokens, cfg.max_response_tokens,
                                             *([] if run else [(3200, 4096)]))

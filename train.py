@@ -40,7 +40,7 @@ from config import Config, parse_args
 from data import Problem, batch_order, check_overlap, encode_prompts, hold_out
 from gdro import RULES, SIGNALS, DifficultyBins, PromptGDRO, RolloutGDRO, bin_shares, errors_by, means_by
 from kernels import group_advantage
-from metrics import Evaluation, table
+from metrics import Evaluation, table, ungraded
 from model import Transformer
 from policy import Policy
 from ranks import Ranks, RunError, deal_rows, full, reshard, say, shard
@@ -186,6 +186,7 @@ class Trainer:
             max_rollouts=cfg.max_rollouts, seed=cfg.seed, gpu_memory_utilization=cfg.gpu_memory_utilization)
         self.next_step = self.optimizer_steps = 0
         self.stop = Stop(ranks)
+        self.lost_steps = 0  # in a row, in which most responses got no verdict
 
     # -- setting up
 
@@ -355,9 +356,16 @@ class Trainer:
         # How many rollouts are -1 for want of a verdict.
         s.timeouts, s.failures = self.ranks.merge(np.array([sum(g.timed_out for g in s.grades),
                                                             sum(g.failed for g in s.grades)]))
-        if self.cfg.reward and s.failures and s.failures == (~s.batch.truncated).sum():  # of all that it was asked
-            raise RunError(f"--reward {self.cfg.reward} failed on all {s.failures} responses: it raises (the first "
-                           "traceback stands above), or gives no number in [-1, 1]")
+        asked = int((~s.batch.truncated).sum())
+        if s.number >= 0:
+            self.lost_steps = self.lost_steps + 1 if 2 * (s.timeouts + s.failures) > asked else 0
+        if self.lost_steps == 3 or (self.cfg.reward and 0 < asked == s.failures):
+            first = next(filter(None, self.ranks.from_all(self.grader.failure)), "none").strip().splitlines()[-1]
+            running = " (most, in three steps running)" if self.lost_steps == 3 else ""
+            raise RunError(
+                f"step {self.next_step}: {ungraded(asked, s.timeouts, s.failures)}{running}. First failure: {first}. "
+                f"Raise --grader_timeout ({self.cfg.grader_timeout:g} s) and go on with --resume, or mend "
+                f"{self.cfg.reward or 'the golds'} and begin anew")
 
     def advantages(self, s: Step) -> None:
         """(3), times the rule's factor."""
@@ -543,7 +551,8 @@ class Trainer:
             return None
         self.exchange(s)
         return Evaluation.of(step, [p.kind for p in problems], s.reward_R.reshape(len(problems), -1) > 0,
-                             float(s.batch.lengths.mean()), float(s.batch.truncated.mean()))
+                             float(s.batch.lengths.mean()), float(s.batch.truncated.mean()), int(s.timeouts),
+                             int(s.failures))
 
     # -- going on
 
@@ -681,7 +690,8 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
             warned = True
             say(hint)
         bar.update()
-        bar.set_postfix(reward=f"{line['reward_mean']:+.3f}", solved=f"{line['solved_frac']:.2f}",
+        lost = {name: line[f"reward_{name}"] for name in ("timeouts", "failures") if line[f"reward_{name}"]}
+        bar.set_postfix(lost, reward=f"{line['reward_mean']:+.3f}", solved=f"{line['solved_frac']:.2f}",
                         cut=f"{line['truncated_frac']:.0%}", tokens=f"{line['response_tokens_mean']:.0f}",
                         mismatch=f"{line['mismatch']['mean']:.0e}", grad_norm=f"{line['grad_norm']:.1e}")
         progress("save")

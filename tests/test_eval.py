@@ -21,6 +21,7 @@ import tasks
 from eval import PAPER_BENCHMARKS, Sample, evaluate, markdown, parse_args, summary
 from model import Transformer
 from ranks import Ranks, RunError
+from reward import Grader
 from runfolder import FolderLock
 
 ROOT = Path(__file__).parents[1]
@@ -212,6 +213,12 @@ def test_a_run_without_a_model_says_how_to_get_one(trained, tmp_path):
         parse_args(["--model", str(tmp_path / "mine")])
 
 
+def test_a_folder_of_runs_says_what_is_in_it(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "mine")
+    with pytest.raises(FileNotFoundError, match=f"neither a run nor .*: {tmp_path}/mine, {tmp_path}/mine/model"):
+        parse_args(["--model", str(tmp_path)])
+
+
 def test_evaluations_have_folders_of_their_own(trained):
     shutil.copytree(trained / "model", trained / "best", dirs_exist_ok=True)
     models = [["arithmetic:3"], ["Qwen/Qwen3-4B"], ["Qwen/Qwen3-4B@v1"], [str(trained)], [str(trained / "best")],
@@ -260,6 +267,15 @@ def test_regrading_takes_another_style_and_another_reward(evaluated, tmp_path):
     settings = json.loads((out / "eval.json").read_text())["settings"] | {"reward": "mine.py:asks_for_zero"}
     (out / "eval.json").write_text(json.dumps({"settings": settings}))
     assert changed(out) == changed(out, "--reward", "mine.py:asks_for_zero") > 0  # what was graded so is graded so
+
+
+def test_a_reward_of_ones_own_sees_the_messages_of_a_chat_again(tmp_path):
+    (tmp_path / "mine.py").write_text("def asked(response, problem): return problem.messages[0]['role'] == 'system'\n")
+    messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1s1="}]
+    (tmp_path / "eval_samples.jsonl").write_text(eval_module.lines_of(
+        [Sample("b", "1", "1s1=", "2", "math", "", 0, "2", 1, "stop", messages=messages)]))
+    with Grader(workers=1, timeout=20, reward=f"{tmp_path}/mine.py:asked") as grader:
+        assert eval_module.grade(eval_module.read_samples(tmp_path / "eval_samples.jsonl"), grader)[0].right
 
 
 def test_an_evaluation_with_a_reward_of_ones_own_names_its_content(base, tmp_path):
@@ -339,6 +355,14 @@ def test_kinds_have_rows_of_their_own_and_the_whole_is_pooled_over_problems():
         "| mine, by kind | problems | pass@1 | pass@4 |", "| --- | --- | --- | --- |", "| sum | 2 | 62.5 | 100.0 |",
         "| root | 1 | 0.0 | 0.0 |"]
     assert [rows[name]["problems"] for name in rows] == [3, 1, 4] and rows["all"]["mean@4"][0] == 9 / 16
+
+
+def test_one_problem_has_no_interval_and_a_response_without_a_verdict_is_told():
+    rows = summary([Sample("one", "1", "1", "1", "math", "", 0, "1", 5, "stop", timed_out=True)])
+    assert markdown(rows, "").splitlines()[2:] == [
+        "| one | 1 | 0.0 [-] | 0.0 [-] | 0.0% |", "",
+        "one: WARNING: of 1 responses 1 timed out in grading, 0 failed, and count as wrong"]
+    assert json.loads(json.dumps(rows))["one"]["mean@1"] == [0.0, None, None]
 
 
 @pytest.mark.parametrize("arguments, message", [

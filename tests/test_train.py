@@ -757,7 +757,18 @@ def test_a_reward_of_ones_own_is_trained_on_and_one_that_always_fails_ends_the_r
     ended = [x for x in samples if not x["truncated"]]
     assert ended and all(x["reward"] == (0.5 if len(x["response"]) < 4 else -1) for x in ended)
     message = main(base, tmp_path / "broken", reward=f"{tmp_path}/mine.py:broken", steps=1)
-    assert re.search(r"mine.py:broken failed on all \d+ responses", message)
+    assert re.search(r"(\d+) responses 0 timed out in grading, \1 failed.*ZeroDivisionError.*mend .*broken", message)
+
+
+def test_three_steps_without_verdicts_end_the_run_and_time_outs_are_told_wherever_figures_are(base, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("import time\ndef slow(response, problem): time.sleep(9)\n")
+    slow = dict(reward=f"{tmp_path}/mine.py:slow", grader_timeout=0.02, prompts_per_step=6, minibatch_prompts=6)
+    assert main(base, tmp_path / "run", **slow, steps=2) == 0
+    said, bar = capsys.readouterr()
+    assert re.search(r"on 6 held-out problems. WARNING: of 12 responses \d+ timed out in grading, 0 failed", said)
+    assert re.search(r"\| grader timeouts \| (\d+.\d) \| \d", said) and "timeouts=" in bar
+    message = main(base, tmp_path / "run", "--resume", **slow, steps=9)
+    assert re.search(r"step 4: WARNING: of (\d+) responses \1 timed out.*three steps.*\(0.02 s.*--resume", message)
 
 
 def test_a_tenth_of_the_training_data_is_held_out_where_no_other_is_named(base, tmp_path):
