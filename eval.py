@@ -156,8 +156,7 @@ class TrainedRun:
 
     @classmethod
     def find(cls, name: str) -> "TrainedRun | None":
-        """The run if `name` is its folder or one of a model in it. Raises FileNotFoundError for one without a model,
-        and for a folder that is neither a run nor a model."""
+        """The run if `name` is its folder or one of a model in it. Raises FileNotFoundError for one without a model."""
         path = Path(name)
         for folder, model in ((path, path / "model"), (path.parent, path)):
             config = folder / "config.json"
@@ -168,10 +167,6 @@ class TrainedRun:
                 others = ", ".join(str(p.parent) for p in path.glob("*/config.json"))
                 raise FileNotFoundError(f"{name} has no model/ yet: finish it with train.py --out_dir {name} --resume, "
                                         f"or name another model; in it are: {others or 'none'}")
-        if path.is_dir() and not (path / "config.json").exists():
-            inside = [str(p.parent) for depth in ("*", "*/*") for p in sorted(path.glob(f"{depth}/config.json"))]
-            raise FileNotFoundError(f"--model {name} is neither a run nor a model (no config.json); name one of those "
-                                    f"in it: {', '.join(inside[:9]) or 'there is none'}")
         return None
 
     @property

@@ -213,12 +213,6 @@ def test_a_run_without_a_model_says_how_to_get_one(trained, tmp_path):
         parse_args(["--model", str(tmp_path / "mine")])
 
 
-def test_a_folder_of_runs_says_what_is_in_it(trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "mine")
-    with pytest.raises(FileNotFoundError, match=f"neither a run nor .*: {tmp_path}/mine, {tmp_path}/mine/model"):
-        parse_args(["--model", str(tmp_path)])
-
-
 def test_evaluations_have_folders_of_their_own(trained):
     shutil.copytree(trained / "model", trained / "best", dirs_exist_ok=True)
     models = [["arithmetic:3"], ["Qwen/Qwen3-4B"], ["Qwen/Qwen3-4B@v1"], [str(trained)], [str(trained / "best")],
