@@ -128,10 +128,9 @@ class Ranks:
         the interpreter only, and then its threads sometimes abort a run that was complete.
 
         `close` ends what else belongs to the group and may end the group itself, as vLLM does."""
-        if dist.is_initialized():
-            getattr(self.__dict__.get("mesh"), "_pg_registry", {}).clear()  # DTensor's caches keep the mesh
-            gc.unfreeze()  # vLLM hides all that is there when it starts, the model too, from the collector
-            gc.collect()
+        getattr(self.__dict__.get("mesh"), "_pg_registry", {}).clear()  # DTensor's caches keep the mesh
+        gc.unfreeze()  # vLLM hides all that is there when it starts, the model too, from the collector
+        gc.collect()
         close()
         if dist.is_initialized():
             dist.destroy_process_group()

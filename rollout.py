@@ -13,7 +13,6 @@ import importlib
 import logging
 import os
 import random
-import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -140,13 +139,11 @@ def _import_vllm() -> type:
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # it knows no seeds, and the engine dies where it isn't
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")  # of its own use of torch
+    importlib.import_module("torch._inductor.config")  # now, while it finds more threads than the one vLLM leaves it
     # In a thread: some import in it fails, and vLLM keeps the error and with it the frames of all who asked for the
     # import, whose variables are the trainer and its model, for as long as the process lives.
     with _process_state_kept(), ThreadPoolExecutor(1) as apart:
-        LLM = apart.submit(lambda: importlib.import_module("vllm").LLM).result()
-    inductor = importlib.import_module("torch._inductor.config")
-    inductor.compile_threads = inductor.decide_compile_threads()  # vLLM leaves it one, for our own model, too
-    return LLM
+        return apart.submit(lambda: importlib.import_module("vllm").LLM).result()
 
 
 def _bar(total: int, unit: str, shown: bool) -> tqdm:
@@ -302,10 +299,9 @@ class VLLMEngine:
             if "out of memory" not in str(error):
                 raise
             raise RunError(
-                f"out of memory when vLLM woke up ({what}): {free / 2**30:.1f} GiB were free, and awake it holds "
-                f"{self.share * total / 2**30:.1f} in all, --gpu_memory_utilization {self.share} of "
-                f"{total / 2**30:.1f}. Go on with a lower one and --resume, or on more GPUs; nvidia-smi says whether "
-                "another process has memory of this one") from error
+                f"out of memory when vLLM woke up ({what}): {free / 2**30:.1f} GiB were free for this part of its "
+                f"--gpu_memory_utilization {self.share}, {self.share * total / 2**30:.1f} GiB. --resume with a lower "
+                "one or on more GPUs; nvidia-smi shows other processes that hold memory") from error
 
     def close(self) -> None:
         """End the engine and with it the run's process group, which no sharded model may outlive: `Ranks.leave` calls
@@ -316,8 +312,7 @@ class VLLMEngine:
 def _end_at_once(engine: VLLMEngine) -> None:
     """Ends a process whose engine (kept until here) sleeps: an error ended the run, whose words stand there by now.
     Its memory is mapped to nothing, and the interpreter's end, which frees it, would bury them under CUDA's errors."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    print(end="", flush=True)  # what is printed, which os._exit would lose
     os._exit(1)
 
 

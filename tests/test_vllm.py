@@ -75,7 +75,7 @@ def save_tiny(path, tied):
     return path
 
 
-@pytest.fixture(scope="session", params=here)
+@pytest.fixture(scope="module", params=here)
 def setup(request, tmp_path_factory):
     """(engine, its policy in transformers, whether start-up left the process's state alone), one engine at a time."""
     path = save_tiny(tmp_path_factory.mktemp("model"), request.param == "tied")
@@ -96,6 +96,7 @@ def setup(request, tmp_path_factory):
         assert config.use_v2_model_runner and config.scheduler_config.async_scheduling
     policy = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
     yield engine, policy, kept
+    engine.close()
     del os.environ["LOCAL_WORLD_SIZE"]
 
 
@@ -287,7 +288,7 @@ def test_weights_wake_before_they_are_loaded_and_the_cache_after(on_cuda):
 
 @pytest.mark.parametrize("error, message", [
     (RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp:120"),  # of vLLM's allocator
-     r"\(weights\): 10.0 GiB were free, .* 8.0 in all, --gpu_memory_utilization 0.1 of 80.0\. .*nvidia-smi"),
+     r"\(weights\): 10.0 GiB were free .* --gpu_memory_utilization 0.1, 8.0 GiB\. --resume .*nvidia-smi"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried"), r"\(weights\): 10.0 GiB were free"),
     (RuntimeError("CUDA Error: invalid argument"), "^CUDA Error: invalid argument$")])
 def test_too_little_memory_to_wake_up_says_how_much_there_was_and_what_to_do(on_cuda, error, message):
