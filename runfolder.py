@@ -20,7 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -88,15 +88,16 @@ def replace_text(path: Path, text: str) -> None:
 # ------------------------------------------------------------------------------------------------ the lock
 
 
-class FolderLock:
+class FolderLock(AbstractContextManager):
     """Held by the first rank while a run or an evaluation writes into a folder: two would mix their lines.
 
     flock's: it goes with the process that holds it, however that ends, so none is ever stale. The file `lock` says who
-    holds it, and stays. All ranks make it and check it; where the first finds a problem, it alone says so.
+    holds it, and stays. All ranks make it and check it; where the first finds a problem, it alone says so. A context
+    manager, which lets it go.
     """
 
     def __init__(self, folder: Path, ranks: Ranks):
-        """Makes the folder and takes its lock, until the object goes. Raises RunError where another process has it or
+        """Makes the folder and takes its lock. Raises RunError where another process has it or
         there are no locks, OSError where there can be no such folder."""
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.ranks = folder / "lock", ranks
@@ -120,6 +121,10 @@ class FolderLock:
             self.path.exists() and os.path.samestat(os.fstat(self.file.fileno()), self.path.stat()))
         self._end_if(None if held else f"{self.path} was removed or replaced, so another process may write there, too. "
                                        "Look for one, then go on from what was saved")
+
+    def __exit__(self, *exc) -> None:
+        if self.ranks.rank == 0:
+            self.file.close()
 
     def _end_if(self, problem: str | None) -> None:
         if problem := self.ranks.from_all(problem)[0]:

@@ -267,6 +267,7 @@ class Trainer:
         s = Step(number=PREVIEW, problems=[self.problems[i] for i in chosen], prompts=[self.prompts[i] for i in chosen],
                  ids_P=[self.problems[i].id for i in chosen], n_P=np.ones(len(chosen), int),
                  sampling=Sampling(cfg.max_response_tokens, cfg.temperature, stop_ids=self.policy.stop_ids))
+        progress("preview")
         for method in (self.draw, self.grade, self.exchange):
             method(s)
         for r, problem in enumerate(s.problems[:2]):
@@ -733,7 +734,7 @@ def run(cfg: Config, command) -> None:
     except (ValueError, OSError) as error:  # what was given; a later ValueError is a bug and keeps its trace
         raise RunError(str(error)) from error
     ranks, begun = trainer.ranks, trainer.next_step
-    with trainer.grader, folder.full_disk_explained(12 * trainer.policy.config.num_parameters()):
+    with folder.lock, trainer.grader, folder.full_disk_explained(12 * trainer.policy.config.num_parameters()):
         complete = train(trainer, folder, evaluations)
         saved = ranks.from_all((folder.path / "model").exists())[0]
         if trainer.next_step > begun or not saved:
@@ -746,7 +747,7 @@ def run(cfg: Config, command) -> None:
     else:
         say(f"stopped after {trainer.next_step} steps; go on with: python train.py --out_dir {folder.path} --resume")
     close = trainer.engine.close
-    del trainer, folder  # before the group ends: model, optimiser and reference hold it
+    del trainer  # before the group ends: model, optimiser and reference hold it
     ranks.leave(close)
     sys.exit(0 if complete else 130)
 

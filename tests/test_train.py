@@ -423,7 +423,7 @@ def test_ctrl_c_ends_an_evaluation_and_a_resumed_run_draws_it_again(base, tmp_pa
         trainer, folder, evaluations = set_up(cfg, command.preset, resume)
         call = getattr(trainer, method)
         setattr(trainer, method, lambda i: (call(i), when(i, trainer) and signal.raise_signal(signal.SIGINT))[0])
-        with trainer.grader:
+        with folder.lock, trainer.grader:
             return train_module.train(trainer, folder, evaluations), [e.step for e in evaluations]
 
     assert go(False, "draw", lambda s, trainer: s.number == -1) == (False, [])

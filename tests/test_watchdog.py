@@ -151,10 +151,11 @@ def training(base: Path, out: Path, *extra) -> subprocess.Popen:
 
 
 def test_a_run_that_hangs_in_a_phase_ends_and_says_which(base, tmp_path):
-    """The second rank waits for a verdict on a response."""
+    """The second rank waits for a verdict on a response of the first step."""
     reward = tmp_path / "slow.py"
     reward.write_text("import os, time\n\ndef slow(response, problem):\n"
-                      "    return time.sleep(600 * int(os.environ['RANK'])) or 1.0\n")
+                      f"    begun = os.path.exists('{tmp_path}/run/config.json')\n"
+                      "    return time.sleep(600 * begun * int(os.environ['RANK'])) or 1.0\n")
     process = training(base, tmp_path / "run", "--reward", f"{reward}:slow", "--grader_timeout", 600,
                        "--stall_seconds", 8)
     output, _ = process.communicate(timeout=100)
