@@ -294,16 +294,21 @@ def save(figure, name: str, folder: Path) -> None:
 
 
 def draw(functions: dict[str, Callable], data, folder: Path) -> None:
-    """Draws what the logs have data for, and says of the rest what is missing; what was drawn of it before goes."""
+    """Draws what the logs have data for, and says of the rest what is missing; what was drawn of it before goes. Raises
+    ValueError if nothing could be drawn."""
+    left_out = 0
     for name, function in functions.items():
         try:
             save(function(data), f"figure_{name}", folder)
         except Missing as missing:
             plt.close("all")
+            left_out += 1
             print(f"figure {name} left out: {missing}", file=sys.stderr)
             for old in (folder / f"figure_{name}.{suffix}" for suffix in SUFFIXES):
                 if old.exists() and CREATOR.encode() in old.read_bytes():
                     old.unlink()
+    if left_out == len(functions):
+        raise ValueError("nothing could be drawn of these runs; --live shows each as it stands")
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ class Policy:
         if missing := [x for x in ("config.json", "*.safetensors", "tokenizer.*") if not any(folder.glob(x))]:
             inside = sorted({str(p.parent) for x in ("*", "*/*") for p in folder.glob(f"{x}/model*.safetensors")})
             raise FileNotFoundError(f"{folder} is no Hugging Face model, for it has no {' and no '.join(missing)}; "
-                                    f"models in it: {', '.join(inside[:4]) or 'none'}")
+                                    f"models in it: {', '.join(inside) or 'none'}")
         config = ModelConfig.from_folder(folder)
         check_head(folder, config)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

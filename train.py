@@ -250,14 +250,15 @@ class Trainer:
         return problems, tokens
 
     def summary(self) -> str:
-        """One sentence: what is trained on what, how it is asked, where the answer is looked for, what ends it."""
+        """What is trained on what, how it is asked, where the answer is looked for, what ends it, when bins differ."""
         cfg, data = self.cfg, self.record["train_data"]
         graded = cfg.reward or f"looking for the answer as {', '.join(data['styles'])}"
         asked = "through the chat template" if data["encoded"]["chat_template"] else "as they are"
         stops = ", ".join(map(repr, self.policy.tokenizer.convert_ids_to_tokens(list(self.policy.stop_ids))))
         return (f"{portable(cfg.model)} on {portable(cfg.train_data)}: prompts go in {asked}, with "
                 f"{cfg.prompt_suffix!r} behind them; {stops} or {cfg.max_response_tokens} tokens end a response, "
-                f"graded by {graded}")
+                f"graded by {graded}. From step {-(-len(self.problems) // cfg.prompts_per_step)} on prompts come again "
+                "and have bins of their own; until then all share that of the unseen")
 
     def preview(self) -> None:
         """Before anything long: two of four responses and what was found in them, then how long drawing takes. No step
@@ -277,7 +278,7 @@ class Trainer:
                 f"response: {text[:160]!r}{f' ... {text[160:][-160:]!r}' if text[160:] else ''}\n"
                 f"{found}the answer is {problem.answer!r}: reward {s.reward_R[r]:+g}; {s.batch.lengths[r]} tokens, "
                 f"{'cut' if s.batch.truncated[r] else 'ended by itself'}")
-        say(self.drawing_time(s))
+        say(ungraded(len(s.reward_R), s.timeouts, s.failures) + self.drawing_time(s))
 
     def drawing_time(self, s: Step) -> str:
         """An estimate: the responses of `s` are as long as others, and the speed is that of as many as are decoded at
@@ -293,7 +294,7 @@ class Trainer:
         times = [timedelta(seconds=round(rollouts * mean / speed)) for rollouts in (evaluation, run)]
         return (f"\nestimate (h:mm:ss): an evaluation draws for {times[0]}, the run for {times[1]} in all, at "
                 f"{speed:,.0f} tokens a second and {mean:.0f} a response, as above; {limit / mean:.1f} times as long "
-                f"if all reached {limit}. Training comes on top: the bar tells after a step\n")
+                f"if all reached {limit}. Grading and training come on top: the bar tells after a step\n")
 
     # -- one step
 
@@ -361,10 +362,11 @@ class Trainer:
         if s.number >= 0:
             self.lost_steps = self.lost_steps + 1 if 2 * (s.timeouts + s.failures) > asked else 0
         if self.lost_steps == 3 or (self.cfg.reward and 0 < asked == s.failures):
-            first = next(filter(None, self.ranks.from_all(self.grader.failure)), "none").strip().splitlines()[-1]
+            failure = next(filter(None, self.ranks.from_all(self.grader.failure)), "").strip()
             running = " (most, in three steps running)" if self.lost_steps == 3 else ""
             raise RunError(
-                f"step {self.next_step}: {ungraded(asked, s.timeouts, s.failures)}{running}. First failure: {first}. "
+                f"step {self.next_step}: {ungraded(asked, s.timeouts, s.failures).removeprefix('WARNING: ')}{running}. "
+                f"{failure and 'First failure: '}{failure.splitlines()[-1] + '. ' if failure else ''}"
                 f"Raise --grader_timeout ({self.cfg.grader_timeout:g} s) and go on with --resume, or mend "
                 f"{self.cfg.reward or 'the golds'} and begin anew")
 
@@ -704,16 +706,15 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
 
 def nothing_to_learn(lines: list[dict]) -> str | None:
     """What to look at when none of these steps could teach anything, or None."""
-    if all(line["truncated_frac"] == 1 for line in lines):
-        what = "every response so far was cut and counts as wrong: does the model end its responses?"
-    elif all(line["zero_std_frac"] == 1 for line in lines):
-        solved = np.mean([line["solved_frac"] for line in lines])
-        what = (f"so far all rollouts of a prompt scored alike ({solved:.0%} of prompts were solved): all advantages "
-                "are 0 and nothing is learned. Do responses say their answer where --answer_style looks?")
-    else:
+    if any(line["zero_std_frac"] < 1 for line in lines):
         return None
-    return (f"WARNING: {what} Look at samples.jsonl, --prompt_suffix, --chat_template, --stop_tokens, "
-            "--max_response_tokens")
+    solved, cut = (np.mean([line[key] for line in lines]) for key in ("solved_frac", "truncated_frac"))
+    lost = sum(line["reward_timeouts"] + line["reward_failures"] for line in lines)
+    return (f"WARNING: so far all rollouts of a prompt scored alike: all advantages are 0 and nothing is learned. "
+            f"{solved:.0%} of prompts were solved; {cut:.0%} of responses were cut and count as wrong (does the model "
+            f"end them? --max_response_tokens, --stop_tokens); {lost} got no verdict (--grader_timeout). samples.jsonl "
+            "shows whether they say their answer where --answer_style or --reward looks (--prompt_suffix, "
+            "--chat_template)")
 
 
 def collapsed(first: list[dict], last: list[dict]) -> str | None:
@@ -766,7 +767,8 @@ def main() -> None:
         except RunError as error:
             sys.exit(f"train.py: {error}")
         except KeyboardInterrupt:  # while it loads: afterwards Stop takes the signals
-            say("interrupted before the first step; nothing is lost")
+            begun = (Path(cfg.out_dir) / "config.json").exists()
+            say("interrupted before the first step;", "go on with --resume" if begun else "no run has begun")
             sys.exit(130)
 
 

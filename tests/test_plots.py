@@ -194,11 +194,17 @@ def test_runs_of_one_name_have_figures_of_their_own():
 
 
 def test_a_figure_that_is_no_longer_drawn_goes_but_none_of_others(tmp_path, capsys):
-    for mode, left in (("both", {"figure_5.png", "figure_5.pdf"}), ("rollout", set())):
+    def draw(mode: str) -> None:
         plots.draw({"5": plots.PAPER_FIGURES["5"]}, plots.by_model([a_run(mode)]), tmp_path)
-        assert {path.name for path in tmp_path.iterdir()} == left
+
+    draw("both")
+    assert {path.name for path in tmp_path.iterdir()} == {"figure_5.png", "figure_5.pdf"}
+    with pytest.raises(ValueError, match="nothing could be drawn of these runs; --live"):
+        draw("rollout")
+    assert not list(tmp_path.iterdir())
     (tmp_path / "figure_5.png").write_bytes(b"somebody's own")
-    plots.draw({"5": plots.PAPER_FIGURES["5"]}, plots.by_model([a_run("rollout")]), tmp_path)
+    with pytest.raises(ValueError, match="nothing could be drawn"):
+        draw("rollout")
     assert [path.name for path in tmp_path.iterdir()] == ["figure_5.png"]
 
 
