@@ -328,15 +328,15 @@ def check_overlap(trained: list[Problem], evaluated: list[Problem], *, allowed: 
 
 # ---- encoding
 
-def encode_prompts(problems: list[Problem], tokenizer, *, suffix: str, chat_template: str,
-                   max_tokens: int) -> tuple[list[Problem], list[list[int]], dict]:
+def encode_prompts(problems: list[Problem], tokenizer, *, suffix: str, chat_template: str, max_tokens: int,
+                   rows: float = math.inf) -> tuple[list[Problem], list[list[int]], dict]:
     """The problems that fit, their token ids, and counts.
 
     tokenizer: Hugging Face. suffix: appended to each prompt. chat_template: "auto" (if the tokenizer has one),
-    "always" or "never". max_tokens: longer prompts are dropped and counted.
+    "always" or "never". max_tokens: longer prompts are dropped and counted. rows: of the model's embedding.
     Returns problems and ids in the given order, and {chat_template, too_long, tokens_max, tokens_mean}.
-    Raises ValueError for a template that is missing, an empty encoding, a character the tokenizer does not know, or
-    if nothing fits.
+    Raises ValueError for a template that is missing, an empty encoding, a character the tokenizer does not know, a
+    token the model does not, or if nothing fits.
     """
     if chat_template == "always" and not tokenizer.chat_template:
         raise ValueError("chat_template='always', but the tokenizer has none; use 'never' or an instruct model")
@@ -352,6 +352,9 @@ def encode_prompts(problems: list[Problem], tokenizer, *, suffix: str, chat_temp
     for problem, ids in zip(problems, all_ids, strict=True):
         if not ids or ids == [tokenizer.bos_token_id]:
             raise ValueError(f"problem {problem.id}: the prompt encodes to no tokens")
+        if beyond := [i for i in ids if i >= rows]:
+            raise ValueError(f"problem {problem.id}: the model has no embedding of {tokenizer.decode(beyond[0])!r}, id "
+                             f"{beyond[0]} of {rows} rows; take the model's own tokenizer, or --chat_template never")
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
             found = [c for c in dict.fromkeys(problem.prompt + suffix)
                      if tokenizer.unk_token_id in tokenizer(c, add_special_tokens=False)["input_ids"]]

@@ -17,6 +17,7 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,12 +30,12 @@ import metrics
 import tasks
 from config import PROMPT_SUFFIX, Config, add_flag, check_bounds, of_run
 from data import HUB_SETS, SUFFIXES, Problem, encode_prompts, hold_out
-from metrics import by_kind, figures, headline_k
+from metrics import by_kind, figures, headline_k, whole_lines
 from policy import Policy
 from ranks import Ranks, RunError, say
 from reward import Grader, check_golds
 from rollout import Sampling, choose_engine, draw_part, make_engine, rollout_seed, to_text
-from runfolder import environment, portable, replace_text, write_json
+from runfolder import FolderLock, environment, portable, replace_text, write_json
 from watchdog import progress, watching
 
 PAPER_BENCHMARKS = ("math500", "aime24", "aime25", "amc23", "minerva", "olympiad", "gpqa")
@@ -62,6 +63,7 @@ class Sample:
     right: bool = False
     timed_out: bool = False  # the grader gave up: counts as wrong
     failed: bool = False  # the grader raised an exception over it: counts as wrong
+    messages: Sequence[dict[str, str]] = ()  # of a chat, as in Problem
 
 
 def lines_of(samples: list[Sample]) -> str:
@@ -74,14 +76,14 @@ def read_samples(path: Path) -> list[Sample]:
     Raises ValueError for a file that holds something else.
     """
     try:
-        return [Sample(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-    except (json.JSONDecodeError, TypeError) as error:
+        return [Sample(**line) for line in whole_lines(path)]
+    except TypeError as error:
         raise ValueError(f"{path} holds lines that are not samples: {error}") from error
 
 
 def grade(samples: list[Sample], grader: Grader) -> list[Sample]:
     """The samples with verdicts of the grader as it is now."""
-    problems = [Problem(id=s.id, prompt=s.prompt, answer=s.gold, style=s.style, kind=s.kind) for s in samples]
+    problems = [Problem(s.id, s.prompt, s.gold, s.style, s.kind, s.messages) for s in samples]
     grades = grader.grade([s.response for s in samples], problems, cut=[s.finish == "length" for s in samples])
     return [dataclasses.replace(s, right=g.right, extracted=g.extracted, timed_out=g.timed_out, failed=g.failed)
             for s, g in zip(samples, grades, strict=True)]
@@ -117,14 +119,15 @@ def summary(samples: list[Sample]) -> dict[str, dict]:
 
 def markdown(rows: dict[str, dict], model: str) -> str:
     """The table, in percent with intervals; for a model of the paper, its mean@8, and pass@8 over all, beside ours.
-    Then the kinds."""
+    Then the kinds, and what was not graded."""
     names = [n for n in dict.fromkeys(n for row in rows.values() for n in row) if n.startswith(("mean@", "pass@"))]
     published = json.loads(PAPER.read_text(encoding="utf-8"))
     methods = next((m for size, m in published["table"].items() if f"-{size}" in model), {})
     columns = published["columns"]
     lines = []
     for benchmark, row in rows.items():
-        cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in row[n])) if n in row else "" for n in names]
+        form = "{:.1f} [-]" if row["problems"] == 1 else "{:.1f} [{:.1f}, {:.1f}]"
+        cells = [form.format(*(100 * x for x in row[n] if x is not None)) if n in row else "" for n in names]
         column = "pass@8" if benchmark == "all" else benchmark
         paper = [f"{m[columns.index(column)]:.2f}" if column in columns else "" for m in methods.values()]
         lines.append([benchmark, str(row["problems"]), *cells, f"{100 * row['truncated_frac']:.1f}%", *paper])
@@ -134,6 +137,9 @@ def markdown(rows: dict[str, dict], model: str) -> str:
             head = [f"{benchmark}, by kind", "problems", "pass@1", f"pass@{headline_k(row['responses'])}"]
             pages.append(metrics.markdown(head, [[kind, str(n), f"{100 * mean:.1f}", f"{100 * passed:.1f}"]
                                                  for kind, (n, mean, passed) in kinds.items()]))
+    for benchmark, row in rows.items():
+        counts = row["problems"] * row["responses"], row["grader_timeouts"], row["grader_failures"]
+        pages += [f"{benchmark}: {said}"] if (said := metrics.ungraded(*counts)) else []
     return "\n\n".join(pages)
 
 
@@ -158,8 +164,9 @@ class TrainedRun:
             if loaded and model.is_dir():
                 return cls(folder, model, loaded)
             if loaded and folder == path:
+                others = ", ".join(str(p.parent) for p in path.glob("*/config.json"))
                 raise FileNotFoundError(f"{name} has no model/ yet: finish it with train.py --out_dir {name} --resume, "
-                                        "or name another model in it")
+                                        f"or name another model; in it are: {others or 'none'}")
         return None
 
     @property
@@ -193,7 +200,7 @@ class Question(NamedTuple):
     tokens: list[int]  # its prompt, encoded
 
 
-def load_benchmarks(args: argparse.Namespace, cfg: Config, tokenizer,
+def load_benchmarks(args: argparse.Namespace, cfg: Config, policy: Policy,
                     grader: Grader) -> tuple[list[Question], dict[str, dict]]:
     """All that is asked, and the record of each benchmark by its name. Hub sets that cannot be had are left out with a
     warning: gpqa wants a login. Raises ValueError or FileNotFoundError for another, and where none is left."""
@@ -212,8 +219,9 @@ def load_benchmarks(args: argparse.Namespace, cfg: Config, tokenizer,
         suffix = cfg.prompt_suffix
         if suffix is None:
             suffix = "" if name.partition(":")[0] in tasks.TASKS else PROMPT_SUFFIX
-        problems, prompts, counts = encode_prompts(problems, tokenizer, suffix=suffix, chat_template=cfg.chat_template,
-                                                   max_tokens=cfg.max_prompt_tokens)
+        problems, prompts, counts = encode_prompts(
+            problems, policy.tokenizer, suffix=suffix, chat_template=cfg.chat_template,
+            max_tokens=cfg.max_prompt_tokens, rows=policy.config.vocab_size)
         if counts["too_long"]:
             say(f"{label}: {counts['too_long']} problems over {cfg.max_prompt_tokens} tokens are left out")
         if cfg.answer_style != "auto":
@@ -228,8 +236,9 @@ def load_benchmarks(args: argparse.Namespace, cfg: Config, tokenizer,
 
 
 def draw_samples(questions: list[Question], path: Path, engine, ranks: Ranks, tokenizer, sampling: Sampling, *,
-                 k: int, seed: int, grader: Grader) -> list[Sample]:
-    """Draws, grades and appends to `path` what is not there yet; all samples, in order, on the first rank."""
+                 k: int, seed: int, grader: Grader, lock: FolderLock) -> list[Sample]:
+    """Draws, grades and appends to `path` what is not there yet, each rank its part; all samples, in order, on rank 0.
+    """
     chunk, samples = CHUNK * ranks.world, []
     if ranks.rank == 0:
         samples = read_samples(path) if path.exists() else []
@@ -240,14 +249,17 @@ def draw_samples(questions: list[Question], path: Path, engine, ranks: Ranks, to
     bar = tqdm(total=len(questions), initial=finished, unit="problem", desc="evaluating", disable=ranks.rank > 0)
     for start in range(finished, len(questions), chunk):
         part = questions[start : start + chunk]
-        batch = draw_part(engine, ranks, [q.tokens for q in part], [k] * len(part),
-                          [rollout_seed(seed, -1, q.problem.id) for q in part], sampling).exchange(ranks)
+        mine = draw_part(engine, ranks, [q.tokens for q in part], [k] * len(part),
+                         [rollout_seed(seed, -1, q.problem.id) for q in part], sampling)
+        texts = to_text(tokenizer, [rollout.tokens for rollout in mine.rollouts])
+        drawn = [Sample(part[r // k].benchmark, p.id, p.prompt, p.answer, p.style, p.kind, int(r % k), text,
+                        len(rollout.tokens), "length" if rollout.truncated else "stop", messages=p.messages)
+                 for r, text, rollout in zip(mine.mine_R, texts, mine.rollouts, strict=True)
+                 for p in [part[r // k].problem]]
+        drawn = sum(ranks.from_all(list(zip(mine.mine_R, grade(drawn, grader), strict=True))), [])  # of all ranks
+        lock.check()
         if ranks.rank == 0:
-            texts = to_text(tokenizer, map(batch.response, range(len(batch.owner))))
-            drawn = [Sample(part[i].benchmark, p.id, p.prompt, p.answer, p.style, p.kind, r % k, texts[r],
-                            int(batch.lengths[r]), "length" if batch.truncated[r] else "stop")
-                     for r, i in enumerate(batch.owner) for p in [part[i].problem]]
-            samples += grade(drawn, grader)
+            samples += [sample for _, sample in sorted(drawn)]
             with open(path, "a", encoding="utf-8") as file:
                 file.write(lines_of(samples[-len(drawn):]))
             bar.set_postfix(right=f"{np.mean([s.right for s in samples]):.3f}")
@@ -372,7 +384,9 @@ def evaluate(args: argparse.Namespace) -> None:
     cfg, run = args.cfg, args.run
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    ranks, folder = Ranks(max(900, 2 * cfg.stall_seconds)), run.model if run else tasks.model_folder(args.model)
+    slowest = CHUNK * cfg.eval_rollouts * 2 * cfg.grader_timeout  # seconds that grading may take one rank alone
+    ranks = Ranks(max(900, 2 * cfg.stall_seconds) + slowest)
+    folder = run.model if run else tasks.model_folder(args.model)
     policy = Policy.open(folder, dtype=cfg.dtype, device=ranks.device, stop_tokens=cfg.stop_tokens)
     prompt, response = policy.config.limits(cfg.max_prompt_tokens, cfg.max_response_tokens,
                                             *([] if run else [(3200, 4096)]))
@@ -380,7 +394,7 @@ def evaluate(args: argparse.Namespace) -> None:
     kind, why = choose_engine(cfg.engine, ranks.device)
     say(f"engine: {kind}. {why}")
     with Grader(workers=cfg.grader_workers, timeout=cfg.grader_timeout, reward=cfg.reward) as grader:
-        questions, records = load_benchmarks(args, cfg, policy.tokenizer, grader)
+        questions, records = load_benchmarks(args, cfg, policy, grader)
         asked = {name: getattr(cfg, name) for name in ASKED}
         settings = {"model": run.name if run else portable(args.model), "folder": folder.name,
                     "weights": policy.weights_hash() if ranks.rank == 0 else "", "engine": kind,
@@ -388,6 +402,7 @@ def evaluate(args: argparse.Namespace) -> None:
                     "reward": portable(cfg.reward), "reward_sha256": grader.source.sha256 if grader.source else None,
                     "benchmarks": records}
         say(f"as {run.folder}:" if run else "settings:", ", ".join(f"{k} {v}" for k, v in asked.items()))
+        lock = FolderLock(args.out, ranks)
         if ranks.rank == 0:
             refuse_another(args.out, settings)
         progress("engine")  # from here on, with all downloads done, the watchdog watches
@@ -395,11 +410,10 @@ def evaluate(args: argparse.Namespace) -> None:
                              max_prompt_tokens=prompt, max_response_tokens=response, max_rollouts=cfg.max_rollouts,
                              gpu_memory_utilization=cfg.gpu_memory_utilization)
         if ranks.rank == 0 and not (args.out / "eval.json").exists():  # only now that the model runs
-            args.out.mkdir(parents=True, exist_ok=True)
             write_json(args.out / "eval.json", {"settings": settings})
         sampling = Sampling(response, cfg.eval_temperature, cfg.eval_top_p, cfg.eval_top_k, policy.stop_ids)
         samples = draw_samples(questions, args.out / "eval_samples.jsonl", engine, ranks, policy.tokenizer, sampling,
-                               k=cfg.eval_rollouts, seed=cfg.seed, grader=grader)
+                               k=cfg.eval_rollouts, seed=cfg.seed, grader=grader, lock=lock)
     if ranks.rank == 0:
         rows = summary(samples)
         write_json(args.out / "eval.json", {"settings": settings, "environment": environment(), "figures": rows})
@@ -420,7 +434,8 @@ def main() -> None:
     except (ValueError, OSError, RunError) as error:
         sys.exit(f"eval.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("eval.py: interrupted; the same command goes on where it was")
+        say("eval.py: interrupted; the same command goes on where it was")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,16 @@
     mean@m  the mean share of right responses among the m drawn for each problem
     pass@k  the chance that at least one of k responses is right, estimated without bias from the m >= k drawn:
             1 - C(m - c, k) / C(m, k) for c right ones
-    [a, b]  95% interval: percentiles of the bootstrap over problems
+    [a, b]  95% interval: percentiles of the bootstrap over problems; unknown, [null, null], for one problem
+
+And how the files are read in which such things are logged.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import comb
+from pathlib import Path
 
 import numpy as np
 
@@ -27,15 +31,16 @@ def bootstrap(values: np.ndarray, draws: int = 2000) -> tuple[np.ndarray, np.nda
     return tuple(np.percentile(counts @ values / P, (2.5, 97.5), axis=0))
 
 
-def figures(right: np.ndarray) -> dict[str, list[float]]:
+def figures(right: np.ndarray) -> dict[str, list[float | None]]:
     """name -> [value, low, high] for mean@m and pass@1, 2, 4, ... up to m. right: (P, m) bool."""
     drawn = right.shape[1]
     by_problem = {f"mean@{drawn}": right.mean(axis=1)}  # (P,) each
     for k in (2**i for i in range(drawn.bit_length())):
         by_problem[f"pass@{k}"] = pass_at_k(right.sum(axis=1), drawn, k)
-    intervals = zip(*bootstrap(np.stack(list(by_problem.values()), axis=1)), strict=True)
-    return {name: [float(values.mean()), float(low), float(high)]
-            for (name, values), (low, high) in zip(by_problem.items(), intervals, strict=True)}
+    ends = [[None, None]] * len(by_problem)  # one problem says nothing of the spread over problems
+    if len(right) > 1:
+        ends = np.stack(bootstrap(np.stack(list(by_problem.values()), axis=1)), axis=1).tolist()  # [low, high] of each
+    return {name: [float(values.mean()), *end] for (name, values), end in zip(by_problem.items(), ends, strict=True)}
 
 
 def headline_k(drawn: int) -> int:
@@ -51,6 +56,14 @@ def by_kind(kinds: list[str], right: np.ndarray) -> dict[str, list[float]]:
                         float(passed_P[kind_P == kind].mean())] for kind in dict.fromkeys(kind_P)}
 
 
+def ungraded(responses: int, timeouts: int, failures: int) -> str:
+    """What to say of those among `responses` that count as wrong for want of a verdict; "" where there are none."""
+    if not timeouts + failures:
+        return ""
+    warning = "WARNING: " if 2 * (timeouts + failures) > responses else ""
+    return f"{warning}of {responses} responses {timeouts} timed out in grading, {failures} failed, and count as wrong"
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The figures of one evaluation during training, by the names that they have in eval.json."""
@@ -63,16 +76,19 @@ class Evaluation:
     response_tokens_mean: float
     truncated_frac: float
     by_kind: dict[str, list[float]]  # kind of problem -> [problems, mean, pass@k]
-    intervals: dict[str, list[float]] = field(default_factory=dict)  # "mean@16" and so on -> [low, high], 95%
+    intervals: dict[str, list[float | None]] = field(default_factory=dict)  # "mean@16" and so on -> [low, high], 95%
+    timeouts: int = 0  # responses that were not graded in time, and count as wrong
+    failures: int = 0  # over which the grader, or a reward of one's own, raised
 
     @classmethod
-    def of(cls, step: int, kinds: list[str], right: np.ndarray, response_tokens_mean: float,
-           truncated_frac: float) -> "Evaluation":
+    def of(cls, step: int, kinds: list[str], right: np.ndarray, response_tokens_mean: float, truncated_frac: float,
+           timeouts: int = 0, failures: int = 0) -> "Evaluation":
         """kinds: of the P problems, "" = of none in particular; right: (P, rollouts) bool."""
         found = figures(right)
         passes = {name: f[0] for name, f in found.items() if name.startswith("pass@")}
         return cls(step, len(kinds), right.shape[1], float(right.mean()), passes, response_tokens_mean,
-                   truncated_frac, by_kind(kinds, right), {name: f[1:] for name, f in found.items()})
+                   truncated_frac, by_kind(kinds, right), {name: f[1:] for name, f in found.items()}, timeouts,
+                   failures)
 
     @property
     def shown(self) -> str:
@@ -80,8 +96,9 @@ class Evaluation:
         return f"pass@{headline_k(self.rollouts)}"
 
     def line(self) -> str:
+        said = ungraded(self.problems * self.rollouts, self.timeouts, self.failures)
         return (f"step {self.step}: mean@{self.rollouts} {self.mean:.1%}, {self.shown} {self.passes[self.shown]:.1%} "
-                f"on {self.problems} held-out problems")
+                f"on {self.problems} held-out problems{said and '. '}{said}")
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -96,5 +113,21 @@ def table(evaluations: list[Evaluation]) -> str:
                first.shown: [e.passes[e.shown] for e in evaluations]}
     if len(first.by_kind) > 1:
         figures |= {f"{first.shown}, {kind}": [e.by_kind[kind][2] for e in evaluations] for kind in first.by_kind}
+    for name in ("timeouts", "failures"):
+        if any(counts := [getattr(e, name) for e in evaluations]):
+            figures[f"grader {name}"] = [n / (first.problems * first.rollouts) for n in counts]
     head = [f"{first.problems} held-out problems x {first.rollouts}, percent", *(f"step {e.step}" for e in evaluations)]
     return "\n" + markdown(head, [[name, *(f"{100 * x:.1f}" for x in values)] for name, values in figures.items()])
+
+
+def whole_lines(path: Path) -> list[dict]:
+    """The lines of a .jsonl file; what follows the last line break is being written, or was cut by a kill. Raises
+    ValueError, with the place and the remedy, for a line that is no JSON object."""
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], 1):
+        try:
+            found.append({**json.loads(line)})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is no JSON object ({error}): a crash of the machine may leave "
+                             f"such. Delete the line: sed -i {number}d {path}") from error
+    return found

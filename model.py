@@ -59,6 +59,7 @@ class ModelConfig:
             "mlp_bias": hf.get("mlp_bias", False),
             "sliding window attention": hf.get("use_sliding_window", False),
             "an activation other than silu": hf.get("hidden_act", "silu") != "silu",
+            "quantised weights (take it in bfloat16)": "quantization_config" in hf,
         }.items():
             if present:
                 raise ValueError(f"this checkpoint's config.json asks for {what}, which this model does not do")
@@ -338,19 +339,8 @@ class Transformer(nn.Module):
             model = cls(config).to(dtype)
         shard(model)
         model.to_empty(device=device)
-        second = []  # of a tied head
-
-        def needed(name: str, tensor: Tensor) -> bool:
-            if config.tie_word_embeddings and name == "lm_head.weight":
-                second.append(tensor.to(dtype))
-                return False
-            return not name.endswith("rotary_emb.inv_freq")  # derived
-
-        model.load_weights((x for x in iterate_safetensors(path) if needed(*x)), source=path)
-        if second and not torch.equal(second[0], full(model.head, dtype).cpu()):
-            raise ValueError(f"{path}: config.json ties lm_head to the embedding, and the weights hold another "
-                             "lm_head.weight: set tie_word_embeddings to false there to use it, as transformers does, "
-                             "or remove it from the weights")
+        derived = ("rotary_emb.inv_freq", *(["lm_head.weight"] if config.tie_word_embeddings else []))
+        model.load_weights((x for x in iterate_safetensors(path) if not x[0].endswith(derived)), source=path)
         return model
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], source: str | Path) -> None:
@@ -361,7 +351,7 @@ class Transformer(nn.Module):
         wanted = dict(self.named_parameters())
         for name, tensor in named_tensors:
             if name not in wanted:
-                raise ValueError(f"{source}: unexpected or repeated tensor {name!r}")
+                raise ValueError(f"{source}: unexpected or repeated tensor {name!r} (quantised? take it in bfloat16)")
             if tensor.shape != wanted[name].shape:  # a copy would broadcast
                 raise ValueError(f"{source}: {name!r} is {tuple(tensor.shape)}, not {tuple(wanted[name].shape)}")
             fill(wanted.pop(name), tensor)
@@ -388,8 +378,18 @@ class Transformer(nn.Module):
         save_torch_state_dict(whole, path)
 
 
-def iterate_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a checkpoint folder, one at a time; a missing or truncated file is named."""
+def check_head(path: Path, config: ModelConfig) -> None:
+    """Raises ValueError for a stored head that is not the embedding to which config.json ties it."""
+    names = ("lm_head.weight", "model.embed_tokens.weight") if config.tie_word_embeddings else ()
+    found = dict(iterate_safetensors(path, names))
+    if len(found) == 2 and not torch.equal(*(tensor.float() for tensor in found.values())):
+        raise ValueError(f"{path}: config.json ties lm_head to the embedding, and the weights hold another "
+                         "lm_head.weight: set tie_word_embeddings to false there to use it, as transformers does, or "
+                         "remove it from the weights")
+
+
+def iterate_safetensors(path: Path, only: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a checkpoint folder, one at a time, or of `only` some; a missing or truncated file is named."""
     from safetensors import SafetensorError, safe_open
 
     index, files = path / "model.safetensors.index.json", {"model.safetensors"}
@@ -401,7 +401,8 @@ def iterate_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         try:
             with safe_open(path / file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (safe_open is no dict)
-                    yield name, tensors.get_tensor(name)
+                    if only is None or name in only:
+                        yield name, tensors.get_tensor(name)
         except SafetensorError as error:
             raise ValueError(f"{path / file} is damaged or cut short: {error}") from error
 

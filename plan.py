@@ -21,6 +21,7 @@ from model import QK_NORM, ModelConfig
 GIB = 2**30
 USABLE = 0.95  # of what is free: the rest is for NCCL's buffers and for what the allocator cannot use
 VLLM_FIXED = 1.7 * GIB  # its CUDA graphs, which go with the weights when it sleeps, and its workspaces
+VLLM_ASLEEP = 1.0 * GIB  # what it keeps when it sleeps: workspaces, its kernels' code. Guessed: never measured yet
 PER_NODE = 8  # GPUs of a node in the tables
 MEAN_PROMPT, MEAN_RESPONSE, EVAL_PROBLEMS = 150, 1200, 500  # unless the limits or --eval_problems are lower
 DECODE_STEP = 0.003  # seconds of a decoding step that depend on no model: scheduler, launches, drawing
@@ -105,7 +106,7 @@ def phases(model: ModelConfig, cfg: Config, world: int, per_node: int, total: in
     (P, root, block), N, w = sizes(model), min(world, per_node), width(cfg)
     table, tokens, tied = model.vocab_size * model.hidden_size, row_tokens(model, cfg), model.tie_word_embeddings
     state = {"masters": 4 * P / N, "moments": 8 * P / N} | ({"reference": w * P / N} if cfg.kl_beta else {})
-    awake, asleep = {"vLLM": cfg.gpu_memory_utilization * total}, {"vLLM": 0.0}
+    awake, asleep = {"vLLM": cfg.gpu_memory_utilization * total}, {"vLLM": VLLM_ASLEEP}
     if cfg.engine == "torch":  # keeps its weights; its cache takes half of what is free, and one rollout at least
         awake = {"sampler": w * P + sum(limits(model, cfg)) * cache_bytes(model, w)}
         asleep = {"sampler": w * P}

@@ -13,6 +13,7 @@ own figures from study/figures.py, tables and samples from study/tables.py.
 """
 
 import argparse
+import hashlib
 import signal
 import sys
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from study.logs import MODES, Missing, Run, headline, stages, tail
 from study.tables import run_table, sample_page, tables
 
 FIGURES = Path(__file__).parent / "figures"
+SUFFIXES, CREATOR = ("png", "pdf"), "group-dro plots.py"  # what is written, and the mark by which it is known again
 
 # ------------------------------------------------------------------------------------------------ runs
 
@@ -270,6 +272,13 @@ def figure_overview(run: Run):
 # ------------------------------------------------------------------------------------------------ the command
 
 
+def label(folders: list[Path]) -> str:
+    """What figures of these runs are called: the first's name, how many more, and a hash, for names repeat."""
+    places = "\n".join(str(folder.resolve()) for folder in folders)
+    more = f"+{len(folders) - 1}" * (len(folders) > 1)
+    return f"{folders[0].resolve().name}{more}-{hashlib.blake2b(places.encode(), digest_size=3).hexdigest()}"
+
+
 def save(figure, name: str, folder: Path) -> None:
     """With one legend above the whole figure, each label once."""
     entries = {label: handle for ax in figure.axes
@@ -277,21 +286,29 @@ def save(figure, name: str, folder: Path) -> None:
     if entries:
         figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=4)
     folder.mkdir(parents=True, exist_ok=True)
-    for suffix in ("png", "pdf"):
-        undated = {"CreationDate": None} if suffix == "pdf" else None  # the same logs, the same bytes
-        figure.savefig(folder / f"{name}.{suffix}", dpi=200, metadata=undated)
+    for suffix in SUFFIXES:
+        undated = {"CreationDate": None} if suffix == "pdf" else {}  # the same logs, the same bytes
+        figure.savefig(folder / f"{name}.{suffix}", dpi=200, metadata={"Creator": CREATOR, **undated})
     plt.close(figure)
     print(folder / f"{name}.png")
 
 
 def draw(functions: dict[str, Callable], data, folder: Path) -> None:
-    """Draws what the logs have data for, and says of the rest what is missing."""
+    """Draws what the logs have data for, and says of the rest what is missing; what was drawn of it before goes. Raises
+    ValueError if nothing could be drawn."""
+    left_out = 0
     for name, function in functions.items():
         try:
             save(function(data), f"figure_{name}", folder)
         except Missing as missing:
             plt.close("all")
+            left_out += 1
             print(f"figure {name} left out: {missing}", file=sys.stderr)
+            for old in (folder / f"figure_{name}.{suffix}" for suffix in SUFFIXES):
+                if old.exists() and CREATOR.encode() in old.read_bytes():
+                    old.unlink()
+    if left_out == len(functions):
+        raise ValueError("nothing could be drawn of these runs; --live shows each as it stands")
 
 
 def main() -> None:
@@ -303,20 +320,20 @@ def main() -> None:
     instead.add_argument("--table", action="store_true", help="print tables and draw nothing")
     instead.add_argument("--samples", action="store_true", help="print rollouts of each RUN and draw nothing")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where figures go [the study's: figures/, others: "
-                                                                "figures/NAME/, the first run's name and +N]")
+                                                                "figures/NAME/, the first run's name, +N, a hash]")
     args = parser.parse_args()
     if (args.live or args.samples) and not args.runs:
         parser.error(f"--{'live' if args.live else 'samples'} needs RUN, one or more run folders")
     try:
         runs = [Run.load(folder) for folder in args.runs]
-        own = FIGURES / (runs[0].name + f"+{len(runs) - 1}" * (len(runs) > 1)) if runs else FIGURES
+        own = FIGURES / label(args.runs) if runs else FIGURES
         if args.table:
             print(run_table(runs) if runs else tables())
         elif args.samples:
             print("\n\n".join(map(sample_page, args.runs)))
         elif args.live:
-            for run in runs:
-                save(figure_overview(run), f"overview_{run.name}", args.out or own)
+            for run, folder in zip(runs, args.runs, strict=True):
+                save(figure_overview(run), f"overview_{label([folder])}", args.out or own)
         elif runs:
             draw(PAPER_FIGURES, by_model(runs), args.out or own)
         else:

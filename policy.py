@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data import stop_token_ids
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, check_head
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,24 @@ class Policy:
     def open(cls, folder: Path, *, dtype: str, device: torch.device, stop_tokens: str = "auto") -> "Policy":
         """`folder`: of a Hugging Face model; `dtype`: "auto" = bfloat16 on CUDA, float32 elsewhere.
 
-        Raises ValueError for a model that this code cannot run.
+        Raises FileNotFoundError for a folder that is no model's, ValueError for a model that this code cannot run.
         """
+        if missing := [x for x in ("config.json", "*.safetensors", "tokenizer.*") if not any(folder.glob(x))]:
+            inside = sorted({str(p.parent) for x in ("*", "*/*") for p in folder.glob(f"{x}/model*.safetensors")})
+            raise FileNotFoundError(f"{folder} is no Hugging Face model, for it has no {' and no '.join(missing)}; "
+                                    f"models in it: {', '.join(inside) or 'none'}")
+        config = ModelConfig.from_folder(folder)
+        check_head(folder, config)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         saved = folder / "generation_config.json"
         generation = json.loads(saved.read_text()) if saved.exists() else None
         stop_ids = stop_token_ids(tokenizer, generation_config=generation, override=stop_tokens)
+        if beyond := [i for i in stop_ids if i >= config.vocab_size]:
+            raise ValueError(f"{folder}: the model has no embedding of {tokenizer.convert_ids_to_tokens(beyond)}, ids "
+                             f"{beyond} of {config.vocab_size} rows, to end a response: name others with --stop_tokens")
         if dtype == "auto":
             dtype = "bfloat16" if device.type == "cuda" else "float32"
-        return cls(folder, ModelConfig.from_folder(folder), getattr(torch, dtype), tokenizer, stop_ids,
+        return cls(folder, config, getattr(torch, dtype), tokenizer, stop_ids,
                    generation or {"eos_token_id": list(stop_ids)})
 
     def weights_hash(self) -> str:

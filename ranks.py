@@ -9,6 +9,7 @@ import gc
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -122,12 +123,16 @@ class Ranks:
         dist.all_gather_object(given, mine)
         return given
 
-    def leave(self) -> None:
+    def leave(self, close: Callable[[], None] = lambda: None) -> None:
         """Ends the processes' group. Sharded models must be gone by then: what still holds the group lets it end with
-        the interpreter only, and then its threads sometimes abort a run that was complete."""
+        the interpreter only, and then its threads sometimes abort a run that was complete.
+
+        `close` ends what else belongs to the group and may end the group itself, as vLLM does."""
+        getattr(self.__dict__.get("mesh"), "_pg_registry", {}).clear()  # DTensor's caches keep the mesh
+        gc.unfreeze()  # vLLM hides all that is there when it starts, the model too, from the collector
+        gc.collect()
+        close()
         if dist.is_initialized():
-            getattr(self.__dict__.get("mesh"), "_pg_registry", {}).clear()  # DTensor's caches keep the mesh
-            gc.collect()
             dist.destroy_process_group()
 
     def assert_equal(self, digest: int, what: str) -> None:

@@ -7,7 +7,8 @@ time nothing bounds (`9^{9^{9^9}}`): `Grader` asks it in worker processes that c
 look at (letters, subscripts, units) must agree before it is asked: a false match is what training would find.
 
 A worker is this very file run as a program: it starts in a second whatever the trainer has imported, shares no memory
-with CUDA or vLLM, and gets its work through a pipe as JSON, parsed and never unpickled.
+with CUDA or vLLM, and gets its work through a pipe as JSON, parsed and never unpickled. The work is done in a fork of
+it, and where that must be killed the next one has all imports from its first millisecond.
 """
 
 import contextlib
@@ -16,6 +17,8 @@ import hashlib
 import json
 import logging
 import multiprocessing.connection
+import multiprocessing.reduction
+import os
 import re
 import resource
 import signal
@@ -388,16 +391,39 @@ def _decide(function: Callable | None, response: str, problem: dict | str) -> fl
         return traceback.format_exc()
 
 
-def _serve(pipe: multiprocessing.connection.Connection) -> None:
-    """Worker. In comes what to do, a _Source or null, then jobs, [answer, gold] or [response, problem]; out goes null
-    when it is ready, then for each job its reward, or a text that says what failed."""
+def _end_with_parent() -> None:
+    if sys.platform == "linux":  # elsewhere what is not computing ends with its pipe, which the parent closes
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG: die even with a parent killed by -9
+
+
+def _fork_for_each(control: multiprocessing.connection.Connection) -> multiprocessing.connection.Connection:
+    """Worker program. Takes pipes out of `control`: for each it kills the fork that it has and makes one that returns
+    with the pipe. It has one thread and runs nothing of a user's: threads and a GPU bear no fork."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to the whole process group; the trainer ends us
+    _end_with_parent()
+    ask_math_verify("x", "y")  # pays for the imports, once
+    fork = None
+    with contextlib.suppress(EOFError):  # the trainer is gone
+        while True:
+            pipe = multiprocessing.connection.Connection(multiprocessing.reduction.recv_handle(control))
+            if fork:
+                os.kill(fork, signal.SIGKILL)
+                os.waitpid(fork, 0)
+            fork = os.fork()
+            if not fork:
+                return pipe
+            pipe.close()
+    sys.exit()
+
+
+def _serve(pipe: multiprocessing.connection.Connection) -> None:
+    """The fork. In comes what to do, a _Source or null, then jobs, [answer, gold] or [response, problem]; out goes null
+    when it is ready, then for each job its reward, or a text that says what failed."""
+    _end_with_parent()
     source = json.loads(pipe.recv_bytes())
     function = _Source(*source).define() if source else None
-    ask_math_verify("x", "y")  # pays for the imports before the first deadline runs
-    if sys.platform == "linux":  # elsewhere a worker that is not computing ends with the pipe, which its parent closes
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG: die even with a parent killed by -9
+    if sys.platform == "linux":
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + WORKER_BYTES, mapped + WORKER_BYTES))
     pipe.send_bytes(b"null")
@@ -407,24 +433,34 @@ def _serve(pipe: multiprocessing.connection.Connection) -> None:
 
 
 class _Worker:
-    """A process that decides a job at a time."""
+    """A process that decides a job at a time, in a fork of it that can be killed."""
 
     def __init__(self, source: _Source | None):
+        self.source, self.process = source, None
+        self.start()
+
+    def start(self) -> None:
+        """A fork in the place of the one before, which is killed; of a new process where that is gone."""
+        if self.process is None or self.process.poll() is not None:
+            self.control, theirs = multiprocessing.Pipe()
+            self.process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], stdin=subprocess.DEVNULL,
+                                            pass_fds=[theirs.fileno()])  # a new program: never a fork with a GPU
+            theirs.close()  # ours must be the only other end, or neither side would ever see end-of-file
         self.pipe, theirs = multiprocessing.Pipe()
-        self.process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], stdin=subprocess.DEVNULL,
-                                        pass_fds=[theirs.fileno()])  # a new program: never a fork of one with a GPU
-        theirs.close()  # ours must be the only other end, or neither side would ever see end-of-file
-        self.ask(source, seconds=120)  # imports from a slow disk
+        with theirs:
+            multiprocessing.reduction.send_handle(self.control, theirs.fileno(), self.process.pid)
+        self.ask(self.source, seconds=120)  # imports from a slow disk
 
     def ask(self, message: object, seconds: float) -> float | str | None:
-        """Its reply. After so many seconds it is killed: TimeoutError. If it died: EOFError or another OSError."""
+        """Its reply. TimeoutError after so many seconds, EOFError or another OSError if it died: then `start` is next.
+        """
         try:
             self.pipe.send_bytes(json.dumps(message, default=asdict).encode())
             if not self.pipe.poll(seconds):
                 raise TimeoutError
             reply = json.loads(self.pipe.recv_bytes())
         except BaseException:
-            self.kill()
+            self.pipe.close()
             raise
         progress()
         return reply
@@ -433,6 +469,7 @@ class _Worker:
         self.process.kill()
         self.process.wait()
         self.pipe.close()
+        self.control.close()
 
 
 class Grade(NamedTuple):
@@ -454,6 +491,7 @@ class Grader(contextlib.AbstractContextManager):
     workers: processes, started when first needed. timeout: seconds for one answer, hard: its worker is killed and
     replaced. reward: "FILE.py:function" decides instead, called with a response and its Problem: a number from -1 to 1,
     above 0 is right; `source` then holds the file's text and sha256. Raises ValueError that says what is wrong with it.
+    `failure`: the traceback of the first response over which math-verify or the reward raised, "" while there is none.
     """
 
     def __init__(self, *, workers: int = 2, timeout: float = 5.0, reward: str = ""):
@@ -464,7 +502,7 @@ class Grader(contextlib.AbstractContextManager):
         # a thread for each worker, to wait for it; they stay, as a worker dies with the thread that started it
         self._threads = ThreadPoolExecutor(workers)
         self._workers: deque[_Worker] = deque()  # those that wait for a job
-        self._warned = False
+        self.failure = ""
 
     def grade(self, responses: Sequence[str], problems: Sequence[Problem], *,
               cut: Sequence[bool] | None = None) -> list[Grade]:
@@ -477,10 +515,10 @@ class Grader(contextlib.AbstractContextManager):
                 for text, answer, p in zip(texts, found, problems, strict=True)]
         distinct = list(dict.fromkeys(jobs))
         verdicts = dict(zip(distinct, self._threads.map(self._verdict, distinct), strict=True))
-        why = next((v for v in verdicts.values() if isinstance(v, str)), None)
-        if self.source and why and not self._warned:
+        why = next((v for v in verdicts.values() if isinstance(v, str)), "")
+        if self.source and why and not self.failure:
             log.warning("%s failed; there a response counts as wrong. This is said once:\n%s", self.source.path, why)
-            self._warned = True
+        self.failure = self.failure or why
         return [Grade(verdicts[job] if isinstance(verdicts[job], float) else -1.0, answer, verdicts[job] is None,
                       isinstance(verdicts[job], str)) for job, answer in zip(jobs, found, strict=True)]
 
@@ -496,13 +534,15 @@ class Grader(contextlib.AbstractContextManager):
             except IndexError:
                 worker = _Worker(self.source)
             try:
-                reply = worker.ask(job, self.timeout)
+                return worker.ask(job, self.timeout)
             except TimeoutError:
                 return None
             except (OSError, EOFError):
                 continue
-            self._workers.append(worker)
-            return reply
+            finally:
+                if worker.pipe.closed:
+                    worker.start()
+                self._workers.append(worker)
         return None
 
     def close(self, *exc) -> None:
@@ -539,4 +579,4 @@ def check_golds(problems: Sequence[Problem], grader: Grader, *, allowed: float, 
 
 
 if __name__ == "__main__":
-    _serve(multiprocessing.connection.Connection(int(sys.argv[1])))
+    _serve(_fork_for_each(multiprocessing.connection.Connection(int(sys.argv[1]))))

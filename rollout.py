@@ -7,12 +7,15 @@ sampler in plain PyTorch for small models, for machines without vLLM, and for ru
 The log-probabilities are those of the distribution a token was drawn from, so the trainer's recomputed ones must agree
 with them up to rounding: stale weights or a stale cache show there first, and `train.py` compares them on every batch.
 """
+import atexit
 import hashlib
+import importlib
 import logging
 import os
 import random
 import warnings
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,7 +25,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from model import KVCache, PackedAttention, Transformer
-from ranks import Ranks, deal
+from ranks import Ranks, RunError, deal, say
 from watchdog import progress
 
 CPU_CACHE_BYTES = 2 << 30  # keys and values on CPU; 40,000 tokens of a 135M model in float32
@@ -133,10 +136,14 @@ def _import_vllm() -> type:
     # It warns of what is meant: no tokenizer, eager and without Triton on CPU, reseeding (undone below), ...
     logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR"))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine stays in this process: weights pass by reference
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # it knows no seeds, and the engine dies where it isn't
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")  # of its own use of torch
-    from vllm import LLM
-
-    return LLM
+    importlib.import_module("torch._inductor.config")  # now, while it finds more threads than the one vLLM leaves it
+    # In a thread: some import in it fails, and vLLM keeps the error and with it the frames of all who asked for the
+    # import, whose variables are the trainer and its model, for as long as the process lives.
+    with _process_state_kept(), ThreadPoolExecutor(1) as apart:
+        return apart.submit(lambda: importlib.import_module("vllm").LLM).result()
 
 
 def _bar(total: int, unit: str, shown: bool) -> tqdm:
@@ -149,11 +156,13 @@ def _process_state_kept():
     """Undo what vLLM does to the process it runs in.
 
     Its start-up reseeds the three global generators, overwrites torchrun's LOCAL_WORLD_SIZE, extends the LD_PRELOAD
-    that children inherit and, on CPU, replaces torch.set_num_threads by a function that does nothing.
+    that children inherit, takes all threads but one from inductor and, on CPU, replaces torch.set_num_threads by a
+    function that does nothing.
     There, sampling also draws from torch's global generator, though every request has its own seed.
     And there it would move this process's memory, the trainer's too, to one NUMA node and bind it there for good.
     """
-    environment = {name: os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LD_PRELOAD")}
+    names = ("LOCAL_WORLD_SIZE", "LD_PRELOAD", "TORCHINDUCTOR_COMPILE_THREADS")
+    environment = {name: os.environ.get(name) for name in names}
     python_state, numpy_state = random.getstate(), np.random.get_state()
     threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -187,7 +196,7 @@ class VLLMEngine:
         from vllm.platforms import current_platform
 
         self.on_cpu = current_platform.device_type == "cpu"
-        self.dtype = dtype
+        self.dtype, self.share = dtype, gpu_memory_utilization
         self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
         max_tokens = max_prompt_tokens + max_response_tokens
         running = min(max_rollouts, MAX_RUNNING)
@@ -200,6 +209,7 @@ class VLLMEngine:
             # Asleep, give back the memory of CUDA graphs too. A bf16 head would round the logits, which ours doesn't.
             options = dict(enable_sleep_mode=True, sleep_mode_offload_cudagraph=True,
                            gpu_memory_utilization=gpu_memory_utilization, hf_overrides={"head_dtype": "float32"})
+            say("vLLM starts: it loads the weights, compiles and captures CUDA graphs, silent for 1.5 to 3 minutes")
         if dist.is_initialized() and "RANK" in os.environ:
             # Torchrun: join the group there is, else every rank but the first dies. A lone process has no RANK, but
             # does have a group once vLLM opened one for an earlier engine.
@@ -212,6 +222,7 @@ class VLLMEngine:
                 logprobs_mode="processed_logprobs",    # of the distribution drawn from; the default ignores temperature
                 **options,
             )
+        logging.getLogger("vllm.utils.jit_monitor").setLevel(logging.ERROR)  # it takes our kernels for vLLM's
         self.needs_weights = False
 
     def generate(self, prompts: Sequence[list[int]], n_P: Sequence[int], seed_P: Sequence[int],
@@ -258,14 +269,15 @@ class VLLMEngine:
         wake = self.needs_weights and not self.on_cpu
         self.needs_weights = True  # until all of them are in
         if wake:
-            self.llm.wake_up(["weights"])
+            self._wake_up("weights")
         cast = ((name, tensor.detach().to(self.dtype)) for name, tensor in named_tensors)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": cast})
         # What the output layer derives from its weight, on CPU a packed copy. Reloading passes a tied head over, for it
         # has no tensor of its own: the copy would stay at the first weights.
         self.llm.apply_model(lambda model: model.lm_head.quant_method.process_weights_after_loading(model.lm_head))
         if wake:
-            self.llm.wake_up(["kv_cache"])
+            self._wake_up("kv_cache")
+            atexit.unregister(_end_at_once)
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: keys and values of the old weights would be reused")
         self.needs_weights = False
@@ -274,11 +286,34 @@ class VLLMEngine:
         """Give the GPU's memory to the trainer; weights and cache are dropped, so `load_weights` must follow."""
         if not self.on_cpu and not self.needs_weights:
             self.llm.sleep(level=2)  # level 1 would copy to the host weights that are about to change
+            atexit.register(_end_at_once, self)
         self.needs_weights = True
 
+    def _wake_up(self, what: str) -> None:
+        """Take memory again for "weights" or "kv_cache". Raises RunError where there is too little."""
+        torch.cuda.empty_cache()  # what the trainer only keeps in store is free, too
+        free, total = torch.cuda.mem_get_info()
+        try:
+            self.llm.wake_up([what])
+        except RuntimeError as error:  # of vLLM's allocator, which has no type for it, or torch.OutOfMemoryError
+            if "out of memory" not in str(error):
+                raise
+            raise RunError(
+                f"out of memory when vLLM woke up ({what}): {free / 2**30:.1f} GiB were free for this part of its "
+                f"--gpu_memory_utilization {self.share}, {self.share * total / 2**30:.1f} GiB. --resume with a lower "
+                "one or on more GPUs; nvidia-smi shows other processes that hold memory") from error
+
     def close(self) -> None:
-        """End the engine and, with it, the process groups it joined: nothing collective may follow."""
+        """End the engine and with it the run's process group, which no sharded model may outlive: `Ranks.leave` calls
+        this in time. Nothing collective may follow."""
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def _end_at_once(engine: VLLMEngine) -> None:
+    """Ends a process whose engine (kept until here) sleeps: an error ended the run, whose words stand there by now.
+    Its memory is mapped to nothing, and the interpreter's end, which frees it, would bury them under CUDA's errors."""
+    print(end="", flush=True)  # what is printed, which os._exit would lose
+    os._exit(1)
 
 
 def _to_rollout(response) -> Rollout:

@@ -1,23 +1,26 @@
 """What a run leaves on disk: its folder, checkpoints and records.
 
 `out_dir/`: config.json, paths.json, metrics.jsonl, samples.jsonl, eval.json, checkpoint/step_N/, model/, best/. Written
-by the first rank, but for the checkpoints' tensors: there every rank writes what it holds. All but paths.json can be
-published: it alone names absolute paths, for --resume.
+by the first rank, which holds the folder's lock meanwhile, but for the checkpoints' tensors: there every rank writes
+what it holds. All but paths.json and lock can be published: the one names absolute paths, for --resume, the other the
+machine.
 """
 
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -28,7 +31,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from config import MAY_CHANGE, Config
-from metrics import Evaluation
+from metrics import Evaluation, whole_lines
 from ranks import Ranks, RunError, say
 
 # ------------------------------------------------------------------------------------------------ records
@@ -82,16 +85,60 @@ def replace_text(path: Path, text: str) -> None:
     aside.replace(path)
 
 
+# ------------------------------------------------------------------------------------------------ the lock
+
+
+class FolderLock(AbstractContextManager):
+    """Held by the first rank while a run or an evaluation writes into a folder: two would mix their lines.
+
+    flock's: it goes with the process that holds it, however that ends, so none is ever stale. The file `lock` says who
+    holds it, and stays. All ranks make it and check it; where the first finds a problem, it alone says so. A context
+    manager, which lets it go.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks):
+        """Makes the folder and takes its lock. Raises RunError where another process has it or
+        there are no locks, OSError where there can be no such folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.ranks = folder / "lock", ranks
+        self._end_if(self._take() if ranks.rank == 0 else None)
+
+    def _take(self) -> str | None:
+        """Takes the lock; what is in the way, None if nothing is."""
+        try:
+            self.file = open(self.path, "a")  # what stands in it must outlive the attempts of others
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        except BlockingIOError:
+            return (f"{self.path.parent} is in use: {self.path.read_text() or 'another process'} writes there. Wait "
+                    "until it is done or end it, then start this again")
+        except OSError as error:  # ENOLCK, ENOSYS: some NFS, Lustre and FUSE mounts have no locks
+            return f"{self.path} cannot be locked: {error}. If its file system has no locks, choose a folder on another"
+
+    def check(self) -> None:
+        """Raises RunError where the file is gone or another one, which somebody else may lock."""
+        held = self.ranks.rank > 0 or (
+            self.path.exists() and os.path.samestat(os.fstat(self.file.fileno()), self.path.stat()))
+        self._end_if(None if held else f"{self.path} was removed or replaced, so another process may write there, too. "
+                                       "Look for one, then go on from what was saved")
+
+    def __exit__(self, *exc) -> None:
+        if self.ranks.rank == 0:
+            self.file.close()
+
+    def _end_if(self, problem: str | None) -> None:
+        if problem := self.ranks.from_all(problem)[0]:
+            raise RunError(problem) if self.ranks.rank == 0 else SystemExit(1)
+
+
 # ------------------------------------------------------------------------------------------------ the folder
 
 PATIENCE = 60.0  # seconds after which every rank sees a new file: NFS may keep an old list that long
 FILES = ("model", "train_data", "eval_data", "reward")  # settings that may be files: compared by content, not by path
 
 
-def identity(loaded):
+def identity(loaded: dict) -> dict:
     """Of a record of what was loaded, what must be the same when a run goes on: contents, not names."""
-    if not isinstance(loaded, dict):
-        return loaded
     names = {"name", "folder", "source"} if {"sha256", "head"} & loaded.keys() else set()
     return {k: v for k, v in loaded.items() if k not in names}
 
@@ -104,13 +151,13 @@ class RunFolder:
         self.path, self.config = Path(cfg.out_dir), {**settings, **{k: portable(settings[k]) for k in FILES}}
         self.paths = {k: v for k, v in settings.items() if self.config[k] != v}
         self.saved: dict = {}  # config.json of the run to be gone on with
+        self.lock: FolderLock | None = None  # until a run begins
 
     def loaded_before(self, resume: bool) -> dict | None:
         """What the run to be gone on with had loaded, None to begin one.
 
-        Makes the folder. Raises OSError where it cannot be one, or is in use, ValueError for changed settings.
+        Raises FileExistsError where it holds one and is to begin one, ValueError for changed settings.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / "config.json").exists():
             return None
         if not resume:
@@ -142,14 +189,19 @@ class RunFolder:
 
     def refuse_other(self, record: dict) -> None:
         """Raises ValueError where a run would go on with other data, or another model, reward or engine."""
-        loaded = self.saved.get("loaded", record)
-        for what in {**loaded, **record}:
-            if identity(was := loaded.get(what)) != identity(now := record.get(what)):
-                raise ValueError(f"--resume with another {what}: it was {was}, now it is {now}")
+        records = self.saved.get("loaded", record), record
+        for what in {**records[0], **record}:
+            both = [of if isinstance(of := r.get(what), dict) else {"name": of} for r in records]
+            was, now = map(identity, both)
+            if differing := [k for k in {**was, **now} if was.get(k) != now.get(k)]:
+                names = [r.get("name", r.get("source", f"a file for {what}")) for r in both]
+                raise ValueError(f"--resume with another {what}: it was {names[0]}, now it is {names[1]}, other in "
+                                 f"{', '.join(differing)}")
 
     def record_change(self, step: int) -> None:
-        """Writes down which settings are others from `step` on, and says all that changed since the run began."""
-        resumed = self.saved.get("resumed", [])
+        """Writes down which settings are others from `step` on, and says all that changed since the run began. What was
+        changed from there on before went with the steps that are done again."""
+        resumed = [was for was in self.saved.get("resumed", []) if was["step"] < step]
         before = {**self.saved, **{k: v for r in resumed for k, v in r["changed"].items()}}
         changed = {k: v for k, v in self.config.items() if before.get(k) != v}
         resumed = [*resumed, {"step": step, "changed": changed}]
@@ -228,8 +280,8 @@ class RunFolder:
         """Drops what was logged and saved of steps from `step` on: they are done again."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.path / name
-            lines = path.read_text().split("\n")[:-1] if path.exists() else []  # whole ones
-            replace_text(path, "".join(x + "\n" for x in lines if json.loads(x)["step"] < step))
+            lines = whole_lines(path) if path.exists() else []
+            replace_text(path, "".join(json.dumps(x) + "\n" for x in lines if x["step"] < step))
         for saved, path in self.checkpoints().items():
             if saved > step:  # damaged, or it would have been gone on from
                 shutil.rmtree(path)

@@ -17,11 +17,14 @@ Left out, because the method does not need it, and where it would go:
 
 import dataclasses
 import hashlib
+import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,13 +40,13 @@ from config import Config, parse_args
 from data import Problem, batch_order, check_overlap, encode_prompts, hold_out
 from gdro import RULES, SIGNALS, DifficultyBins, PromptGDRO, RolloutGDRO, bin_shares, errors_by, means_by
 from kernels import group_advantage
-from metrics import Evaluation, table
+from metrics import Evaluation, table, ungraded
 from model import Transformer
 from policy import Policy
 from ranks import Ranks, RunError, deal_rows, full, reshard, say, shard
 from reward import Grader, check_golds, extract
 from rollout import Batch, Sampling, choose_engine, draw_part, make_engine, rollout_seed, to_text
-from runfolder import RunFolder, Tracker, jsonable, portable, write_json
+from runfolder import FolderLock, RunFolder, Tracker, jsonable, portable, write_json
 from watchdog import progress, watching
 
 ADVANTAGE_CLIP = 5.0  # advantages (3) are clipped to [-5, 5]
@@ -51,6 +54,7 @@ WEIGHT_DECAY = 0.01  # AdamW's, decoupled, on all weights
 GRAD_CLIP = 1.0  # global gradient norm
 MAX_LOG_RATIO = 20.0  # |log ratio| is clamped here, with zero gradient outside: exp(20) is already 5e8
 MEASURE_EVERY = 2  # entropy and mismatch are measured on the first rollout of every second prompt of a batch
+PREVIEW = -2  # in the place of a step's number; the evaluations' is -1
 DIVERGED = ("the weights are those before this update. --resume goes on from the last checkpoint, with a lower "
             "--learning_rate for instance")
 
@@ -181,6 +185,8 @@ class Trainer:
             max_prompt_tokens=cfg.max_prompt_tokens, max_response_tokens=cfg.max_response_tokens,
             max_rollouts=cfg.max_rollouts, seed=cfg.seed, gpu_memory_utilization=cfg.gpu_memory_utilization)
         self.next_step = self.optimizer_steps = 0
+        self.stop = Stop(ranks)
+        self.lost_steps = 0  # in a row, in which most responses got no verdict
 
     # -- setting up
 
@@ -233,7 +239,7 @@ class Trainer:
         cfg = self.cfg
         problems, tokens, counts = encode_prompts(
             problems, self.policy.tokenizer, suffix=cfg.prompt_suffix, chat_template=cfg.chat_template,
-            max_tokens=cfg.max_prompt_tokens)
+            max_tokens=cfg.max_prompt_tokens, rows=self.policy.config.vocab_size)
         if cfg.answer_style != "auto":
             problems = [dataclasses.replace(p, style=cfg.answer_style) for p in problems]
         golds = check_golds(problems, self.grader, allowed=cfg.allow_bad_golds, name=name)
@@ -244,14 +250,51 @@ class Trainer:
         return problems, tokens
 
     def summary(self) -> str:
-        """One sentence: what is trained on what, how it is asked, where the answer is looked for, what ends it."""
+        """What is trained on what, how it is asked, where the answer is looked for, what ends it, when bins differ."""
         cfg, data = self.cfg, self.record["train_data"]
         graded = cfg.reward or f"looking for the answer as {', '.join(data['styles'])}"
         asked = "through the chat template" if data["encoded"]["chat_template"] else "as they are"
         stops = ", ".join(map(repr, self.policy.tokenizer.convert_ids_to_tokens(list(self.policy.stop_ids))))
         return (f"{portable(cfg.model)} on {portable(cfg.train_data)}: prompts go in {asked}, with "
                 f"{cfg.prompt_suffix!r} behind them; {stops} or {cfg.max_response_tokens} tokens end a response, "
-                f"graded by {graded}")
+                f"graded by {graded}. From step {-(-len(self.problems) // cfg.prompts_per_step)} on prompts come again "
+                "and have bins of their own; until then all share that of the unseen")
+
+    def preview(self) -> None:
+        """Before anything long: two of four responses and what was found in them, then how long drawing takes. No step
+        has these seeds, and the next `load_weights` drops what an engine keeps of the prompts. Collective."""
+        cfg, tokenizer = self.cfg, self.policy.tokenizer
+        chosen = batch_order(len(self.problems), cfg.prompts_per_step, cfg.seed, 0)[: max(4, self.ranks.world)]
+        s = Step(number=PREVIEW, problems=[self.problems[i] for i in chosen], prompts=[self.prompts[i] for i in chosen],
+                 ids_P=[self.problems[i].id for i in chosen], n_P=np.ones(len(chosen), int),
+                 sampling=Sampling(cfg.max_response_tokens, cfg.temperature, stop_ids=self.policy.stop_ids))
+        progress("preview")
+        for method in (self.draw, self.grade, self.exchange):
+            method(s)
+        for r, problem in enumerate(s.problems[:2]):
+            text, = to_text(tokenizer, [s.batch.response(r)])
+            found = "" if cfg.reward else f"found {extract(text, problem.style)!r}, "
+            say(f"\nprompt: ... {tokenizer.decode(s.prompts[r])[-160:]!r}\n"
+                f"response: {text[:160]!r}{f' ... {text[160:][-160:]!r}' if text[160:] else ''}\n"
+                f"{found}the answer is {problem.answer!r}: reward {s.reward_R[r]:+g}; {s.batch.lengths[r]} tokens, "
+                f"{'cut' if s.batch.truncated[r] else 'ended by itself'}")
+        say(ungraded(len(s.reward_R), s.timeouts, s.failures) + self.drawing_time(s))
+
+    def drawing_time(self, s: Step) -> str:
+        """An estimate: the responses of `s` are as long as others, and the speed is that of as many as are decoded at
+        once, of which only the first tokens are drawn. Collective."""
+        cfg, limit, mean = self.cfg, self.cfg.max_response_tokens, s.batch.lengths.mean()
+        n_P = np.full(len(s.n_P), max(1, cfg.max_rollouts * self.ranks.world // len(s.n_P)))
+        few, start = Sampling(min(16, limit), cfg.temperature), time.perf_counter()  # and nothing ends them
+        self.draw(Step(**{**vars(s), "n_P": n_P, "sampling": few}))
+        speed = n_P.sum() * few.max_tokens / max(self.ranks.from_all(time.perf_counter() - start))
+        evaluation = len(self.eval_set[0]) * cfg.eval_rollouts
+        run = (cfg.steps * cfg.prompts_per_step * cfg.rollouts_per_prompt
+               + evaluation * sum(map(self.due, range(cfg.steps + 1))))
+        times = [timedelta(seconds=round(rollouts * mean / speed)) for rollouts in (evaluation, run)]
+        return (f"\nestimate (h:mm:ss): an evaluation draws for {times[0]}, the run for {times[1]} in all, at "
+                f"{speed:,.0f} tokens a second and {mean:.0f} a response, as above; {limit / mean:.1f} times as long "
+                f"if all reached {limit}. Grading and training come on top: the bar tells after a step\n")
 
     # -- one step
 
@@ -315,9 +358,17 @@ class Trainer:
         # How many rollouts are -1 for want of a verdict.
         s.timeouts, s.failures = self.ranks.merge(np.array([sum(g.timed_out for g in s.grades),
                                                             sum(g.failed for g in s.grades)]))
-        if self.cfg.reward and s.failures and s.failures == (~s.batch.truncated).sum():  # of all that it was asked
-            raise RunError(f"--reward {self.cfg.reward} failed on all {s.failures} responses: it raises (the first "
-                           "traceback stands above), or gives no number in [-1, 1]")
+        asked = int((~s.batch.truncated).sum())
+        if s.number >= 0:
+            self.lost_steps = self.lost_steps + 1 if 2 * (s.timeouts + s.failures) > asked else 0
+        if self.lost_steps == 3 or (self.cfg.reward and 0 < asked == s.failures):
+            failure = next(filter(None, self.ranks.from_all(self.grader.failure)), "").strip()
+            running = " (most, in three steps running)" if self.lost_steps == 3 else ""
+            raise RunError(
+                f"step {self.next_step}: {ungraded(asked, s.timeouts, s.failures).removeprefix('WARNING: ')}{running}. "
+                f"{failure and 'First failure: '}{failure.splitlines()[-1] + '. ' if failure else ''}"
+                f"Raise --grader_timeout ({self.cfg.grader_timeout:g} s) and go on with --resume, or mend "
+                f"{self.cfg.reward or 'the golds'} and begin anew")
 
     def advantages(self, s: Step) -> None:
         """(3), times the rule's factor."""
@@ -480,18 +531,31 @@ class Trainer:
             progress()
             yield name, full(p, self.policy.dtype)
 
-    def evaluate(self, step: int) -> Evaluation:
-        """mean@k and pass@k on the held-out problems with the current weights; seeds do not depend on the step."""
+    def due(self, step: int) -> bool:
+        """Whether there is an evaluation after so many steps."""
+        return step == self.cfg.steps or bool(self.cfg.eval_every and step % self.cfg.eval_every == 0)
+
+    def evaluate(self, step: int) -> Evaluation | None:
+        """mean@k and pass@k on the held-out problems with the current weights; seeds do not depend on the step. None
+        when it is asked to stop before all ranks have drawn and graded theirs."""
         cfg, (problems, prompts) = self.cfg, self.eval_set
         s = Step(number=-1, problems=problems, prompts=prompts, ids_P=[p.id for p in problems],
                  n_P=np.full(len(problems), cfg.eval_rollouts), sampling=Sampling(
                      cfg.max_response_tokens, cfg.eval_temperature, cfg.eval_top_p, cfg.eval_top_k,
                      self.policy.stop_ids))
         progress("evaluate", step=step)
-        for method in (self.draw, self.grade, self.exchange):
-            method(s)
+        with suppress(KeyboardInterrupt):
+            self.stop.at_once = True
+            if not self.stop.asked:
+                self.draw(s)
+                self.grade(s)
+            self.stop.at_once = False
+        if self.stop():
+            return None
+        self.exchange(s)
         return Evaluation.of(step, [p.kind for p in problems], s.reward_R.reshape(len(problems), -1) > 0,
-                             float(s.batch.lengths.mean()), float(s.batch.truncated.mean()))
+                             float(s.batch.lengths.mean()), float(s.batch.truncated.mean()), int(s.timeouts),
+                             int(s.failures))
 
     # -- going on
 
@@ -522,19 +586,32 @@ class Trainer:
 # ------------------------------------------------------------------------------------------------ the loop
 
 
-def stop_signal() -> Callable[[], bool]:
-    """Ctrl-C and SIGTERM ask for a stop after the step; a second Ctrl-C is the ordinary one."""
-    asked = []
+class Stop:
+    """Ctrl-C and SIGTERM: the first asks for a stop after the step, or ends an evaluation; the second ends the process.
+    Called, it says whether any rank was asked: all stop, or none. Collective."""
 
-    def ask(number: int, frame) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        say("stopping after this step (again to stop at once)")
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.asked = ranks, False
+        self.at_once = False  # raise KeyboardInterrupt when asked; not in collectives: others may never be
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask)
-    return lambda: bool(asked)
+    def __call__(self) -> bool:
+        return bool(self.ranks.merge(np.array([self.asked], int))[0])
+
+    def listen(self, folder: RunFolder) -> None:
+        """From here on the signals come here."""
+        def ask(number: int, frame) -> None:
+            if self.asked:  # no exception, of which torch and callbacks from C would make others, or nothing
+                kept = [path.name for path in folder.checkpoints().values()] or ["no checkpoint"]
+                say(f"stopped at once, {kept[0]} is kept; go on with: python train.py --out_dir {folder.path} --resume")
+                sys.stdout.flush()
+                os._exit(130)
+            self.asked = True
+            say("stopping", "the evaluation" if self.at_once else "after this step", "(again to stop at once)")
+            if self.at_once:
+                raise KeyboardInterrupt
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, ask)
 
 
 def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, list[Evaluation]]:
@@ -545,6 +622,7 @@ def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, 
     # Collectives outlast the watchdog, which says more than they do when a rank is missing.
     ranks, folder = Ranks(max(900, 2 * cfg.stall_seconds)), RunFolder(cfg)
     ranks.check_work(cfg.prompts_per_step, cfg.minibatch_prompts * cfg.rollouts_per_prompt)
+    folder.lock = FolderLock(folder.path, ranks)
     loaded = folder.loaded_before(resume)
     folder.check_shared(ranks)
     trainer, evaluations = Trainer(cfg, ranks, loaded), []
@@ -552,9 +630,14 @@ def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, 
         evaluations = trainer.restore(*saved)
     elif resume:
         say(f"--resume: {folder.path} has no checkpoint yet, starting from the beginning")
+    else:
+        trainer.preview()  # before there is a run to go on with: who sees that a setting is wrong gives another
+    if saved:
+        folder.refuse_other(jsonable(trainer.record))
+    if trainer.next_step > cfg.steps:
+        raise ValueError(f"--steps {cfg.steps}: this run has done {trainer.next_step} already; give as many or more")
     if ranks.rank == 0:
         if saved:
-            folder.refuse_other(jsonable(trainer.record))
             folder.record_change(trainer.next_step)
             folder.write_evaluations(evaluations)
         else:
@@ -567,12 +650,15 @@ def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, 
 def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) -> bool:
     """Steps, evaluations and checkpoints up to cfg.steps; False when it was asked to stop before the end. The policy of
     the best evaluation stays in best/."""
-    cfg, first, stop = trainer.cfg, trainer.ranks.rank == 0, stop_signal()
+    cfg, first = trainer.cfg, trainer.ranks.rank == 0
+    trainer.stop.listen(folder)
     tracker = Tracker(cfg.tracker if first else "none", folder.path)
 
-    def evaluate() -> dict:
-        evaluations.append(trainer.evaluate(trainer.next_step))
-        latest = evaluations[-1]
+    def evaluate() -> dict | None:
+        latest = trainer.evaluate(trainer.next_step)
+        if latest is None:
+            return None
+        evaluations.append(latest)
         if first:
             folder.write_evaluations(evaluations)
         if trainer.next_step and all(latest.passes[e.shown] > e.passes[e.shown] for e in evaluations[:-1]):
@@ -582,65 +668,74 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
         say(latest.line())
         return {k: v for k, v in dataclasses.asdict(latest).items() if k != "by_kind"}
 
-    def due() -> bool:
-        return trainer.next_step == cfg.steps or bool(cfg.eval_every and trainer.next_step % cfg.eval_every == 0)
-
-    def asked() -> bool:
-        return bool(trainer.ranks.merge(np.array([stop()], int))[0])  # all ranks stop, or none
-
-    if due() and trainer.next_step not in [e.step for e in evaluations]:  # of the base, or one that a stop left out
+    # of the base, or one that a stop left out
+    if trainer.due(trainer.next_step) and trainer.next_step not in [e.step for e in evaluations]:
         evaluate()
     bar = tqdm(total=cfg.steps, initial=trainer.next_step, desc=f"{cfg.mode} seed {cfg.seed}", unit="step",
                disable=not first)
-    begun, stopping = [], asked()
+    begun, recent, warned, stopping = [], [], False, trainer.stop()
     while trainer.next_step < cfg.steps and not stopping:
         line, samples = trainer.step(trainer.next_step)
         trainer.next_step += 1
-        stopping, last = asked(), trainer.next_step == cfg.steps
-        if last or (due() and not stopping):
+        folder.lock.check()
+        stopping, last = trainer.stop(), trainer.next_step == cfg.steps
+        if trainer.due(trainer.next_step) and not stopping:
             line["eval"] = evaluate()
+            stopping = trainer.stop()  # which would have ended it
         if first:
             folder.append("metrics.jsonl", [line])
             folder.append("samples.jsonl", samples)
             tracker.log(line)
-        begun = [*begun, line][:3]
+        begun, recent = [*begun, line][:3], [*recent, line][-10:]
         if trainer.next_step == 3 and (hint := nothing_to_learn(begun)):
             say(hint)
+        if not warned and (hint := collapsed(begun, recent)):
+            warned = True
+            say(hint)
         bar.update()
-        bar.set_postfix(reward=f"{line['reward_mean']:+.3f}", solved=f"{line['solved_frac']:.2f}",
+        lost = {name: line[f"reward_{name}"] for name in ("timeouts", "failures") if line[f"reward_{name}"]}
+        bar.set_postfix(lost, reward=f"{line['reward_mean']:+.3f}", solved=f"{line['solved_frac']:.2f}",
                         cut=f"{line['truncated_frac']:.0%}", tokens=f"{line['response_tokens_mean']:.0f}",
-                        mismatch=f"{line['mismatch']['mean']:.0e}")
+                        mismatch=f"{line['mismatch']['mean']:.0e}", grad_norm=f"{line['grad_norm']:.1e}")
         progress("save")
         if stopping or last or (cfg.save_every and trainer.next_step % cfg.save_every == 0):
             folder.save(*trainer.checkpoint(evaluations), trainer.ranks)
     bar.close()
-    return trainer.next_step >= cfg.steps
+    return trainer.next_step >= cfg.steps and not stopping
 
 
 def nothing_to_learn(lines: list[dict]) -> str | None:
     """What to look at when none of these steps could teach anything, or None."""
-    if all(line["truncated_frac"] == 1 for line in lines):
-        what = "every response so far was cut and counts as wrong: does the model end its responses?"
-    elif all(line["zero_std_frac"] == 1 for line in lines):
-        solved = np.mean([line["solved_frac"] for line in lines])
-        what = (f"so far all rollouts of a prompt scored alike ({solved:.0%} of prompts were solved): all advantages "
-                "are 0 and nothing is learned. Do responses say their answer where --answer_style looks?")
-    else:
+    if any(line["zero_std_frac"] < 1 for line in lines):
         return None
-    return (f"WARNING: {what} Look at samples.jsonl, --prompt_suffix, --chat_template, --stop_tokens, "
-            "--max_response_tokens")
+    solved, cut = (np.mean([line[key] for line in lines]) for key in ("solved_frac", "truncated_frac"))
+    lost = sum(line["reward_timeouts"] + line["reward_failures"] for line in lines)
+    return (f"WARNING: so far all rollouts of a prompt scored alike: all advantages are 0 and nothing is learned. "
+            f"{solved:.0%} of prompts were solved; {cut:.0%} of responses were cut and count as wrong (does the model "
+            f"end them? --max_response_tokens, --stop_tokens); {lost} got no verdict (--grader_timeout). samples.jsonl "
+            "shows whether they say their answer where --answer_style or --reward looks (--prompt_suffix, "
+            "--chat_template)")
+
+
+def collapsed(first: list[dict], last: list[dict]) -> str | None:
+    """A warning when the last ten steps solved nothing, or lost more reward against the first three than any run of the
+    study from which it recovered (0.25), or None. Entropy tells nothing: in most good runs it falls to a tenth."""
+    before, now = (np.mean([line["reward_mean"] for line in lines]) for lines in (first, last))
+    solved_before, solved_now = (any(line["solved_frac"] for line in lines) for lines in (first, last))
+    if len(last) < 10 or now > before - 0.3 and (solved_now or not solved_before):
+        return None
+    return (f"WARNING: the policy has collapsed: the mean reward is {now:+.2f} over the last ten steps, {before:+.2f} "
+            "over the first three. Begin again, or go on from an earlier checkpoint, with a lower --learning_rate")
 
 
 def run(cfg: Config, command) -> None:
     """Sets up, trains, saves the policy, says how it ended, and exits. Takes what `parse_args` gives."""
     try:
         trainer, folder, evaluations = set_up(cfg, command.preset, command.resume)
-    except KeyboardInterrupt:
-        sys.exit(130)  # while it loads: nothing is lost
     except (ValueError, OSError) as error:  # what was given; a later ValueError is a bug and keeps its trace
         raise RunError(str(error)) from error
     ranks, begun = trainer.ranks, trainer.next_step
-    with trainer.grader, folder.full_disk_explained(12 * trainer.policy.config.num_parameters()):
+    with folder.lock, trainer.grader, folder.full_disk_explained(12 * trainer.policy.config.num_parameters()):
         complete = train(trainer, folder, evaluations)
         saved = ranks.from_all((folder.path / "model").exists())[0]
         if trainer.next_step > begun or not saved:
@@ -652,9 +747,9 @@ def run(cfg: Config, command) -> None:
         say(f"\nmodel: {folder.path / 'model'}   log: {folder.path / 'metrics.jsonl'}")
     else:
         say(f"stopped after {trainer.next_step} steps; go on with: python train.py --out_dir {folder.path} --resume")
-    trainer.engine.close()
-    del trainer
-    ranks.leave()
+    close = trainer.engine.close
+    del trainer  # before the group ends: model, optimiser and reference hold it
+    ranks.leave(close)
     sys.exit(0 if complete else 130)
 
 
@@ -671,6 +766,10 @@ def main() -> None:
             run(cfg, command)
         except RunError as error:
             sys.exit(f"train.py: {error}")
+        except KeyboardInterrupt:  # while it loads: afterwards Stop takes the signals
+            begun = (Path(cfg.out_dir) / "config.json").exists()
+            say("interrupted before the first step;", "go on with --resume" if begun else "no run has begun")
+            sys.exit(130)
 
 
 if __name__ == "__main__":

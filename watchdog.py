@@ -1,22 +1,25 @@
-"""Ends a run in which nothing moves any more, and leaves in RUN/stall-rankN.txt what each rank was doing.
+"""Ends a run in which nothing moves any more, or a part of which is gone, and leaves in its folder what each rank did.
 
 A kernel that hangs, a collective that one rank never enters, a disk that does not answer: a run would hold its GPUs
 until somebody looks. `progress` is called wherever something has moved: at the borders of phases, for each token of a
 rollout (TorchEngine), each step of vLLM's engine, each verdict, micro-batch and weight. A thread of each rank watches
 its own clock and, through the launcher's store, whether any other rank moved; when none did for --stall_seconds it
-writes the file and ends the process, whatever the main thread is stuck in. Nothing has to be agreed on: ranks that hang
-can't agree.
+writes stall-rankN.txt and ends the process, whatever the main thread is stuck in. Nothing has to be agreed on: ranks
+that hang can't agree. A collective that breaks, for another rank is gone, ends this one at once.
 """
 
+import ctypes
 import faulthandler
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import print_exc
 
 POLL_SECONDS = 5.0  # at most, between two looks; a tenth of the limit where that is less
 STDERR = 2  # the descriptor: trackers put objects of their own into sys.stderr
@@ -49,25 +52,36 @@ def progress(phase: str | None = None, *, step: int | None = None) -> None:
 
 @contextmanager
 def watching(folder: Path, seconds: float) -> Iterator[None]:
-    """Inside, the process ends with status 1 once no rank has moved for so many seconds; 0 = never.
+    """Inside, the process ends with status 1 once no rank has moved for so many seconds (0 = never), where a
+    collective breaks, and when the torchrun that started it is gone.
 
     The clock starts at the first `progress`: before it a model may have to be downloaded.
     """
     global _work
     _work = Work()
-    if not seconds:
-        yield
-        return
     over, poll = threading.Event(), min(POLL_SECONDS, seconds / 10)
     watch = threading.Thread(target=_watch, args=(over, poll, folder, seconds), daemon=True)
-    watch.start()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if seconds:
+        watch.start()
+    if seconds and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         threading.Thread(target=_listen, args=(over, poll), daemon=True).start()
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":  # torchrun started it, and not nohup
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG: else a kill -9 of torchrun leaves it at work
     try:
         yield
+    except RuntimeError as error:
+        from torch.distributed import DistError  # here, for the grader's workers import this file and need no torch
+
+        # A collective broke (gloo's errors have no class of their own): nothing more can be done together, even what a
+        # SIGTERM asked for.
+        if isinstance(error, DistError) or "gloo/transport" in str(error):
+            _report(folder, "lost", "another rank died or does not answer", lambda file: print_exc(file=file))
+            os._exit(1)
+        raise
     finally:
         over.set()
-        watch.join()
+        if seconds:
+            watch.join()
         faulthandler.cancel_dump_traceback_later()
 
 
@@ -87,7 +101,8 @@ def _watch(over: threading.Event, poll: float, folder: Path, seconds: float) -> 
         if over.wait(poll):
             return
     faulthandler.dump_traceback_later(LATER, exit=True, file=STDERR)
-    _report(folder, seconds)
+    _report(folder, "stall", f"no rank has moved for {_silence():.0f} seconds (--stall_seconds {seconds:g})",
+            faulthandler.dump_traceback)
     faulthandler.cancel_dump_traceback_later()
     time.sleep(3 * poll)  # a rank that goes breaks the others' collectives: let them write first
     os._exit(1)
@@ -95,7 +110,7 @@ def _watch(over: threading.Event, poll: float, folder: Path, seconds: float) -> 
 
 def _listen(over: threading.Event, poll: float) -> None:
     """Adds this rank's moves to a sum of all ranks' in the launcher's store: while it grows, some rank moves."""
-    from torch.distributed import TCPStore  # here, for the grader's workers import this file and need no torch
+    from torch.distributed import TCPStore
 
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     told = total = 0
@@ -107,16 +122,16 @@ def _listen(over: threading.Event, poll: float) -> None:
             _work.others_moved = time.monotonic()
 
 
-def _report(folder: Path, seconds: float) -> None:
+def _report(folder: Path, kind: str, why: str, trace: Callable) -> None:
+    """Says on stderr why this rank ends, and writes into KIND-rankN.txt what it was doing and what trace(file) adds."""
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    path, own, silence = folder / f"stall-rank{rank}.txt", time.monotonic() - _work.moved, _silence()
+    path, own, silence = folder / f"{kind}-rank{rank}.txt", time.monotonic() - _work.moved, _silence()
     where = f"phase {_work.phase}" + (f", step {_work.step}" if _work.step is not None else "")
-    print(f"rank {rank}: no rank has moved for {silence:.0f} seconds (--stall_seconds {seconds:g}), the run ends. This "
-          f"one is in {where}; its stacks: {path}. Go on from what was saved with the same command, of train.py with "
-          "--resume", file=sys.stderr, flush=True)
+    print(f"\nrank {rank}: {why}; the run ends. This one is in {where}; its trace: {path}. Go on from what was saved "
+          "with the same command, of train.py with --resume", file=sys.stderr, flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         print(f"rank {rank} of {world}", where,
               f"this rank last moved {own:.1f} seconds ago, some rank {silence:.1f}\n", sep="\n", file=file, flush=True)
-        faulthandler.dump_traceback(file)
+        trace(file)
     sys.stdout.flush()

@@ -139,7 +139,7 @@ def update_rows(cfg: Config, config: ModelConfig, shares: tuple[float, ...], rol
                      "planned s": (passes + share) * flops / (planned * PEAK_FLOPS),
                      "MFU %": 100 * passes * flops / (took * PEAK_FLOPS),
                      "GiB": torch.cuda.max_memory_allocated() / plan.GIB,
-                     "planned GiB": sum(parts.values()) / plan.GIB})
+                     "planned GiB": (sum(parts.values()) - parts["vLLM"]) / plan.GIB})
     ranks.leave()
     return rows
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import ttest_1samp
 
-from metrics import headline_k
+from metrics import headline_k, whole_lines
 from study.rows import BOTH_TASKS, HERE, PARTS
 
 RESULTS = HERE / "results" / "study"
@@ -39,11 +39,10 @@ class Run:
 
     @classmethod
     def load(cls, folder: Path) -> "Run":
-        if not (folder / "config.json").exists():
-            raise Missing(f"{folder} is no run folder: it has no config.json")
-        evaluations = folder / "eval.json"
-        return cls(folder.resolve().name, json.loads((folder / "config.json").read_text()),
-                   whole_lines(folder / "metrics.jsonl"),
+        settings, log, evaluations = (folder / name for name in ("config.json", "metrics.jsonl", "eval.json"))
+        if "mode" not in (config := json.loads(settings.read_text()) if settings.exists() else {}):
+            raise Missing(f"{folder} is no run folder: it has no config.json of a run (best/ and model/ are of models)")
+        return cls(folder.resolve().name, config, whole_lines(log) if log.exists() else [],
                    json.loads(evaluations.read_text()) if evaluations.exists() else [])
 
     @property
@@ -89,11 +88,6 @@ class Run:
 
     def last(self) -> dict:
         return self.evaluations[-1]
-
-
-def whole_lines(path: Path) -> list[dict]:
-    """The lines of a .jsonl file, none if there is no file; what follows the last line break is still being written."""
-    return [json.loads(x) for x in path.read_text().split("\n")[:-1] if x] if path.exists() else []
 
 
 def last_name(source: str) -> str:

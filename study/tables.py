@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metrics import headline_k, markdown
+from metrics import headline_k, markdown, whole_lines
 from study import logs
 from study.logs import Missing, Run, headline, mean_success, study, sweeps
 from study.rows import BOTH_TASKS, PARTS, Row, written
@@ -181,8 +181,8 @@ def run_table(runs: list[Run]) -> str:
 
 def sample_page(folder: Path) -> str:
     """Rollouts of a run to read, of its first, middle and last step. Raises Missing for a run that has none."""
-    run, samples = Run.load(folder), logs.whole_lines(folder / "samples.jsonl")
-    if not samples:
+    run, file = Run.load(folder), folder / "samples.jsonl"
+    if not (samples := whole_lines(file) if file.exists() else []):
         raise Missing(f"{folder}: samples.jsonl is missing or empty; train.py writes it with the first step")
     steps = sorted({s["step"] for s in samples})
     page = [f"# {run.name}: {run.subject}, mode {run.mode}"]

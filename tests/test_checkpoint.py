@@ -16,16 +16,14 @@ import numpy as np
 import pytest
 import safetensors
 import torch
-import torch.distributed as dist
 from conftest import gloo
-from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 import runfolder
 from config import Config
 from model import ModelConfig, Transformer
-from ranks import Ranks, RunError
-from runfolder import RunFolder
+from ranks import Ranks, RunError, shard
+from runfolder import FolderLock, RunFolder
 
 ROOT = Path(__file__).parents[1]
 TINY = ModelConfig("qwen3", vocab_size=13, hidden_size=6, intermediate_size=7, num_hidden_layers=2,
@@ -43,11 +41,7 @@ def at(path: Path) -> RunFolder:
 def live(updates: int) -> dict[str, torch.Tensor]:
     """Weights and moments of a tiny model after some updates, sharded where there are several ranks."""
     torch.manual_seed(0)
-    model = Transformer(TINY)
-    if dist.is_initialized():
-        for block in model.model.layers:
-            fully_shard(block)
-        fully_shard(model)
+    model = shard(Transformer(TINY), Ranks(), compute=torch.float32)
     adam = torch.optim.AdamW(model.parameters(), lr=0.1)
     for i in range(updates):
         for p in model.parameters():
@@ -64,7 +58,9 @@ def content(tensors: dict) -> dict[str, bytes]:
     return {k: t.detach().numpy().tobytes() for k, t in whole.items()}
 
 
-def save(path: Path, steps: list[int]) -> None:
+def save(path: Path, steps: list[int], in_node: int = 0) -> None:
+    if in_node:
+        os.environ["LOCAL_WORLD_SIZE"] = str(in_node)
     runfolder.PART = 4000 // Ranks().world  # so that a rank writes two files
     for step in steps:
         at(path).save(live(step), ARRAYS, {"next_step": step, "evaluations": [{"é": 0.1}]}, Ranks())
@@ -101,6 +97,19 @@ def test_as_many_ranks_as_there_are_read_bit_for_bit_what_others_wrote(writers, 
         assert arrays.keys() == ARRAYS.keys() and state == {"next_step": 5, "evaluations": [{"é": 0.1}]}
         for k, array in ARRAYS.items():
             np.testing.assert_array_equal(arrays[k], array, strict=True)
+
+
+def load_and_save(path: Path) -> None:
+    tensors = live(1)
+    arrays, state = at(path).load(tensors, Ranks())
+    at(path).save(tensors, arrays, {**state, "next_step": 6}, Ranks())
+
+
+def test_two_nodes_of_two_three_ranks_and_one_hand_on_the_same_bits(tmp_path):
+    gloo(4, save, tmp_path, [5], 2)
+    gloo(3, load_and_save, tmp_path)
+    (read,) = gloo(1, load, tmp_path)
+    assert read[0] == content(live(5)) and read[2]["next_step"] == 6
 
 
 @pytest.mark.parametrize("writers", [1, 2])
@@ -230,6 +239,48 @@ def test_a_folder_that_not_all_ranks_share_is_found_out_and_one_that_shows_files
         gloo(3, look, tmp_path, False)
 
 
+# ---- the lock
+
+def test_a_folder_has_one_writer_who_is_named_and_whose_end_frees_it_however_it_came(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").write_text("process 1 on a machine that a kill of it left here")
+    first = FolderLock(tmp_path / "run", Ranks())
+    with pytest.raises(RunError, match=f"run is in use: process {os.getpid()} on .* end it, then start this again"):
+        FolderLock(tmp_path / "run", Ranks())
+    first.check()
+    del first  # as the end of the process does
+    FolderLock(tmp_path / "run", Ranks())
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(runfolder.fcntl, "flock", no_locks)
+    with pytest.raises(RunError, match="cannot be locked: .*No locks available. If its file system"):
+        FolderLock(tmp_path / "run", Ranks())
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_a_lock_that_is_lost_is_an_error(tmp_path, how):
+    lock = FolderLock(tmp_path, Ranks())
+    lock.path.rename(tmp_path / "elsewhere")
+    if how == "replaced":
+        shutil.copy(tmp_path / "elsewhere", lock.path)
+    with pytest.raises(RunError, match="lock was removed or replaced, so another process may write there"):
+        lock.check()
+
+
+def refused(path: Path) -> str:
+    with pytest.raises((RunError, SystemExit)) as end:
+        FolderLock(path, Ranks())
+    return repr(end.value)
+
+
+def test_all_ranks_of_a_second_launch_end_and_the_first_says_why(tmp_path):
+    mine = FolderLock(tmp_path, Ranks())
+    first, second = gloo(2, refused, tmp_path)
+    assert "is in use" in first and second == "SystemExit(1)" and list(tmp_path.iterdir()) == [mine.path]
+
+
 # ---- what a run goes on with
 
 RECORD = {"model": {"name": "m", "folder": "f", "head": "h1"}, "train_data": {"source": "arithmetic", "problems": 9},
@@ -244,8 +295,29 @@ def test_a_run_goes_on_with_the_same_content_under_whatever_name(tmp_path, what,
     at(tmp_path).start("own", RECORD)
     folder = at(tmp_path)
     assert folder.loaded_before(resume=True) == RECORD
-    with pytest.raises(ValueError, match=f"--resume with another {what}") if refused else nullcontext():
+    with pytest.raises(ValueError, match=f"--resume with another {what}: .*other in [a-z0-9, ]+$") if refused else (
+            nullcontext()):
         folder.refuse_other({**RECORD, what: now})
+
+
+def test_what_is_another_one_is_said_in_words(tmp_path):
+    at(tmp_path).start("own", RECORD)
+    folder = at(tmp_path)
+    folder.loaded_before(resume=True)
+    with pytest.raises(ValueError, match="another model: it was m, now it is arithmetic:3, other in head$"):
+        folder.refuse_other({**RECORD, "model": {"name": "arithmetic:3", "folder": "g", "head": "h2"}})
+
+
+def test_the_history_of_changes_is_that_of_the_steps_that_count(tmp_path):
+    """A change from step 6 on went with what was done from there when the run goes on from step 4."""
+    at(tmp_path).start("own", RECORD)
+    for step, rate, history in ((6, 2e-4, [(6, 2e-4)]), (9, 3e-4, [(6, 2e-4), (9, 3e-4)]),
+                                (9, 2e-4, [(6, 2e-4), (9, None)]), (4, 2e-4, [(4, 2e-4)])):
+        folder = RunFolder(Config(out_dir=str(tmp_path), learning_rate=rate))
+        folder.loaded_before(resume=True)
+        folder.record_change(step)
+        resumed = json.loads((tmp_path / "config.json").read_text())["resumed"]
+        assert [(was["step"], was["changed"].get("learning_rate")) for was in resumed] == history
 
 
 def test_a_change_of_a_tracked_file_makes_the_tree_dirty(tmp_path, monkeypatch):

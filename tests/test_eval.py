@@ -20,6 +20,9 @@ import eval as eval_module
 import tasks
 from eval import PAPER_BENCHMARKS, Sample, evaluate, markdown, parse_args, summary
 from model import Transformer
+from ranks import Ranks, RunError
+from reward import Grader
+from runfolder import FolderLock
 
 ROOT = Path(__file__).parents[1]
 
@@ -260,6 +263,15 @@ def test_regrading_takes_another_style_and_another_reward(evaluated, tmp_path):
     assert changed(out) == changed(out, "--reward", "mine.py:asks_for_zero") > 0  # what was graded so is graded so
 
 
+def test_a_reward_of_ones_own_sees_the_messages_of_a_chat_again(tmp_path):
+    (tmp_path / "mine.py").write_text("def asked(response, problem): return problem.messages[0]['role'] == 'system'\n")
+    messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1s1="}]
+    (tmp_path / "eval_samples.jsonl").write_text(eval_module.lines_of(
+        [Sample("b", "1", "1s1=", "2", "math", "", 0, "2", 1, "stop", messages=messages)]))
+    with Grader(workers=1, timeout=20, reward=f"{tmp_path}/mine.py:asked") as grader:
+        assert eval_module.grade(eval_module.read_samples(tmp_path / "eval_samples.jsonl"), grader)[0].right
+
+
 def test_an_evaluation_with_a_reward_of_ones_own_names_its_content(base, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def short(response, problem):\n    return 0.3 if len(response) == 1 else -1\n")
@@ -280,6 +292,13 @@ def test_gold_answers_that_nobody_can_give_are_refused_until_admitted(base, tmp_
     with pytest.raises(ValueError, match="(?s)bad: 1 of 2 .*--allow_bad_golds"):
         run(base, tmp_path / "out", "--benchmarks", str(bad))
     assert run(base, tmp_path / "out", "--benchmarks", str(bad), "--allow_bad_golds", "0.5")["figures"]["bad"]
+
+
+def test_an_evaluation_does_not_write_beside_another(base, tmp_path):
+    other = FolderLock(tmp_path / "out", Ranks())
+    with pytest.raises(RunError, match=r"out is in use: process \d+ on "):
+        run(base, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == [other.path]
 
 
 # ---- benchmarks
@@ -330,6 +349,14 @@ def test_kinds_have_rows_of_their_own_and_the_whole_is_pooled_over_problems():
         "| mine, by kind | problems | pass@1 | pass@4 |", "| --- | --- | --- | --- |", "| sum | 2 | 62.5 | 100.0 |",
         "| root | 1 | 0.0 | 0.0 |"]
     assert [rows[name]["problems"] for name in rows] == [3, 1, 4] and rows["all"]["mean@4"][0] == 9 / 16
+
+
+def test_one_problem_has_no_interval_and_a_response_without_a_verdict_is_told():
+    rows = summary([Sample("one", "1", "1", "1", "math", "", 0, "1", 5, "stop", timed_out=True)])
+    assert markdown(rows, "").splitlines()[2:] == [
+        "| one | 1 | 0.0 [-] | 0.0 [-] | 0.0% |", "",
+        "one: WARNING: of 1 responses 1 timed out in grading, 0 failed, and count as wrong"]
+    assert json.loads(json.dumps(rows))["one"]["mean@1"] == [0.0, None, None]
 
 
 @pytest.mark.parametrize("arguments, message", [

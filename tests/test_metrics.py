@@ -48,6 +48,21 @@ def test_figures_are_means_over_problems_and_by_kind():
     assert e.by_kind["product"] == [1, 1.0, 1.0] and e.shown == "pass@8"
 
 
+def test_the_interval_of_one_problem_is_unknown():
+    assert figures(np.array([[True, False]])) == {name: [mean, None, None] for name, mean in
+                                                  (("mean@2", 0.5), ("pass@1", 0.5), ("pass@2", 1.0))}
+
+
+def test_responses_without_a_verdict_are_told_loudly_where_they_are_most():
+    lost = dataclasses.replace(evaluation(0), timeouts=20, failures=5)
+    assert lost.line().endswith("problems. WARNING: of 48 responses 20 timed out in grading, 5 failed, and count as "
+                                "wrong") and "WARNING" not in dataclasses.replace(lost, timeouts=3).line()
+    assert table([lost, evaluation(3)]).splitlines()[-2:] == ["| grader timeouts | 41.7 | 0.0 |",
+                                                              "| grader failures | 10.4 | 0.0 |"]
+    older = {k: v for k, v in dataclasses.asdict(evaluation(3)).items() if k not in ("timeouts", "failures")}
+    assert Evaluation(**older) == evaluation(3) and "responses" not in evaluation(3).line()
+
+
 def test_evaluations_survive_json_and_print_as_markdown():
     e = evaluation(3)
     assert e.intervals["mean@16"][0] < e.mean < e.intervals["mean@16"][1]

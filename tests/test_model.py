@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import VOCAB
 
-from model import KVCache, ModelConfig, PackedAttention, Transformer, fetch
+from model import KVCache, ModelConfig, PackedAttention, Transformer, check_head, fetch
 
 transformers = pytest.importorskip("transformers", reason="transformers makes the reference models")
 hub = pytest.importorskip("huggingface_hub")
@@ -177,6 +177,7 @@ def test_a_tied_head_stored_twice_and_derived_tensors_are_passed_over(tiny_hf, t
 
     source = tiny_hf("llama", True)
     model = load(edited(source, tmp_path / "copy", add))
+    check_head(tmp_path / "copy", model.config)
     assert torch.equal(model.head, load(source).head)
 
 
@@ -283,7 +284,7 @@ def test_a_tied_checkpoint_that_stores_another_head_is_refused(tiny_hf, tmp_path
 
     path = edited(tiny_hf("llama", True), tmp_path / "copy", add)
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}: config.json ties .*tie_word_embeddings to false"):
-        load(path)
+        check_head(path, ModelConfig.from_folder(path))
     (path / "config.json").write_text(json.dumps(hf_config(path) | {"tie_word_embeddings": False}))
     hf, rows = transformers.AutoModelForCausalLM.from_pretrained(path).eval(), sequences()
     with torch.no_grad():

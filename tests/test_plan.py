@@ -194,5 +194,6 @@ def test_the_plan_s_bytes_are_those_of_one_h200():
         cfg = dataclasses.replace(config("--kl_beta", "0"), model=row["model"],
                                   gradient_checkpointing=float(row["recomputed"]))
         phase = {"update": "training"}.get(row["phase"], row["phase"])
-        planned = sum(phases(known_model(row["model"]), cfg, 1, 1, 0)[phase].values()) / GIB
+        parts = phases(known_model(row["model"]), cfg, 1, 1, 0)[phase]
+        planned = (sum(parts.values()) - parts["vLLM"]) / GIB  # no engine was there
         assert planned == pytest.approx(row["GiB"], rel=0.01) or row["compiled"] and 1 < planned / row["GiB"] < 1.11

@@ -1,6 +1,8 @@
 """Every figure draws from odd logs, and shows what the logs say."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,8 +179,33 @@ def test_the_command_draws_given_runs_into_a_folder_of_their_own(tmp_path, monke
     assert not command("--live", *folders[:2])
     drawn = {str(file.relative_to(tmp_path)) for name in ("figures", "elsewhere") for file in
              (tmp_path / name).rglob("*.*")}
-    assert drawn == {f"{folder}/{file}" for folder in ("figures/grpo-0+7", "elsewhere") for file in files} | {
-        f"figures/grpo-0+1/overview_grpo-{seed}.{suffix}" for seed in range(2) for suffix in ("png", "pdf")}
+    all_of_them, two = plots.label(folders), plots.label(folders[:2])
+    assert all_of_them.startswith("grpo-0+7-") and two.startswith("grpo-0+1-")
+    assert drawn == {f"{folder}/{file}" for folder in (f"figures/{all_of_them}", "elsewhere") for file in files} | {
+        f"figures/{two}/overview_{plots.label([run])}.{suffix}" for run in folders[:2] for suffix in ("png", "pdf")}
+
+
+def test_runs_of_one_name_have_figures_of_their_own():
+    runs = [Path(folder) for folder in ("one/run", "two/run", "three/run")]
+    of = [runs[:1], runs[1:2], runs[:2], [runs[0], runs[2]], runs]
+    assert len(set(map(plots.label, of))) == len(of)
+    assert re.fullmatch("run-[0-9a-f]{6}", plots.label(of[0]))
+    assert re.fullmatch(r"run\+2-[0-9a-f]{6}", plots.label(runs))
+
+
+def test_a_figure_that_is_no_longer_drawn_goes_but_none_of_others(tmp_path, capsys):
+    def draw(mode: str) -> None:
+        plots.draw({"5": plots.PAPER_FIGURES["5"]}, plots.by_model([a_run(mode)]), tmp_path)
+
+    draw("both")
+    assert {path.name for path in tmp_path.iterdir()} == {"figure_5.png", "figure_5.pdf"}
+    with pytest.raises(ValueError, match="nothing could be drawn of these runs; --live"):
+        draw("rollout")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "figure_5.png").write_bytes(b"somebody's own")
+    with pytest.raises(ValueError, match="nothing could be drawn"):
+        draw("rollout")
+    assert [path.name for path in tmp_path.iterdir()] == ["figure_5.png"]
 
 
 def test_the_command_prints_tables_and_samples_of_runs_and_names_what_they_lack(tmp_path, command, capsys):
@@ -190,6 +217,12 @@ def test_the_command_prints_tables_and_samples_of_runs_and_names_what_they_lack(
     (folders[0] / "samples.jsonl").write_text(json.dumps(sample()) + "\n")
     assert not command("--samples", folders[0]) and "prompt    3+4=" in capsys.readouterr().out
     assert "is no run folder: it has no config.json" in command("--live", tmp_path)
+    (folders[1] / "best").mkdir()
+    (folders[1] / "best" / "config.json").write_text('{"architectures": ["Qwen3ForCausalLM"]}')
+    assert "best is no run folder" in command("--live", folders[1] / "best")
+    with open(folders[1] / "metrics.jsonl", "a") as file:
+        file.write("\0\0\n")
+    assert "metrics.jsonl, line 13 is no JSON object" in command("--live", folders[1])
     for flag in ("live", "samples"):
         assert command(f"--{flag}") == 2 and f"--{flag} needs RUN" in capsys.readouterr().err
     assert not (tmp_path / "figures").exists()

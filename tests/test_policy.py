@@ -1,10 +1,12 @@
 """A policy's folder: which weights lie in it, how long its context is, what is said when they are saved."""
 
+import json
 import shutil
 
 import pytest
 import torch
 
+from data import Problem, encode_prompts
 from model import Transformer
 from policy import Policy
 
@@ -35,6 +37,32 @@ def test_limits_that_are_not_given_come_from_the_context(base):
     for prompt, response in ((250, 8), (300, 0)):
         with pytest.raises(ValueError, match="context is 256"):
             policy.config.limits(prompt, response)
+
+
+def test_a_folder_whose_parts_do_not_go_together_is_refused_with_the_remedy(base, tmp_path):
+    runs = shutil.copytree(base, tmp_path / "out" / "run" / "best").parents[1]
+    with pytest.raises(FileNotFoundError, match=r"no config.json and no \*.safetensors .*models in it: .*run/best"):
+        opened(runs)
+    for part, message in (("tokenizer.json", "no tokenizer"), ("model.safetensors", "safetensors; models in it: none")):
+        folder = shutil.copytree(base, tmp_path / part)
+        (folder / part).unlink()
+        with pytest.raises(FileNotFoundError, match=message):
+            opened(folder)
+    quantised = shutil.copytree(base, tmp_path / "quantised")
+    config = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(ValueError, match="quantised weights .*bfloat16"):
+        opened(quantised)
+    grown = shutil.copytree(base, tmp_path / "grown")
+    tokenizer = opened(base).tokenizer
+    tokenizer.add_special_tokens({"eos_token": "<new>"})
+    tokenizer.save_pretrained(grown)
+    with pytest.raises(ValueError, match=r"no embedding of \['<new>'\], ids \[(\d+)\] of \1 rows.*--stop_tokens"):
+        opened(grown)
+    policy = Policy.open(grown, dtype="float32", device=CPU, stop_tokens="<end>")
+    with pytest.raises(ValueError, match="problem a: the model has no embedding of '<new>', id .*--chat_template"):
+        encode_prompts([Problem("a", "1<new>1", "1", "math")], policy.tokenizer, suffix="", chat_template="never",
+                       max_tokens=9, rows=policy.config.vocab_size)
 
 
 def test_a_kill_while_a_policy_is_saved_leaves_the_one_before_it_whole(base, tmp_path, monkeypatch):

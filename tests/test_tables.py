@@ -9,6 +9,7 @@ from test_logs import a_run, folder_of, from_base
 
 from study import logs, tables
 from study.rows import BOTH_TASKS, PARTS
+from train import collapsed
 
 
 def lines_of(table: str) -> list[dict[str, str]]:
@@ -93,6 +94,14 @@ def test_the_note_above_the_tables_and_the_flags_of_its_row_are_true_of_every_ru
         assert all(run.config[k] == v for k, v in flags.items() if k != "adversary")
         assert [run.config[f"eval_{key}"] for key in ("rollouts", "temperature", "top_p", "top_k")] == [16, 1, 1, 0]
         assert run.last()["step"] == run.config["steps"] and run.config["loaded"]["eval_data"]["split"] == "heldout"
+
+
+def test_of_all_runs_only_one_that_collapsed_for_good_would_have_been_told_so():
+    runs = [run for rows in logs.sweeps().values() for sweep in rows.values() for group in sweep.values()
+            for run in group if run.log]
+    told = [run for run in runs
+            if any(collapsed(run.log[:3], run.log[i - 10 : i]) for i in range(10, len(run.log) + 1))]
+    assert len(runs) == 896 and [run.last()["mean"] < 0.001 for run in told] == [True]  # its base: 0.056
 
 
 def test_the_table_of_runs_has_what_the_logs_say_whatever_k_and_without_evaluations_too():

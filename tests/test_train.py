@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import two_ranks
+from conftest import gloo, two_ranks
 
 import tasks
 import train as train_module
@@ -24,8 +24,8 @@ from kernels import group_advantage
 from model import Transformer
 from ranks import Ranks, RunError, deal_rows
 from rollout import Batch
-from runfolder import RunFolder, Tracker, environment, scalars, write_json
-from train import Step, Trainer, nothing_to_learn, pack, set_up, stop_signal
+from runfolder import FolderLock, RunFolder, Tracker, environment, scalars, write_json
+from train import Step, Stop, Trainer, nothing_to_learn, pack, set_up
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,7 +78,9 @@ def command_line(*argv: str) -> int | str:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(sys, "argv", ["train.py", *argv])
         train_module.main()
-    return end.value.code
+    code = end.value.code
+    del end  # which holds the run, and the run its folder's lock
+    return code
 
 
 def main(base: Path, out: Path, *extra: str, **changes) -> int | str:
@@ -313,6 +315,15 @@ def close(a, b) -> None:
         assert a == b
 
 
+def test_one_problem_and_three_ranks_give_what_one_rank_gives(base, tmp_path):
+    """Two ranks have nothing to draw, to grade and to exchange in an evaluation."""
+    few = dict(eval_problems=1, prompts_per_step=3, minibatch_prompts=3, steps=1)
+    assert gloo(3, command_line, *flags(base, tmp_path / "three", **few), limit=120) == [0, 0, 0]
+    assert main(base, tmp_path / "one", **few) == 0
+    for a, b in zip(log(tmp_path / "three"), log(tmp_path / "one"), strict=True):
+        close(a, b)
+
+
 @two_ranks
 def test_two_ranks_train_on_vllm_and_agree_with_its_log_probs(base, tmp_path):
     pytest.importorskip("vllm", reason="vLLM is an optional second step of the CPU installation")
@@ -387,31 +398,75 @@ def test_a_stop_signal_finishes_the_step_and_saves(base, tmp_path, number):
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
-def test_a_second_ctrl_c_stops_at_once(capsys):
-    asked = stop_signal()
-    signal.raise_signal(signal.SIGINT)
-    assert asked() and "stopping after this step" in capsys.readouterr().out
-    with pytest.raises(KeyboardInterrupt):
+def test_a_second_ctrl_c_ends_the_process_with_one_line_of_what_is_kept(base, finished, capfd):
+    cfg, _ = parse_args(flags(base, finished))
+    if not (pid := os.fork()):
+        stop = Stop(Ranks())
+        stop.listen(RunFolder(cfg))
         signal.raise_signal(signal.SIGINT)
+        print("asked:", stop())
+        signal.raise_signal(signal.SIGINT)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    assert capfd.readouterr().out == (
+        "stopping after this step (again to stop at once)\nasked: True\nstopped at once, step_2 is kept; go on with: "
+        f"python train.py --out_dir {finished} --resume\n")
 
 
-def test_a_stop_before_the_first_step_begins_anew_and_an_evaluation_that_a_stop_did_not_wait_for_is_made_up(
-        base, tmp_path, capsys):
-    cfg, command = parse_args(flags(base, tmp_path / "run", steps=4, eval_every=2, save_every=0))
+def test_ctrl_c_ends_an_evaluation_and_a_resumed_run_draws_it_again(base, tmp_path, capsys):
+    out = tmp_path / "run"
+    cfg, command = parse_args(flags(base, out, steps=4, eval_every=2, save_every=0))
 
-    def go(resume: bool, method: str, when: int) -> tuple[bool, list[int]]:
-        """Whether a run came to its end, and its evaluations; Ctrl-C comes when `method` has done step `when`."""
+    def go(resume: bool, method: str, when) -> tuple[bool, list[int]]:
+        """Whether a run came to its end, and its evaluations; Ctrl-C comes when `method` has done what `when` is true
+        of."""
         trainer, folder, evaluations = set_up(cfg, command.preset, resume)
         call = getattr(trainer, method)
-        setattr(trainer, method, lambda i: (call(i), i == when and signal.raise_signal(signal.SIGINT))[0])
-        with trainer.grader:
+        setattr(trainer, method, lambda i: (call(i), when(i, trainer) and signal.raise_signal(signal.SIGINT))[0])
+        with folder.lock, trainer.grader:
             return train_module.train(trainer, folder, evaluations), [e.step for e in evaluations]
 
-    assert go(False, "evaluate", 0) == (False, [0])
-    assert not (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert go(True, "step", 1) == (False, [0])
+    assert go(False, "draw", lambda s, trainer: s.number == -1) == (False, [])
+    assert go(True, "evaluate", lambda step, trainer: step == 0) == (False, [0])  # it is over, and stays
+    assert not (out / "metrics.jsonl").read_text()
+    assert go(True, "step", lambda step, trainer: step == 1) == (False, [0])  # after the step, without its evaluation
     assert "has no checkpoint yet" in capsys.readouterr().out
-    assert go(True, "step", 9) == (True, [0, 2, 4])
+    assert go(True, "grade", lambda s, trainer: s.number == -1 and trainer.next_step == 4) == (False, [0, 2])
+    assert "stopping the evaluation" in capsys.readouterr().out
+    assert go(True, "draw", lambda s, trainer: False) == (True, [0, 2, 4])
+    assert [line["eval"] for line in log(out)] == [None] * 4
+
+
+def evaluated(base: Path, out: Path, asked: int) -> list[bool]:
+    """Whether an evaluation comes to its end, then another; Ctrl-C comes to rank `asked` as it draws the first."""
+    trainer = trainer_of(base, out)
+    trainer.stop.listen(RunFolder(trainer.cfg))
+    draw = trainer.draw
+    trainer.draw = lambda s: (draw(s), trainer.ranks.rank == asked and signal.raise_signal(signal.SIGINT))
+    with trainer.grader:
+        return [trainer.evaluate(0) is not None for _ in range(2 - (asked >= 0))]
+
+
+def test_when_one_rank_is_asked_to_stop_no_rank_ends_the_evaluation(base, tmp_path):
+    assert gloo(2, evaluated, base, tmp_path, 1) == [[False], [False]]
+
+
+def test_the_first_responses_are_shown_with_the_hours_to_come_and_change_nothing(base, tmp_path, capsys, monkeypatch):
+    assert main(base, tmp_path / "with", steps=1, engine="torch") == 0
+    said = capsys.readouterr().out
+    shown = r"prompt: \.\.\. '.*s.='\nresponse: '.*'\nfound .*, the answer is '\d+': reward [+-]1; \d tokens"
+    assert len(re.findall(shown, said)) == 2
+    assert re.search(r"an evaluation draws for \d:\d\d:\d\d, the run for .* if all reached 8", said)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "preview", lambda trainer: None)
+        assert main(base, tmp_path / "without", steps=1) == 0
+    assert log(tmp_path / "with") == log(tmp_path / "without")
+    for name in ("eval.json", "samples.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as it is in a new process
+    monkeypatch.setattr(Trainer, "preview", lambda trainer: signal.raise_signal(signal.SIGINT))
+    assert main(base, tmp_path / "other") == 130 and "no run has begun" in capsys.readouterr().out
+    assert not (tmp_path / "other" / "config.json").exists()  # the same folder serves for the next attempt
 
 
 def test_a_tracker_gets_every_number_and_one_that_fails_is_named_once_and_left_out(finished, tmp_path, capsys):
@@ -460,6 +515,7 @@ def test_resume_alone_goes_on_with_the_settings_of_the_run_and_says_what_changed
 
     assert "--temperature 0.9" in (message := resume("--temperature", "0.5")[0]) and "may change: steps" in message
     assert "--mean_one True" in resume("--adversary", "paper")[0]  # and all else in which the two differ
+    assert "--steps 1: this run has done 2 already" in resume("--steps", "1")[0]
     code, said = resume()
     assert code == 0 and "already at 2 of 2 steps" in said
     code, said = resume("--steps", "3", "--learning_rate", "2e-4")
@@ -486,6 +542,34 @@ def test_values_come_before_folders_and_a_folder_that_cannot_be_one_before_model
     assert "Not a directory" in main(base, finished / "config.json" / "run")
     with pytest.raises(ValueError, match="nowhere holds no run to go on with"):
         parse_args(["--out_dir", str(tmp_path / "nowhere"), "--resume"])
+
+
+def test_a_run_does_not_go_on_beside_another_or_without_its_lock(finished):
+    def state() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+    resume = ["--out_dir", str(finished), "--resume", "--steps", "3"]
+    other = FolderLock(finished, Ranks())
+    before = state()
+    assert re.search(r"^train.py: .*run is in use: process \d+ on .* start this again$", command_line(*resume))
+    assert state() == before
+    del other
+    cfg, command = parse_args(resume)
+    trainer, folder, evaluations = set_up(cfg, command.preset, command.resume)
+    folder.lock.path.unlink()
+    with trainer.grader, pytest.raises(RunError, match="lock was removed"):
+        train_module.train(trainer, folder, evaluations)
+    assert len(log(finished)) == 2
+
+
+def test_a_log_line_that_is_no_json_is_named_with_the_remedy(finished):
+    metrics = finished / "metrics.jsonl"
+    first, second = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text(first + 9 * "\0" + "\n" + second)
+    message = command_line("--out_dir", str(finished), "--resume")
+    assert re.search(r"metrics.jsonl, line 2 is no JSON object .* Delete the line: sed -i 2d (.*)$", message)
+    subprocess.run(message[message.index("sed"):].split(), check=True)
+    assert command_line("--out_dir", str(finished), "--resume") == 0
 
 
 def test_a_full_disk_says_what_is_kept_and_how_to_go_on(base, finished):
@@ -588,11 +672,12 @@ def test_a_run_that_cannot_learn_says_where_to_look(base, tmp_path, capsys):
     hopeless = tmp_path / "hopeless.jsonl"
     hopeless.write_text("".join(json.dumps({"question": f"{a}s1=", "answer": "none"}) + "\n" for a in range(30)))
     assert main(base, tmp_path / "a", steps=4, train_data=hopeless, train_problems=0) == 0
-    assert capsys.readouterr().out.count("WARNING: so far all rollouts of a prompt scored alike (0% of") == 1
+    assert capsys.readouterr().out.count("WARNING: so far all rollouts of a prompt scored alike") == 1
     assert main(base, tmp_path / "b", steps=4, max_response_tokens=1, stop_tokens="Q") == 0
-    assert capsys.readouterr().out.count("WARNING: every response so far was cut") == 1
-    lines = [{"truncated_frac": 1.0, "zero_std_frac": 1.0, "solved_frac": 0.0}] * 2
-    assert nothing_to_learn([*lines, {**lines[0], "truncated_frac": 0.9, "zero_std_frac": 0.9}]) is None
+    assert capsys.readouterr().out.count("0% of prompts were solved; 100% of responses were cut") == 1
+    assert main(base, tmp_path / "c", steps=12, learning_rate=100, max_mismatch=1e9) == 0
+    assert capsys.readouterr().out.count("WARNING: the policy has collapsed") == 1
+    assert nothing_to_learn([*[{"zero_std_frac": 1.0}] * 2, {"zero_std_frac": 0.9}]) is None
 
 
 # ---- what is asked for
@@ -671,7 +756,18 @@ def test_a_reward_of_ones_own_is_trained_on_and_one_that_always_fails_ends_the_r
     ended = [x for x in samples if not x["truncated"]]
     assert ended and all(x["reward"] == (0.5 if len(x["response"]) < 4 else -1) for x in ended)
     message = main(base, tmp_path / "broken", reward=f"{tmp_path}/mine.py:broken", steps=1)
-    assert re.search(r"mine.py:broken failed on all \d+ responses", message)
+    assert re.search(r"(\d+) responses 0 timed out in grading, \1 failed.*ZeroDivisionError.*mend .*broken", message)
+
+
+def test_three_steps_without_verdicts_end_the_run_and_time_outs_are_told_wherever_figures_are(base, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("import time\ndef slow(response, problem): time.sleep(9)\n")
+    slow = dict(reward=f"{tmp_path}/mine.py:slow", grader_timeout=0.02, prompts_per_step=6, minibatch_prompts=6)
+    assert main(base, tmp_path / "run", **slow, steps=2) == 0
+    said, bar = capsys.readouterr()
+    assert re.search(r"on 6 held-out problems. WARNING: of 12 responses \d+ timed out in grading, 0 failed", said)
+    assert re.search(r"\| grader timeouts \| (\d+.\d) \| \d", said) and "timeouts=" in bar
+    message = main(base, tmp_path / "run", "--resume", **slow, steps=9)
+    assert re.search(r"step 4: of (\d+) responses \1 timed out.*three steps.*\(0.02 s.*--resume", message)
 
 
 def test_a_tenth_of_the_training_data_is_held_out_where_no_other_is_named(base, tmp_path):

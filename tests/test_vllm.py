@@ -1,20 +1,44 @@
 """VLLMEngine: variable counts in one call, log-probabilities that are the policy's, weights that are never stale."""
 import inspect
+import logging
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-pytest.importorskip("vllm", reason="vllm isn't installed", exc_type=ImportError)
+
+def take_cudas_path() -> None:
+    """From here on vLLM for CPU takes Triton for usable, as interpreted it is, and schedules as on CUDA."""
+    from triton.backends import backends
+
+    backends["cpu"] = SimpleNamespace(driver=None)  # what vLLM looks for
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.triton_utils import HAS_TRITON
+
+    del backends["cpu"]
+    assert HAS_TRITON
+    settle = CpuPlatform.check_and_update_config
+
+    def as_on_cuda(platform: type, config) -> None:
+        settle(config)
+        config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(as_on_cuda)
+
+
+if CUDAS_PATH := "VLLM_TEST_CUDAS_PATH" in os.environ:
+    take_cudas_path()
 transformers = pytest.importorskip("transformers", reason="transformers makes the reference model")
 
 import rollout  # noqa: E402  (after the skips)
+from ranks import RunError  # noqa: E402
 from rollout import Sampling, VLLMEngine, choose_engine, make_engine, rollout_seed  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,7 +61,7 @@ SIZES = dict(dtype=torch.float32 if DEVICE.type == "cpu" else torch.bfloat16, ma
 LONG = [(3 * i) % VOCAB for i in range(150)]  # longer than one cache block of 128 tokens, so its prefix gets cached
 PROMPTS = [[5, 6, 7], LONG, [9] * 20, [11, 12]]
 N_P, SEED_P = [3, 8, 0, 1], [rollout_seed(0, 0, str(p)) for p in range(4)]
-WARM = Sampling(max_tokens=24, temperature=0.7, stop_ids=(STOP,))
+WARM = Sampling(max_tokens=4 if CUDAS_PATH else 24, temperature=0.7, stop_ids=(STOP,))
 
 
 def save_tiny(path, tied):
@@ -51,7 +75,7 @@ def save_tiny(path, tied):
     return path
 
 
-@pytest.fixture(scope="session", params=here)
+@pytest.fixture(scope="module", params=here)
 def setup(request, tmp_path_factory):
     """(engine, its policy in transformers, whether start-up left the process's state alone), one engine at a time."""
     path = save_tiny(tmp_path_factory.mktemp("model"), request.param == "tied")
@@ -67,8 +91,12 @@ def setup(request, tmp_path_factory):
     before = state()
     engine = make_engine("vllm", path, device=DEVICE, **SIZES)
     kept = state() == before
+    if CUDAS_PATH:
+        config = engine.llm.llm_engine.vllm_config
+        assert config.use_v2_model_runner and config.scheduler_config.async_scheduling
     policy = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
     yield engine, policy, kept
+    engine.close()
     del os.environ["LOCAL_WORLD_SIZE"]
 
 
@@ -101,8 +129,21 @@ def test_on_a_gpu_each_case_passes_in_a_process_of_its_own(case):
     assert ended.returncode == 0, ended.stdout
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda" or CASE is not None, reason="on CUDA all cases take it")
+def test_what_vllm_runs_on_cuda_draws_loads_and_repeats_on_the_cpu_too():
+    """Its newer runner, whose kernels Triton interprets here, and scheduling of a step ahead: three cases of those
+    below, in a process of its own."""
+    environment = {"VLLM_TEST_CASE": "tied", "VLLM_TEST_CUDAS_PATH": "1", "TRITON_INTERPRET": "1",
+                   "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    cases = "variable_n or seeds_alone or (whole_weights and asleep)"
+    ended = subprocess.run([sys.executable, "-m", "pytest", __file__, "-k", cases], env={**os.environ, **environment},
+                           text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT)
+    assert ended.returncode == 0 and "3 passed" in ended.stdout, ended.stdout
+
+
 def test_start_up_leaves_random_state_threads_and_environment_alone(setup):
     assert setup[2]
+    assert logging.getLogger("vllm.utils.jit_monitor").level == logging.ERROR  # whatever VLLM_LOGGING_LEVEL is
 
 
 def test_variable_n_gives_prompt_major_rollouts_that_stop_or_are_truncated(setup):
@@ -225,6 +266,8 @@ def on_cuda(monkeypatch):
 
     monkeypatch.setattr(rollout, "_import_vllm", lambda: Recorded)
     monkeypatch.setattr(current_platform, "device_type", "cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 << 30, 80 << 30))
+    monkeypatch.setattr(rollout, "atexit", Recorded())
     return VLLMEngine("folder", **{**SIZES, "dtype": torch.bfloat16})
 
 
@@ -234,11 +277,58 @@ def test_weights_wake_before_they_are_loaded_and_the_cache_after(on_cuda):
     on_cuda.load_weights(weights)  # awake, as after the start
     assert on_cuda.llm.calls == [*loading, ("reset_prefix_cache",)]
     on_cuda.llm.calls.clear()
+    assert not rollout.atexit.calls
     on_cuda.sleep()
     on_cuda.sleep()  # a second time is none
     on_cuda.load_weights(weights)
     assert on_cuda.llm.calls == [("sleep", 2), ("wake_up", ["weights"]), *loading, ("wake_up", ["kv_cache"]),
                                  ("reset_prefix_cache",)]
+    assert [name for name, *_ in rollout.atexit.calls] == ["register", "unregister"]
+
+
+@pytest.mark.parametrize("error, message", [
+    (RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp:120"),  # of vLLM's allocator
+     r"\(weights\): 10.0 GiB were free .* --gpu_memory_utilization 0.1, 8.0 GiB\. --resume .*nvidia-smi"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried"), r"\(weights\): 10.0 GiB were free"),
+    (RuntimeError("CUDA Error: invalid argument"), "^CUDA Error: invalid argument$")])
+def test_too_little_memory_to_wake_up_says_how_much_there_was_and_what_to_do(on_cuda, error, message):
+    def wake_up(tags):
+        raise error
+
+    on_cuda.sleep()
+    on_cuda.llm.wake_up = wake_up
+    with pytest.raises(RunError if "out of" in str(error) else RuntimeError, match=message):
+        on_cuda.load_weights([])
+    assert [name for name, *_ in rollout.atexit.calls] == ["register"]  # it sleeps on
+
+
+def test_a_process_that_ends_while_the_engine_sleeps_says_why_and_nothing_after(tmp_path):
+    script = """
+import atexit, sys, rollout
+atexit.register(print, "CUDA Error")
+atexit.register(rollout._end_at_once, None)
+print("log", end="")
+sys.exit("train.py: why")"""
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (1, "log") and ended.stderr.endswith("train.py: why\n")
+
+
+def test_start_up_is_announced(on_cuda, capsys):
+    VLLMEngine("folder", **SIZES)
+    assert "vLLM starts: " in capsys.readouterr().out
+
+
+def test_what_vllm_s_import_sets_for_itself_is_not_set_for_the_run():
+    script = """
+import os, rollout
+rollout._import_vllm()
+from torch._inductor import config
+assert config.compile_threads == config.decide_compile_threads() == min(32, len(os.sched_getaffinity(0)))
+assert os.environ["VLLM_USE_FLASHINFER_SAMPLER"] == "0" and os.environ["VLLM_NO_USAGE_STATS"] == "1"
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_COMPILE_THREADS"}
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_vllm_knows_every_argument_and_its_head_multiplies_as_ours_does(on_cuda, monkeypatch):

@@ -9,8 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import two_ranks
+from conftest import gloo, two_ranks
+from torch.multiprocessing.spawn import ProcessExitedException
+
+from ranks import Ranks
+from watchdog import progress, watching
 
 ROOT = Path(__file__).parents[1]
 pytestmark = two_ranks
@@ -101,6 +106,38 @@ def test_a_killed_rank_ends_one_that_hears_nothing_of_it_within_the_limit(tmp_pa
     assert (tmp_path / "run" / "stall-rank1.txt").exists()
 
 
+def lose(folder: Path) -> None:
+    """Rank 0 dies. Rank 1, which takes a SIGTERM for "stop after this step" as train.py does, then wants to meet it."""
+    if Ranks().rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT), 2)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with watching(folder / "run", 0):
+        progress("generate", step=7)
+        Ranks().merge(np.ones(1))
+
+
+def test_a_collective_that_breaks_ends_the_other_rank_with_one_line(tmp_path):
+    with pytest.raises(ProcessExitedException):
+        gloo(2, lose, tmp_path)
+    (said,) = (tmp_path / "stderr").read_text().split("\n")[1:-1]
+    assert said.startswith("rank 1: another rank died or does not answer; the run ends. This one is in phase generate")
+    assert "lost-rank1.txt. Go on" in said and "gloo" in (tmp_path / "run" / "lost-rank1.txt").read_text()
+
+
+def test_ranks_end_with_a_launcher_that_is_killed(tmp_path):
+    script = tmp_path / "sleeping.py"
+    script.write_text("import os, time\nfrom pathlib import Path\nfrom watchdog import watching\n\n"
+                      f"with watching(Path('{tmp_path}'), 0):\n"
+                      f"    Path('{tmp_path}', os.environ['RANK']).touch()\n    time.sleep(600)\n")
+    process, deadline = start([script]), time.monotonic() + 60
+    while not (tmp_path / "0").exists() or not (tmp_path / "1").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    process.communicate(timeout=20)  # until nobody holds the pipe any more
+
+
 # ---- train.py
 
 
@@ -114,10 +151,11 @@ def training(base: Path, out: Path, *extra) -> subprocess.Popen:
 
 
 def test_a_run_that_hangs_in_a_phase_ends_and_says_which(base, tmp_path):
-    """The second rank waits for a verdict on a response."""
+    """The second rank waits for a verdict on a response of the first step."""
     reward = tmp_path / "slow.py"
     reward.write_text("import os, time\n\ndef slow(response, problem):\n"
-                      "    return time.sleep(600 * int(os.environ['RANK'])) or 1.0\n")
+                      f"    begun = os.path.exists('{tmp_path}/run/config.json')\n"
+                      "    return time.sleep(600 * begun * int(os.environ['RANK'])) or 1.0\n")
     process = training(base, tmp_path / "run", "--reward", f"{reward}:slow", "--grader_timeout", 600,
                        "--stall_seconds", 8)
     output, _ = process.communicate(timeout=100)
