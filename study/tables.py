@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from metrics import headline_k, markdown, whole_lines
-from study import logs
+from study import cost, logs
 from study.logs import Missing, Run, headline, mean_success, study, sweeps
-from study.rows import BOTH_TASKS, PARTS, Row, written
+from study.rows import BOTH_TASKS, HALF, PARTS, SHAPE, SHAPES, Row, written
 
 NOTE = """All {runs} runs took {hours:.0f} hours in sum, one thread each. Figures are of the end of training, in
 percent, on 600 held-out problems answered 16 times each; differences in points, paired by base model, the pairs of both
@@ -125,6 +125,35 @@ def outcome_table(title: str, rows: tuple[Row, ...], against: str = "") -> str:
     return table(title, lines)
 
 
+def shape_levels(task: str) -> dict[int, float]:
+    """Number of a base -> the one level that all rows and shapes are measured by: where GRPO ends there at half the
+    rate, in the mean over the shapes. Of bases on which it ran at all of them."""
+    rate, rows = HALF[task][0], [f"grpo-{shape}" for shape in SHAPES]
+    ends = logs.by_base([run for row in rows for run in sweeps().get(task, {}).get(row, {}).get(rate, [])])
+    return {base: cost.level(runs) for base, runs in ends.items() if len(runs) == len(rows)}
+
+
+def shape_table() -> str:
+    """By row, shape and rate: the share of its rollouts that a run needs to the level (geometric means over bases), how
+    many runs stand there by the first evaluation or never do, pass@8 at the end. The least share over both tasks is
+    what a row is asked about at."""
+    lines, rates = [], ("half", "full")
+    for row, which in ((r, i) for r in PARTS[SHAPE] for i in range(len(r.rates["arithmetic"]))):
+        line, both = {"row": row.name, "rate": rates[which]}, []
+        for task in BOTH_TASKS:
+            levels, rate = shape_levels(task), row.rates[task][which]
+            runs = [run for run in sweeps().get(task, {}).get(row.name, {}).get(rate, []) if run.base in levels]
+            if runs:
+                here = {run.base: levels[run.base] for run in runs}
+                both.append(cost.log_costs(runs, here) - np.log(cost.spent(runs[0])[-1]))
+                line |= {f"{task}: share": percent([np.exp(both[-1].mean())]),
+                         f"{task}: first, never": "{}, {}".format(*cost.at_bounds(runs, here)),
+                         f"{task}: pass@8": percent(headline(run.last()) for run in runs)}
+        lines.append({**line, "share": percent([np.exp(np.concatenate(both).mean())]) if both else "",
+                      "runs": str(sum(map(len, both)))})
+    return table("What a level costs, by the shape of the batch", lines)
+
+
 def weight_table() -> str:
     """Weights that Prompt-GDRO applied to bins present, in the runs that report and in those at all rates; the mean
     absolute prompt loss (7) by optimiser step of a batch."""
@@ -158,7 +187,8 @@ def tables() -> str:
     note = NOTE.format(runs=len(runs), hours=sum(run.config.get("seconds", 0) for run in runs) / 3600)
     parts = [outcome_table("The arena against grpo", PARTS["The arena"], "grpo"),
              *(outcome_table(part, rows) for part, rows in PARTS.items())]
-    return "\n\n".join([note, readme_table(), *question_tables(), *parts, weight_table(), allocation_table()])
+    return "\n\n".join([note, readme_table(), *question_tables(), shape_table(), *parts, weight_table(),
+                        allocation_table()])
 
 
 # ------------------------------------------------------------------------------------------------ any runs
