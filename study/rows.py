@@ -100,9 +100,10 @@ PARTS = {
         at_best("rollout-maxrl-32", {**ROLLOUT_MAXRL, "n_max": 32}, "rollout-maxrl"),
     ),
     SHAPE: tuple(
-        Row(f"{row}-{shape}", shaped(flags, *sizes), f"grpo-{shape}", rates, range(4))
-        for row, flags, rates in (("grpo", {"mode": "grpo"}, TWO), ("maxrl", MAXRL, TWO),
-                                  ("rank-maxrl", RANK_MAXRL, HALF), ("rollout-maxrl", ROLLOUT_MAXRL, HALF))
+        Row(f"{row}-{shape}", shaped(flags, *sizes), f"grpo-{shape}",
+            TWO if flags["mode"] == "grpo" and shape == "64x4" else HALF, range(4))
+        for row, flags in (("grpo", {"mode": "grpo"}), ("maxrl", MAXRL), ("rank-maxrl", RANK_MAXRL),
+                           ("rollout-maxrl", ROLLOUT_MAXRL))
         for shape, sizes in SHAPES.items()),
     "The dial: skills that spread between kinds": tuple(
         at_best(f"{row}-disguised-{share}", flags, f"{against}-disguised-{share}", disguised=share)

@@ -91,11 +91,11 @@ def test_questions_are_pooled_over_tasks_and_adjusted_within_their_table_and_the
 def test_the_cost_of_a_level_is_told_by_shape_and_rate_on_the_bases_that_have_a_level(found):
     end = {"grpo-64x4": 70, "grpo-32x8": 72, "grpo-16x16": 74}  # so the level is 70
     sweeps = {row: {1e-4: [planted([20, 40, y, y], base) for base in range(2)]} for row, y in end.items()}
-    sweeps["maxrl-32x8"] = {1e-4: [planted([20, 60, 80, 90], base) for base in range(3)], 2e-4: [planted([20] * 4)]}
+    sweeps["maxrl-64x4"] = {1e-4: [planted([20, 60, 80, 90], base) for base in range(3)], 2e-4: [planted([20] * 4)]}
     found({}, sweeps)
     assert tables.shape_levels("arithmetic") == {0: 70, 1: 70} and not tables.shape_levels("permutations")  # at 2e-4
     lines = {(line["row"], line["rate"]): line for line in lines_of(tables.shape_table())}
-    half, full = lines["maxrl-32x8", "half"], lines["maxrl-32x8", "full"]
+    half, full = lines["maxrl-64x4", "half"], lines["maxrl-64x4", "full"]
     assert (half["arithmetic: share"], half["share"], half["runs"]) == ("50.0", "50.0", "2")  # 37.5 of 75 steps
     assert (half["arithmetic: pass@8"], half["arithmetic: first, never"]) == ("90.0", "0, 0")
     assert (full["share"], full["arithmetic: first, never"]) == ("100.0", "0, 1") and "permutations: share" not in full
