@@ -42,12 +42,17 @@ def train(trial: Trial) -> str | None:
     """Trains it, or goes on, to the end, and keeps it; None, or what went wrong."""
     folder, start = OUT / trial.name, time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "output.txt", "a") as output:
-        code = subprocess.run(trial.command(folder), cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                              stdout=output, stderr=subprocess.STDOUT).returncode
-    if code:
-        last = (folder / "output.txt").read_text().replace("\r", "\n").strip().splitlines()[-1:]
-        return f"{trial.name}: train.py ended with {code}: {' '.join(last)}"
+    commands = [trial.command(folder)]
+    if trial.row.decoded:
+        commands.append([sys.executable, str(HERE / "eval.py"), "--model", str(folder), "--temperature", "0.6",
+                         "--top_p", "0.8", "--top_k", "20", "--out", str(folder / "decoded")])
+    for command in commands:
+        with open(folder / "output.txt", "a") as output:
+            code = subprocess.run(command, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output,
+                                  stderr=subprocess.STDOUT).returncode
+        if code:
+            last = (folder / "output.txt").read_text().replace("\r", "\n").strip().splitlines()[-1:]
+            return f"{trial.name}: {Path(command[1]).name} ended with {code}: {' '.join(last)}"
     keep(folder, time.monotonic() - start)
     shutil.rmtree(folder)
     return None
@@ -68,6 +73,8 @@ def keep(folder: Path, seconds: float) -> None:
     for line in log:
         line["seconds"] = {"total": line["seconds"]["total"]}
     record = {"name": folder.name, "config": config, "log": log, "evaluations": evaluations}
+    if (decoded := folder / "decoded" / "eval.json").exists():
+        (record["decoded"],) = json.loads(decoded.read_text())["figures"].values()
     file = row_file(config["preset"], folder.name.rsplit("-", 3)[0])
     file.parent.mkdir(parents=True, exist_ok=True)
     with WRITING:

@@ -1,6 +1,6 @@
 """What the way to a level costs: the rollouts, or tokens, after which a run's curve of pass@8 first stands there.
 
-S bases, E evaluations of a run, the base's first.
+S bases, E evaluations of a run, the base's first. Costs are compared by their logs, base by base.
 """
 
 from collections.abc import Callable, Sequence
@@ -72,3 +72,11 @@ def ratio(difference_S: np.ndarray) -> tuple[float, float, float]:
 def sign_flip(difference_S: np.ndarray) -> float:
     """p that the mean is 0, two-sided: the share of all 2^S choices of signs that put it as far away."""
     return float(permutation_test((difference_S,), np.mean, permutation_type="samples", n_resamples=np.inf).pvalue)
+
+
+def answer(difference_S: np.ndarray, p: float) -> str:
+    """Whether the first of two rows costs less, by the rule that was fixed before any run; p: Holm's."""
+    value, low, high = ratio(difference_S)
+    if p < 0.05 and value < 1:
+        return "yes"
+    return "no" if value >= 1 or (low > 0.9 and high < 1.1) else "undecided"

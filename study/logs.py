@@ -8,7 +8,7 @@ import functools
 import gzip
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,7 @@ class Run:
     config: dict
     log: list[dict]
     evaluations: list[dict]
+    decoded: dict = field(default_factory=dict)  # the last policy's figures, decoded as the paper does; of some rows
 
     @classmethod
     def load(cls, folder: Path) -> "Run":

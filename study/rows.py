@@ -23,6 +23,7 @@ class Row:
     rates: Rates = field(default_factory=lambda: ARENA)
     bases: range = range(8)  # their numbers
     seeds: int = 1  # runs from each base
+    decoded: bool = False  # evaluate the last policy as the paper decodes, too
     disguised: str = "1"  # share of the base's textbook that stands under any sign (tasks.BaseSettings)
 
 

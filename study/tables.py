@@ -26,6 +26,8 @@ QUESTIONS: dict[str, tuple[Pair, ...]] = {
                                      ("rank-maxrl-fresh", "rank-weights-maxrl-fresh"),
                                      ("rollout-maxrl-fresh", "maxrl-fresh")),
 }
+# What was asked of the way there, before its bases were trained: does the first row of a pair cost less?
+COSTS: tuple[Pair, ...] = (("moved-way", "maxrl-way"), ("moved-way", "weights-way"), ("maxrl-way", "grpo-way"))
 # What README shows: line -> the pairs whose differences it takes together
 README: dict[str, list[Pair]] = {
     "maxrl - grpo": [("maxrl", "grpo")],
@@ -152,6 +154,58 @@ def shape_table() -> str:
         lines.append({**line, "share": percent([np.exp(np.concatenate(both).mean())]) if both else "",
                       "runs": str(sum(map(len, both)))})
     return table("What a level costs, by the shape of the batch", lines)
+
+
+def way(task: str, row: str) -> list[Run]:
+    """A row's runs, which have one rate."""
+    return next(iter(sweeps().get(task, {}).get(row, {}).values()), [])
+
+
+def way_costs(task: str, row: str, *, swapped: bool = False, **how) -> np.ndarray:
+    """Log costs by base, (S,), of the level at which GRPO's second run from that base ends, or its first if `swapped`;
+    the run that sets the level has no part in GRPO's own cost."""
+    setting = [run for run in way(task, "grpo-way") if (run.seed == run.base) == swapped]
+    runs = [run for run in way(task, row) if run not in setting]
+    return cost.log_costs(runs, {run.base: cost.level([run]) for run in setting}, **how)
+
+
+def cheaper(pair: Pair, tasks: tuple[str, ...] = BOTH_TASKS, **how) -> np.ndarray:
+    """Differences in log cost of two rows, on all bases of the tasks."""
+    return np.concatenate([way_costs(t, pair[0], **how) - way_costs(t, pair[1], **how) for t in tasks])
+
+
+def share(difference_S: np.ndarray) -> str:
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*cost.ratio(difference_S))
+
+
+def cost_table() -> str:
+    """The three answers: ratios of costs with 95% intervals by the bootstrap over bases."""
+    lines, p = [], logs.holm([cost.sign_flip(cheaper(pair)) for pair in COSTS])
+    for pair, adjusted_p in zip(COSTS, p, strict=True):
+        lines.append({
+            "rows": " / ".join(pair), "pairs": str(len(cheaper(pair))), "rollouts": share(cheaper(pair)),
+            "p (Holm)": f"{adjusted_p:.2g}", "costs less?": cost.answer(cheaper(pair), adjusted_p),
+            **{task: share(cheaper(pair, (task,))) for task in BOTH_TASKS},
+            **{what: share(cheaper(pair, what=what)) for what in ("tokens generated", "tokens trained")},
+            "seeds swapped": share(cheaper(pair, swapped=True)), "never = twice": share(cheaper(pair, beyond=2.0))})
+    return table("What the way costs", lines)
+
+
+def way_table() -> str:
+    """By row: its cost as a share of GRPO's, runs at either bound, the mean of the fitted curve, where it ends at
+    temperature 1 and as the paper decodes, and how many of the ten kinds end with a pass@8 of half or more."""
+    lines = []
+    for row in dict.fromkeys(row for pair in COSTS[::-1] for row in pair[::-1]):
+        runs = [run for task in BOTH_TASKS for run in way(task, row)]
+        last, decoded = [run.last() for run in runs], [run.decoded for run in runs]
+        lines.append({
+            "row": row, "runs": str(len(runs)), "share of GRPO's rollouts": share(cheaper((row, "grpo-way"))),
+            "mean of the curve": f"{np.mean([cost.fitted(run).mean() for run in runs]):.1f}",
+            "pass@8": percent(map(headline, last)), "pass@1": percent(map(mean_success, last)),
+            "pass@8, decoded": percent(d["pass@8"][0] for d in decoded),
+            "pass@1, decoded": percent(d["pass@1"][0] for d in decoded),
+            "kinds found": f"{np.mean([sum(k[2] >= 0.5 for k in e['by_kind'].values()) for e in last]):.1f}"})
+    return table("The way, row by row", lines)
 
 
 def weight_table() -> str:

@@ -109,13 +109,15 @@ def test_a_run_that_fails_is_reported_and_is_kept_once_it_is_complete(base, fold
     sums = base.parent / "sums.jsonl"
     small = dict(model=base, train_data=sums, eval_data=sums, allow_overlap=1, eval_problems=4, eval_rollouts=2,
                  steps=2, prompts_per_step=8, minibatch_prompts=8, max_response_tokens=8)
-    diverging, lower = (Trial("arithmetic", Row("some-row", {**small, **more}), 1e-4, 0)
+    diverging, lower = (Trial("arithmetic", Row("some-row", {**small, **more}, decoded=True), 1e-4, 0)
                         for more in ({"learning_rate": 1e39}, {}))  # beyond float32
     assert command.work([diverging], 1) == 1 and not command.recorded(diverging)
     assert "arithmetic/some-row-1e-4-0: train.py ended with 1: train.py: step 1: " in capsys.readouterr().out
     assert "--resume" in lower.command(command.OUT / lower.name)  # for the folder is there
     assert command.work([lower], 1) == 0 and command.recorded(lower) and not (command.OUT / lower.name).exists()
     assert not capsys.readouterr().out
+    decoded = logs.Run(**json.loads(command.recorded(lower))).decoded
+    assert (decoded["problems"], decoded["responses"]) == (4, 2) and 0 <= decoded["pass@2"][0] <= 1
 
 
 def test_the_list_says_of_each_run_how_it_ended_and_how_train_would_be_called(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Cells of the tables against loops over the logs."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 
@@ -100,6 +101,34 @@ def test_the_cost_of_a_level_is_told_by_shape_and_rate_on_the_bases_that_have_a_
     assert (half["arithmetic: pass@8"], half["arithmetic: first, never"]) == ("90.0", "0, 0")
     assert (full["share"], full["arithmetic: first, never"]) == ("100.0", "0, 1") and "permutations: share" not in full
     assert not lines["rank-maxrl-64x4", "half"]["share"] and ("rank-maxrl-64x4", "full") not in lines
+
+
+def test_the_way_is_compared_at_the_level_of_grpo_s_second_seed_which_costs_nothing(found):
+    def runs(row: str, shares: list[float], seed: int = 0) -> list[logs.Run]:
+        """Whose curve is 20 at the base's and 80 after a share of 100 steps, by base."""
+        curves = [planted([20] + [80 if 25 * e >= 100 * s else 20 + 60 * 25 * e / (100 * s) for e in range(1, 5)], b,
+                          seed=seed + b) for b, s in enumerate(shares)]
+        return [dataclasses.replace(run, decoded={"pass@8": [0.5, 0, 1], "pass@1": [0.25, 0, 1]}) for run in curves]
+
+    rng = np.random.default_rng(0)
+    grpo, noise = [1.0] * 6, rng.uniform(0.97, 1.03, 6)
+    sweeps = {"grpo-way": {1e-4: runs("grpo", grpo) + runs("grpo", [0.25] * 6, seed=100)},
+              "maxrl-way": {1e-4: runs("maxrl", list(0.75 * noise))},
+              "weights-way": {1e-4: runs("w", list(0.5 * noise))},
+              "moved-way": {1e-4: runs("m", list(0.5 * noise[::-1]))}}
+    for run in (r for rows in sweeps.values() for r in rows[1e-4]):
+        run.evaluations[-1].update(mean=0.5, by_kind={"a": [5, 0.1, 0.5], "b": [5, 0.2, 0.4]})
+    found({}, sweeps)
+    assert tables.way_costs("arithmetic", "grpo-way") == pytest.approx([np.log(256 * 100 * 58 / 60)] * 6)  # to 78
+    moved, same, maxrl = lines_of(tables.cost_table())
+    assert (moved["rows"], moved["pairs"], moved["costs less?"]) == ("moved-way / maxrl-way", "12", "yes")
+    assert moved["rollouts"].startswith("0.67 [0.6") and moved["p (Holm)"] == f"{3 * 2 / 2**12:.2g}"
+    assert same["costs less?"] == "no" and same["rollouts"].startswith("1.00 [0.9") and maxrl["costs less?"] == "yes"
+    assert moved["tokens trained"].startswith("0.67") and moved["arithmetic"].startswith("0.67")
+    lines = {line["row"]: line for line in lines_of(tables.way_table())}
+    assert list(lines) == ["grpo-way", "maxrl-way", "weights-way", "moved-way"]
+    assert lines["grpo-way"]["share of GRPO's rollouts"] == "1.00 [1.00, 1.00]" and lines["grpo-way"]["runs"] == "24"
+    assert lines["moved-way"]["pass@8, decoded"] == "50.0" and lines["moved-way"]["kinds found"] == "1.0"
 
 
 def test_the_note_above_the_tables_and_the_flags_of_its_row_are_true_of_every_run():
