@@ -333,16 +333,6 @@ def ask_math_verify(answer: str, gold: str) -> bool:
                                   raise_on_error=True)
 
 
-def equivalent(answer: str | None, gold: str) -> bool:
-    """Is `answer` the same as `gold`? In this process and without time-out: for answers one trusts."""
-    return _decide(None, answer, gold) == 1.0
-
-
-def score(response: str, answer: str, style: str = "math") -> float:
-    """+1.0 if `response` gives `answer`, else -1.0; in this process, without time-out (see `Grader`)."""
-    return 1.0 if equivalent(extract(response, style), answer) else -1.0
-
-
 # ---- a reward of one's own
 
 class _Source(NamedTuple):

@@ -25,9 +25,20 @@ if not torch.cuda.is_available():  # the kernels go through Triton's interpreter
 
 import tasks  # noqa: E402  (it imports the kernels)
 from model import Transformer  # noqa: E402
+from reward import _decide, extract  # noqa: E402
 
 VOCAB = 61
 two_ranks = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks would share one GPU")
+
+
+def equivalent(answer: str | None, gold: str) -> bool:
+    """Is `answer` the same as `gold`? In this process and without time-out, as a worker decides it."""
+    return _decide(None, answer, gold) == 1.0
+
+
+def score(response: str, answer: str, style: str = "math") -> float:
+    """+1.0 if `response` gives `answer`, else -1.0."""
+    return 1.0 if equivalent(extract(response, style), answer) else -1.0
 
 
 def gloo(world: int, function, *args, limit: float = 30) -> list:

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import score
 
 import data
 from config import Config
 from data import Problem, batch_order, check_overlap, encode_prompts, hold_out, load_problems, stop_token_ids
 from eval import TrainedRun
-from reward import Grader, score
+from reward import Grader
 
 
 def write(path, rows):

@@ -18,11 +18,12 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from conftest import equivalent, score
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reward
-from reward import STYLES, Grade, Grader, Problem, ask_math_verify, check_golds, compare, equivalent, extract, score
+from reward import STYLES, Grade, Grader, Problem, ask_math_verify, check_golds, compare, extract
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 ROWS = [json.loads(line) for line in open(Path(__file__).with_name("answers.jsonl"), encoding="utf-8")]

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import score
 
 import tasks
 from config import PRESETS
 from data import BUILT_IN
-from reward import score
 from study.rows import BOTH_TASKS
 from tasks import TASKS, BaseSettings
 
