@@ -12,7 +12,6 @@ it, and where that must be killed the next one has all imports from its first mi
 """
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import logging
@@ -35,7 +34,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-from watchdog import progress
+from watchdog import end_with_parent, progress
 
 log = logging.getLogger(__name__)
 
@@ -381,17 +380,12 @@ def _decide(function: Callable | None, response: str, problem: dict | str) -> fl
         return traceback.format_exc()
 
 
-def _end_with_parent() -> None:
-    if sys.platform == "linux":  # elsewhere what is not computing ends with its pipe, which the parent closes
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG: die even with a parent killed by -9
-
-
 def _fork_for_each(control: multiprocessing.connection.Connection) -> multiprocessing.connection.Connection:
     """Worker program. Takes pipes out of `control`: for each it kills the fork that it has and makes one that returns
     with the pipe. It has one thread and runs nothing of a user's: threads and a GPU bear no fork."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to the whole process group; the trainer ends us
-    _end_with_parent()
+    end_with_parent()  # beyond Linux what is not computing ends with its pipe, which the parent closes
     ask_math_verify("x", "y")  # pays for the imports, once
     fork = None
     with contextlib.suppress(EOFError):  # the trainer is gone
@@ -410,7 +404,7 @@ def _fork_for_each(control: multiprocessing.connection.Connection) -> multiproce
 def _serve(pipe: multiprocessing.connection.Connection) -> None:
     """The fork. In comes what to do, a _Source or null, then jobs, [answer, gold] or [response, problem]; out goes null
     when it is ready, then for each job its reward, or a text that says what failed."""
-    _end_with_parent()
+    end_with_parent()
     source = json.loads(pipe.recv_bytes())
     function = _Source(*source).define() if source else None
     if sys.platform == "linux":

@@ -50,6 +50,12 @@ def progress(phase: str | None = None, *, step: int | None = None) -> None:
     _work.moves += 1
 
 
+def end_with_parent() -> None:
+    """From here on this process ends with the one that started it, even where that is killed by -9. Linux alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+
+
 @contextmanager
 def watching(folder: Path, seconds: float) -> Iterator[None]:
     """Inside, the process ends with status 1 once no rank has moved for so many seconds (0 = never), where a
@@ -65,8 +71,8 @@ def watching(folder: Path, seconds: float) -> Iterator[None]:
         watch.start()
     if seconds and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         threading.Thread(target=_listen, args=(over, poll), daemon=True).start()
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":  # torchrun started it, and not nohup
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG: else a kill -9 of torchrun leaves it at work
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started it, and not nohup
+        end_with_parent()
     try:
         yield
     except RuntimeError as error:
