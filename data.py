@@ -65,8 +65,6 @@ def load_problems(source: str, *, revision: str | None = None) -> tuple[list[Pro
     if name in HUB_SETS or name.startswith("hub:"):
         rows, record = _read_hub(name, revision or named or None)
     elif source and (Path(source).suffix or "/" in source or Path(source).exists()):
-        if revision is not None:
-            raise ValueError(f"revision={revision!r} is for hub sets; {Path(source).name} is a local file")
         rows, record = _read_file(_local(source))
         name = Path(source).name
     else:

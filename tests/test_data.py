@@ -149,11 +149,6 @@ def test_repeats_are_merged_and_conflicts_dropped(tmp_path, caplog):
     assert "1 repeated rows merged, 3 rows dropped" in caplog.text
 
 
-def test_a_local_file_has_no_revision(tmp_path):
-    with pytest.raises(ValueError, match="is a local file"):
-        load_problems(write(tmp_path / "a.jsonl", [{"problem": "a", "answer": 1}]), revision="main")
-
-
 @pytest.mark.parametrize("source, revision, asked", [
     ("hub:me/mine", None, ("me/mine", None, "train", "main of me/mine")),
     ("hub:me/mine:cfg:test@v2", None, ("me/mine", "cfg", "test", "v2 of me/mine")),
