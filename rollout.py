@@ -73,12 +73,6 @@ class Batch:
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
-    def stats(self) -> dict:
-        """What the log says of the rollouts."""
-        return {"truncated_frac": self.truncated.mean(), "response_tokens_mean": self.lengths.mean(),
-                "rollouts": len(self.owner), "rollouts_mean": len(self.owner) / len(self.prompts),
-                "tokens_generated": int(self.lengths.sum()), "tokens_trained": int(self.cost().sum())}
-
     def response(self, r: int) -> np.ndarray:
         return self.tokens[self.offsets[r] : self.offsets[r + 1]]
 

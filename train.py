@@ -477,11 +477,14 @@ class Trainer:
 
     def log_line(self, s: Step) -> dict:
         """A line of metrics.jsonl (docs/log.md); by bin, B entries each, null for an absent bin."""
-        cfg, B = self.cfg, self.bins.num_bins
+        cfg, batch, B = self.cfg, s.batch, self.bins.num_bins
         mean_B = partial(means_by, s.bin_P, groups=B)
         return jsonable({
             "step": s.number, "mode": cfg.mode, "seed": cfg.seed,
-            "seconds": {**s.seconds, "total": sum(s.seconds.values())}, **s.batch.stats(),
+            "seconds": {**s.seconds, "total": sum(s.seconds.values())},
+            "truncated_frac": batch.truncated.mean(), "response_tokens_mean": batch.lengths.mean(),
+            "rollouts": len(batch.owner), "rollouts_mean": len(batch.owner) / len(batch.prompts),
+            "tokens_generated": batch.lengths.sum(), "tokens_trained": batch.cost().sum(),
             "reward_timeouts": s.timeouts, "reward_failures": s.failures, "entropy": s.entropy_N.mean(),
             "mismatch": {"mean": s.mismatch_N.mean(), "max": s.mismatch_N.max()},
             "measured": {"rollouts": s.measured_R.sum(), "tokens": len(s.mismatch_N)},
@@ -491,7 +494,7 @@ class Trainer:
             "grad_norm": s.grad_norm, "lr": cfg.learning_rate, "shadow_price": s.mu, "shadow_price_dp": s.price,
             "bins": {"share": bin_shares(s.bin_P, B), "reward": mean_B(s.reward_P), "score": s.score_B,
                      "weight": s.weight_B, "allocated": mean_B(s.allocated_P), "rollouts": mean_B(s.n_P),
-                     "tokens": means_by(s.bin_P[s.batch.owner], s.batch.lengths, B)},
+                     "tokens": means_by(s.bin_P[batch.owner], batch.lengths, B)},
             "signals": {name: {"mean": mean_B(value_P), "error": errors_by(s.bin_P, value_P, B)}
                         for name, value_P in s.signals.items()},
             "surrogate_abs": [np.abs(s.loss_P[i : i + cfg.minibatch_prompts]).mean()
