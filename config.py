@@ -113,6 +113,10 @@ class Config:
     grader_workers: int = arg(2, "processes for answers that need math-verify", low=1)
     grader_timeout: float = arg(5.0, "seconds per answer; past it the response counts as wrong", above=0)
 
+    def due(self, step: int) -> bool:
+        """Whether there is an evaluation after so many steps."""
+        return step == self.steps or bool(self.eval_every and step % self.eval_every == 0)
+
 
 # What the adversaries see and may do. "paper": Config's defaults, as the paper's text and scripts have it. "tuned":
 # what was best on development problems of the built-in tasks' first form, fixed in the arena; see docs/study.md.

@@ -215,8 +215,7 @@ def _time_row(model: ModelConfig, cfg: Config, name: str, world: int) -> list[st
     seconds = step_seconds(model, cfg, world, CARDS[name])
     step = sum(seconds.values())
     evaluation = decoding(model, cfg, (cfg.eval_problems or EVAL_PROBLEMS) * cfg.eval_rollouts / world, CARDS[name])
-    of_the_base = bool(cfg.eval_every or not cfg.steps)
-    evaluations = of_the_base + ceil(cfg.steps / (cfg.eval_every or cfg.steps or 1))
+    evaluations = sum(map(cfg.due, range(cfg.steps + 1)))
     hours = (cfg.steps * step + evaluations * evaluation) / 3600
     return [f"{world} x {name}", *(f"{x:.1f}" for x in (*seconds.values(), step, evaluation, hours))]
 

@@ -290,7 +290,7 @@ class Trainer:
         speed = n_P.sum() * few.max_tokens / max(self.ranks.from_all(time.perf_counter() - start))
         evaluation = len(self.eval_set[0]) * cfg.eval_rollouts
         run = (cfg.steps * cfg.prompts_per_step * cfg.rollouts_per_prompt
-               + evaluation * sum(map(self.due, range(cfg.steps + 1))))
+               + evaluation * sum(map(cfg.due, range(cfg.steps + 1))))
         times = [timedelta(seconds=round(rollouts * mean / speed)) for rollouts in (evaluation, run)]
         return (f"\nestimate (h:mm:ss): an evaluation draws for {times[0]}, the run for {times[1]} in all, at "
                 f"{speed:,.0f} tokens a second and {mean:.0f} a response, as above; {limit / mean:.1f} times as long "
@@ -534,10 +534,6 @@ class Trainer:
             progress()
             yield name, full(p, self.policy.dtype)
 
-    def due(self, step: int) -> bool:
-        """Whether there is an evaluation after so many steps."""
-        return step == self.cfg.steps or bool(self.cfg.eval_every and step % self.cfg.eval_every == 0)
-
     def evaluate(self, step: int) -> Evaluation | None:
         """mean@k and pass@k on the held-out problems with the current weights; seeds do not depend on the step. None
         when it is asked to stop before all ranks have drawn and graded theirs."""
@@ -672,7 +668,7 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
         return {k: v for k, v in dataclasses.asdict(latest).items() if k != "by_kind"}
 
     # of the base, or one that a stop left out
-    if trainer.due(trainer.next_step) and trainer.next_step not in [e.step for e in evaluations]:
+    if cfg.due(trainer.next_step) and trainer.next_step not in [e.step for e in evaluations]:
         evaluate()
     bar = tqdm(total=cfg.steps, initial=trainer.next_step, desc=f"{cfg.mode} seed {cfg.seed}", unit="step",
                disable=not first)
@@ -682,7 +678,7 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
         trainer.next_step += 1
         folder.lock.check()
         stopping, last = trainer.stop(), trainer.next_step == cfg.steps
-        if trainer.due(trainer.next_step) and not stopping:
+        if cfg.due(trainer.next_step) and not stopping:
             line["eval"] = evaluate()
             stopping = trainer.stop()  # which would have ended it
         if first:
