@@ -85,7 +85,7 @@ def grade(samples: list[Sample], grader: Grader) -> list[Sample]:
     """The samples with verdicts of the grader as it is now."""
     problems = [Problem(s.id, s.prompt, s.gold, s.style, s.kind, s.messages) for s in samples]
     grades = grader.grade([s.response for s in samples], problems, cut=[s.finish == "length" for s in samples])
-    return [dataclasses.replace(s, right=g.right, extracted=g.extracted, timed_out=g.timed_out, failed=g.failed)
+    return [dataclasses.replace(s, right=g.reward > 0, extracted=g.extracted, timed_out=g.timed_out, failed=g.failed)
             for s, g in zip(samples, grades, strict=True)]
 
 

@@ -459,14 +459,10 @@ class _Worker:
 class Grade(NamedTuple):
     """The verdict on one response."""
 
-    reward: float  # 1 or -1; of a reward of one's own, anything between
+    reward: float  # 1 or -1; of a reward of one's own, anything between; above 0 is right
     extracted: str | None  # the answer found, None if there is none
     timed_out: bool = False  # not graded in time, or two workers died of it; counts as wrong
     failed: bool = False  # math-verify or the user's function raised an exception over it; counts as wrong
-
-    @property
-    def right(self) -> bool:
-        return self.reward > 0
 
 
 class Grader(contextlib.AbstractContextManager):
@@ -550,7 +546,7 @@ def check_golds(problems: Sequence[Problem], grader: Grader, *, allowed: float, 
         return {"bad_golds": 0}
     given = grader.grade([rf"Answer: \boxed{{{p.answer}}}" for p in problems], problems)
     bad = [p for p, grade in zip(problems, given, strict=True)
-           if not grade.right or len(p.answer) > MAX_ANSWER or _ANSWER.search(p.answer)
+           if grade.reward <= 0 or len(p.answer) > MAX_ANSWER or _ANSWER.search(p.answer)
            or len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", p.answer)) > 5]
     if bad:
         examples = "\n".join(f"  {p.id} ({p.style}): {p.answer[:70]!r}" for p in bad[:3])

@@ -386,7 +386,7 @@ def scores(grader, responses, golds):
 def test_a_grade_tells_what_was_found():
     with Grader() as grader:
         grades = grader.grade(["so 4", "none"], problems_of(["4", "4"], "gsm8k"))
-        assert grades == [Grade(1.0, "4"), Grade(-1.0, None)] and [g.right for g in grades] == [True, False]
+        assert grades == [Grade(1.0, "4"), Grade(-1.0, None)] and [g.reward > 0 for g in grades] == [True, False]
 
 
 @pytest.fixture(scope="module")
@@ -451,7 +451,7 @@ def test_an_exception_in_math_verify_is_counted_quiet_and_wrong_and_its_worker_l
 
 def test_a_response_that_was_cut_is_wrong_whatever_it_says(grader):
     grades = grader.grade([r"\boxed{5}"] * 2, problems_of(["5"] * 2), cut=[False, True])
-    assert [(g.right, g.extracted, g.timed_out) for g in grades] == [(True, "5", False), (False, None, False)]
+    assert [(g.reward > 0, g.extracted, g.timed_out) for g in grades] == [(True, "5", False), (False, None, False)]
 
 
 def test_the_cheap_path_starts_no_process():
@@ -501,7 +501,7 @@ def test_a_reward_of_one_s_own_gets_response_and_problem_and_its_value_is_the_re
     with Grader(workers=2, timeout=20, reward=spec) as grader:
         grades = grader.grade([r"\boxed{4}", "4", "\ud8005", "0"], [*problems, *problems])
     assert grades == [Grade(1.0, "4"), Grade(0.5, "4"), Grade(-0.5, "5"), Grade(-0.25, "0")]
-    assert [g.right for g in grades] == [True, True, False, False]
+    assert [g.reward > 0 for g in grades] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("value, reward", [("1", 1.0), ("True", 1.0), ("-1", -1.0), ("0", 0.0),
