@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_logs import a_run, folder_of
+from test_logs import a_run, folder_of, from_base
 from test_tables import sample
 
 import plots
@@ -57,7 +57,7 @@ def test_figure_1_draws_tail_averages_and_the_budget():
 
 
 def test_the_figure_of_outcomes_compares_a_row_with_that_which_it_is_held_against():
-    rows = {row: [a_run(mode, s) for s in range(2)] for row, mode in
+    rows = {row: [from_base(mode, s) for s in range(2)] for row, mode in
             (("grpo", "grpo"), ("rollout", "rollout"), ("rollout-maxrl", "both"), ("maxrl", "grpo"))}
     rows["maxrl"][0].evaluations[-1]["passes"]["pass@8"] = 0.58
     (ax,) = figures.figure_outcomes({"made-up": rows}).axes
