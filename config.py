@@ -1,4 +1,7 @@
-"""Every setting of a run: `Config`, the presets, the command line. The only file that knows flags."""
+"""Every setting of a run: `Config`, the presets, the command lines. The only file that knows flags.
+
+Nothing here imports torch before a command line is whole: `--help` and a wrong flag are answered in half a second.
+"""
 
 import argparse
 import dataclasses
@@ -8,9 +11,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data import BUILT_IN, SUFFIXES
+from data import BUILT_IN, HUB_SETS, SUFFIXES
 from gdro import BUDGETS, RULES, SIGNALS, UTILITIES
-from ranks import cuda_usable, say
 from reward import STYLES
 
 PROMPT_SUFFIX = " Let's think step by step and output the final answer within \\boxed{}."  # of the launch scripts
@@ -156,6 +158,8 @@ PRESETS = {
 MAY_CHANGE = ("steps", "out_dir", "save_every", "eval_every", "grader_workers", "grader_timeout", "threads",
               "microbatch_tokens", "max_rollouts", "gpu_memory_utilization", "gradient_checkpointing",
               "learning_rate", "stall_seconds")
+# What others call a setting -> its name.
+SHORT = {"lr": "learning_rate", "n_bar": "rollouts_per_prompt", "k": "eval_rollouts", "eval_rollouts": "k"}
 # What acts with an adversary alone: mode -> its settings.
 OF_ADVERSARY = {
     "prompt": ("prompt_signal", "prompt_eta", "mean_one"),
@@ -164,9 +168,8 @@ OF_ADVERSARY = {
 # ------------------------------------------------------------------------------------------------ the command line
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
-    """Command line -> settings, and what it asks for beside: preset, resume, plan. A preset sets fields; flags given
-    override it. With --resume the rest comes from the run's config.json. ValueError for values that cannot be."""
+def train_flags() -> argparse.ArgumentParser:
+    """The command line of train.py. Of the settings only those that are given are in what it parses."""
     parser = argparse.ArgumentParser(
         description="GRPO, Prompt-GDRO and Rollout-GDRO (arXiv 2601.19280). Several GPUs or processes: torchrun.",
         usage="train.py [--preset PRESET] [--adversary paper|tuned] [--mode MODE] [--FLAG VALUE ...]\n"
@@ -185,10 +188,52 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, argparse.Namespac
     for f in dataclasses.fields(Config):
         group = parser.add_argument_group(f.metadata["heading"]) if f.metadata["heading"] else group
         add_flag(group, f, default=argparse.SUPPRESS)
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}; {hint(unknown[0])}")
-    given = vars(given)
+    return parser
+
+
+# Settings of train.py that are flags of eval.py, too, with a run's values where it is one of a run.
+ASKED = ("eval_rollouts", "eval_temperature", "eval_top_p", "eval_top_k", "seed", "max_prompt_tokens",
+         "max_response_tokens", "chat_template", "answer_style")  # with others it is another evaluation
+EVAL_FLAGS = (*ASKED, "eval_problems", "prompt_suffix", "stop_tokens", "reward", "allow_bad_golds", "engine", "dtype",
+              "threads", "max_rollouts", "gpu_memory_utilization", "grader_workers", "grader_timeout", "stall_seconds")
+
+
+def eval_flag(setting: str) -> str:
+    """What eval.py calls a setting."""
+    return "k" if setting == "eval_rollouts" else setting.removeprefix("eval_")
+
+
+def eval_flags(description: str = "") -> argparse.ArgumentParser:
+    """The command line of eval.py. Of EVAL_FLAGS only those that are given are in what it parses."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s (--model RUN|FOLDER|ID [--benchmarks NAME ...] | --regrade FOLDER|FILE) [option ...]",
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    built_in = ", ".join(BUILT_IN)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="a run of train.py (its last model; RUN/best: its best), evaluated as the run "
+                                      "does it, but for the flags given; or a Hugging Face folder or hub "
+                                      f"id[@revision]; {built_in} = the base model of a built-in task")
+    what.add_argument("--regrade", type=Path, metavar="FOLDER|FILE",
+                      help="grade the responses of an evaluation again, without any model; --answer_style and "
+                           "--reward may be others")
+    parser.add_argument("--benchmarks", nargs="+", metavar="NAME|FILE",
+                        help=f"any of {', '.join(n for n in HUB_SETS if n != 'dapo')}, {built_in}, "
+                             f"hub:owner/name[:config[:split]], or {'/'.join(SUFFIXES)} files; paper = the seven of "
+                             "the paper [those of the run, else paper]")
+    parser.add_argument("--out", type=Path, help="folder for eval.json and eval_samples.jsonl [out/eval-RUN or -MODEL, "
+                                                 "and the benchmarks if given]")
+    for name in EVAL_FLAGS:
+        add_flag(parser, Config.__dataclass_fields__[name], default=argparse.SUPPRESS, flag=eval_flag(name))
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
+    """Command line of train.py -> settings, and what it asks for beside: preset, resume, plan. A preset sets fields;
+    flags given override it. With --resume the rest comes from the run's config.json. ValueError for values that cannot
+    be."""
+    given = given_flags(train_flags(), argv)
+    from ranks import say  # which imports torch
+
     preset, adversary, resume, plan = (given.pop(name) for name in ("preset", "adversary", "resume", "plan"))
     if resume and (Path(given.get("out_dir", "")) / "config.json").exists():
         chosen = {} if adversary == "auto" else ADVERSARIES[adversary]
@@ -221,12 +266,16 @@ def add_flag(parser, setting: dataclasses.Field, *, default, flag: str = "") -> 
                         help=f"{m['help']} [{setting.default!r}]".replace("%", "%%"))
 
 
-def hint(flag: str) -> str:
-    """What an unknown flag probably meant."""
-    names = {"lr": "learning_rate", "n_bar": "rollouts_per_prompt", "k": "eval_rollouts"} | {
-        f.name: f.name for f in dataclasses.fields(Config)}
-    meant = difflib.get_close_matches(flag.lstrip("-").partition("=")[0].replace("-", "_"), names, 1)
-    return f"did you mean --{names[meant[0]]}?" if meant else "--help lists all flags"
+def given_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> dict:
+    """What a command line gives. An unknown flag ends the program, with what it probably meant."""
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        names = {flag.lstrip("-"): flag for flag in parser._option_string_actions}
+        names |= {short: names[name] for short, name in SHORT.items() if name in names and short not in names}
+        meant = difflib.get_close_matches(unknown[0].lstrip("-").partition("=")[0].replace("-", "_"), names, 1)
+        hint = f"did you mean {names[meant[0]]}?" if meant else "--help lists all flags"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; {hint}")
+    return vars(given)
 
 
 def _boolean(text: str) -> bool:
@@ -237,6 +286,8 @@ def _boolean(text: str) -> bool:
 
 def choose_preset(given: dict) -> str:
     """The preset of a command that names none. Raises RunError for a GPU that torch cannot use."""
+    from ranks import cuda_usable, say
+
     named = [given[k] for k in ("train_data", "model") if k in given]
     if named:
         task = next((t for t in BUILT_IN if t in [name.partition(":")[0] for name in named]), None)

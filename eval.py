@@ -22,14 +22,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from config import (
+    ASKED,
+    EVAL_FLAGS,
+    PROMPT_SUFFIX,
+    Config,
+    check_bounds,
+    eval_flag,
+    eval_flags,
+    given_flags,
+    of_run,
+)
+
+if __name__ == "__main__":
+    given_flags(eval_flags(__doc__))  # answers --help and wrong flags before the seconds that torch takes to import
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import metrics
 import tasks
-from config import PROMPT_SUFFIX, Config, add_flag, check_bounds, of_run
-from data import HUB_SETS, SUFFIXES, Problem, encode_prompts, hold_out
+from data import SUFFIXES, Problem, encode_prompts, hold_out
 from metrics import by_kind, figures, headline_k, whole_lines
 from policy import Policy
 from ranks import Ranks, RunError, say
@@ -270,47 +284,14 @@ def draw_samples(questions: list[Question], path: Path, engine, ranks: Ranks, to
 
 # ------------------------------------------------------------------------------------------------ command line
 
-# Settings of train.py that are flags here, too, with a run's values where it is one of a run.
-ASKED = ("eval_rollouts", "eval_temperature", "eval_top_p", "eval_top_k", "seed", "max_prompt_tokens",
-         "max_response_tokens", "chat_template", "answer_style")  # with others it is another evaluation
-FLAGS = (*ASKED, "eval_problems", "prompt_suffix", "stop_tokens", "reward", "allow_bad_golds", "engine", "dtype",
-         "threads", "max_rollouts", "gpu_memory_utilization", "grader_workers", "grader_timeout", "stall_seconds")
 # Where no run says it: token limits from the model's context, a suffix for all but the built-in tasks, and nearly the
 # whole GPU for the engine.
 DEFAULTS = {"max_prompt_tokens": 0, "max_response_tokens": 0, "prompt_suffix": None, "gpu_memory_utilization": 0.85}
 
 
-def flag_of(setting: str) -> str:
-    return "k" if setting == "eval_rollouts" else setting.removeprefix("eval_")
-
-
 def label_of(benchmark: str) -> str:
     """As tables and folders have it: of a file, its name without ending."""
     return Path(benchmark).stem if benchmark.endswith(SUFFIXES) else benchmark
-
-
-def flags() -> argparse.ArgumentParser:
-    """The command line. Of FLAGS only those that are given are in what it parses."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s (--model RUN|FOLDER|ID [--benchmarks NAME ...] | --regrade FOLDER|FILE) [option ...]",
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    built_in = ", ".join(tasks.TASKS)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", help="a run of train.py (its last model; RUN/best: its best), evaluated as the run "
-                                      "does it, but for the flags given; or a Hugging Face folder or hub "
-                                      f"id[@revision]; {built_in} = the base model of a built-in task")
-    what.add_argument("--regrade", type=Path, metavar="FOLDER|FILE",
-                      help="grade the responses of an evaluation again, without any model; --answer_style and "
-                           "--reward may be others")
-    parser.add_argument("--benchmarks", nargs="+", metavar="NAME|FILE",
-                        help=f"any of {', '.join(n for n in HUB_SETS if n != 'dapo')}, {built_in}, "
-                             f"hub:owner/name[:config[:split]], or {'/'.join(SUFFIXES)} files; paper = the seven of "
-                             "the paper [those of the run, else paper]")
-    parser.add_argument("--out", type=Path, help="folder for eval.json and eval_samples.jsonl [out/eval-RUN or -MODEL, "
-                                                 "and the benchmarks if given]")
-    for name in FLAGS:
-        add_flag(parser, Config.__dataclass_fields__[name], default=argparse.SUPPRESS, flag=flag_of(name))
-    return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -319,7 +300,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     Raises ValueError for a value that is wrong, FileNotFoundError for a run without a model.
     """
-    given = vars(flags().parse_args(argv))
+    given = given_flags(eval_flags(__doc__), argv)
     args = argparse.Namespace(**{name: given.pop(name) for name in ("model", "regrade", "benchmarks", "out")})
     args.run = run = TrainedRun.find(args.model) if args.model else None
     names = args.benchmarks or []
@@ -334,8 +315,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if names or not run:
         names = [m for n in names or ["paper"] for m in (PAPER_BENCHMARKS if n == "paper" else (n,))]
         args.benchmarks = list(dict.fromkeys(names))
-    for name in FLAGS:
-        check_bounds(Config.__dataclass_fields__[name], getattr(args.cfg, name), flag_of(name))
+    for name in EVAL_FLAGS:
+        check_bounds(Config.__dataclass_fields__[name], getattr(args.cfg, name), eval_flag(name))
     if args.cfg.eval_temperature == 0 and args.cfg.eval_rollouts > 1:
         raise ValueError("--temperature 0 gives the same response every time: use it with --k 1")
     if args.model and (args.out / "config.json").exists():

@@ -289,6 +289,14 @@ class RunFolder:
         if best.exists() and json.loads(best.read_text())["step"] > step:
             shutil.rmtree(best.parent)
 
+    def size(self, parameters: int, width: int) -> str:
+        """What it will hold of a model with `width` bytes a number, beside what is free: KEEP checkpoints and the one
+        being written, of masters and both moments; model/ and best/, and one of them aside."""
+        needed, free = parameters * (12 * (KEEP + 1) + 3 * width), shutil.disk_usage(self.path).free
+        warning = "WARNING: " * (needed > free)
+        return (f"{warning}{self.path} takes up to {needed / 2**30:.1f} GiB, 12 bytes a parameter and checkpoint; "
+                f"{free / 2**30:.1f} GiB are free")
+
     @contextmanager
     def full_disk_explained(self, needed: int):
         """Turns "no space left" into a RunError that says what is kept, what is needed (bytes) and how to go on."""

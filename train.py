@@ -29,6 +29,11 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+from config import Config, given_flags, parse_args, train_flags
+
+if __name__ == "__main__":
+    given_flags(train_flags())  # answers --help and wrong flags before the seconds that torch takes to import
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,7 +41,6 @@ from tqdm import tqdm
 
 import plan
 import tasks
-from config import Config, parse_args
 from data import Problem, batch_order, check_overlap, encode_prompts, hold_out
 from gdro import RULES, SIGNALS, DifficultyBins, PromptGDRO, RolloutGDRO, bin_shares, errors_by, means_by
 from kernels import group_advantage
@@ -642,6 +646,7 @@ def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, 
         else:
             folder.start(preset, jsonable(trainer.record))
         folder.forget_after(trainer.next_step)
+        say(folder.size(trainer.policy.config.num_parameters(), trainer.policy.dtype.itemsize))
     trainer.engine.load_weights(trainer.weights())
     return trainer, folder, evaluations
 

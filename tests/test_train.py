@@ -572,6 +572,21 @@ def test_a_log_line_that_is_no_json_is_named_with_the_remedy(finished):
     assert command_line("--out_dir", str(finished), "--resume") == 0
 
 
+def test_what_a_run_will_hold_is_said_before_its_first_step(base, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(base, out, steps=3, save_every=1, eval_every=1) == 0
+    said = capsys.readouterr().out
+    parameters = sum(w.numel() for w in Transformer.from_pretrained(base, dtype=torch.float32).parameters())
+    on_disk = {top: sum(p.stat().st_size for p in (out / top).glob("**/*.safetensors"))
+               for top in ("checkpoint", "model")}
+    assert on_disk["checkpoint"] == pytest.approx(2 * 12 * parameters, rel=0.05)
+    assert on_disk["model"] == pytest.approx(4 * parameters, rel=0.05)
+    needed = 3 * 12 * parameters + 3 * 4 * parameters  # a third checkpoint in the making; model/, best/, one aside
+    assert f"{out} takes up to {needed / 2**30:.1f} GiB" in said and said.index("takes up to") < said.index("step 1:")
+    at = RunFolder(Config(out_dir=str(out)))
+    assert at.size(2**50, 4).startswith("WARNING: ") and not at.size(1, 4).startswith("WARNING: ")
+
+
 def test_a_full_disk_says_what_is_kept_and_how_to_go_on(base, finished):
     """/dev/full refuses every byte, as a full disk does."""
     process = launch(base, finished, "--resume", steps=500, save_every=0, temperature=0.9)
@@ -713,6 +728,16 @@ def test_unknown_and_abbreviated_flags_are_refused_with_what_they_may_have_meant
     with pytest.raises(SystemExit) as stop:
         parse_args(argv.split())
     assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py"])
+def test_help_and_a_wrong_flag_are_answered_without_torch(program):
+    here = Path(train_module.__file__).parent
+    for flag, said in (("--help", "--answer_style"), ("--lamp", "unrecognized arguments: --lamp")):
+        command = [sys.executable, "-X", "importtime", here / program, "--model", "x", flag]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=here)
+        assert said in done.stdout + done.stderr and "numpy" in done.stderr
+        assert not re.search(r"\| +(torch|transformers|tasks)\b", done.stderr)
 
 
 def test_the_preset_is_that_of_what_is_named_and_never_another_in_silence(capsys):
