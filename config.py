@@ -46,8 +46,8 @@ class Config:
     answer_style: str = arg("auto", "where a response states its answer (reward.py); auto = as the data set says",
                             ("auto", *STYLES))
     reward: str = arg("", "FILE.py:function, your own: (response: str, problem: data.Problem) -> float in [-1, 1], "
-                          "above 0 is right; with a name in _batch of lists, to a list; empty = +1 for the right "
-                          "answer, else -1")
+                          "above 0 is right; a name in _batch: two lists -> list (docs/log.md); empty = +1 for "
+                          "the right answer, else -1")
     allow_bad_golds: float = arg(0.02, "largest share of golds that no response could match", low=0, high=1)
     allow_overlap: float = arg(0.02, "largest share of eval_data that may stand in train_data, too", low=0, high=1)
     prompt_suffix: str = arg(PROMPT_SUFFIX, "appended to every prompt")
