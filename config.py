@@ -48,14 +48,16 @@ class Config:
     answer_style: str = arg("auto", "where a response states its answer (reward.py); auto = as the data set says",
                             ("auto", *STYLES))
     reward: str = arg("", "FILE.py:function, your own: (response: str, problem: data.Problem) -> float in [-1, 1], "
-                          "above 0 is right; empty = +1 for the right answer, else -1")
+                          "above 0 is right; a name in _batch: two lists -> list (docs/log.md); empty = +1 for "
+                          "the right answer, else -1")
     allow_bad_golds: float = arg(0.02, "largest share of golds that no response could match", low=0, high=1)
     allow_overlap: float = arg(0.02, "largest share of eval_data that may stand in train_data, too", low=0, high=1)
     prompt_suffix: str = arg(PROMPT_SUFFIX, "appended to every prompt")
     chat_template: str = arg("auto", "auto = when the tokenizer has one", ("auto", "always", "never"))
     stop_tokens: str = arg("auto", "comma-separated tokens that end a response; auto = the model's own")
     max_prompt_tokens: int = arg(3200, "longer prompts are dropped; 0 = half the context, up to 1024", low=0)
-    max_response_tokens: int = arg(4096, "a response cut here is wrong; 0 = what prompts leave, up to 1024", low=0)
+    max_response_tokens: int = arg(4096, "a response cut here is wrong unless a --reward says else; 0 = what prompts "
+                                         "leave, up to 1024", low=0)
 
     engine: str = arg("auto", "auto = vLLM; torch on a CPU where vLLM does not run", ("auto", "vllm", "torch"),
                       heading="sampling")
@@ -113,7 +115,8 @@ class Config:
     eval_top_p: float = arg(0.8, "of evaluation; 1 = off", above=0, high=1)
     eval_top_k: int = arg(20, "of evaluation; 0 = off", low=0)
     grader_workers: int = arg(2, "processes for answers that need math-verify", low=1)
-    grader_timeout: float = arg(5.0, "seconds per answer; past it the response counts as wrong", above=0)
+    grader_timeout: float = arg(5.0, "seconds per answer; past it the response counts as wrong. A --reward in _batch "
+                                     "has as many for each of its responses, divided by grader_workers", above=0)
 
     def due(self, step: int) -> bool:
         """Whether there is an evaluation after so many steps."""

@@ -53,8 +53,8 @@ def load_problems(source: str, *, revision: str | None = None) -> tuple[list[Pro
 
     source: a path ending in .jsonl, .json (a list of objects) or .parquet; a key of HUB_SETS; or
         `hub:owner/name[:config[:split]]` (split: train). Columns: PROMPT_COLUMNS (text, or chat messages) and
-        ANSWER_COLUMNS; optional are style, OPTION_COLUMNS, KIND_COLUMNS and ID_COLUMNS. Behind a hub set `@` and its
-        commit, branch or tag may stand.
+        ANSWER_COLUMNS; optional are style, OPTION_COLUMNS, KIND_COLUMNS and ID_COLUMNS. All others are kept for a
+        reward of one's own. Behind a hub set `@` and its commit, branch or tag may stand.
     revision: it, and wins over what `source` says; a full commit sha needs no network if the set is cached.
     Returns the problems in file order, and {source, counts: {rows, merged, conflicting}} with {repo, config, split,
     revision: the commit sha} or {sha256}: no absolute path, so it can be published and compared.
@@ -174,7 +174,7 @@ def _problem(row: dict, where: str) -> Problem:
     for field, value in ("prompt", prompt), ("answer", answer):
         if not value:
             raise ValueError(f"{where}: the {field} is empty or not text; write it as text or remove the row")
-    return _with_id(row, Problem("", prompt, answer, style, _kind(row), messages))
+    return _with_rest(row, Problem("", prompt, answer, style, _kind(row), messages))
 
 
 def _asked(value, where: str) -> tuple[str, tuple[dict[str, str], ...]]:
@@ -222,7 +222,7 @@ def _multiple_choice(row: dict, where: str) -> Problem:
     seed = int.from_bytes(hashlib.blake2b(question.encode(), digest_size=8).digest(), "big")
     order = np.random.default_rng(seed).permutation(4)  # place -> option; option 0 is the right one
     prompt = _with_options(question, [options[option] for option in order])
-    return _with_id(row, Problem("", prompt, LETTERS[list(order).index(0)], "choice", _kind(row)))
+    return _with_rest(row, Problem("", prompt, LETTERS[list(order).index(0)], "choice", _kind(row)))
 
 
 def _with_options(question: str, options: list[str]) -> str:
@@ -251,9 +251,23 @@ def _hash(problem: Problem) -> str:
     return hashlib.blake2b(key(problem).encode(), digest_size=8).hexdigest()
 
 
-def _with_id(row: dict, problem: Problem) -> Problem:
-    own = next((str(row[c]) for c in ID_COLUMNS if row.get(c) not in (None, "")), None)
-    return dataclasses.replace(problem, id=own or _hash(problem))
+def _with_rest(row: dict, problem: Problem) -> Problem:
+    """With its id and with the columns that were not taken for anything else."""
+    own = next((c for c in ID_COLUMNS if row.get(c) not in (None, "")), None)
+    taken = [next((c for c in names if c in row), "") for names in (PROMPT_COLUMNS, ANSWER_COLUMNS, KIND_COLUMNS)]
+    taken = {own, "style", *taken, *CHOICE_COLUMNS, *(OPTION_COLUMNS if problem.style == "choice" else ())}
+    others = {name: _as_json(value) for name, value in row.items() if name not in taken}
+    return dataclasses.replace(problem, id=str(row[own]) if own else _hash(problem), columns=others)
+
+
+def _as_json(value):
+    """Text, numbers, and lists and objects of them as they are; null for what JSON has not: nan, dates, images."""
+    if isinstance(value, dict):
+        return {name: _as_json(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):  # a map of parquet has tuples
+        return [_as_json(part) for part in value]
+    finite = math.isfinite(value) if isinstance(value, float) else isinstance(value, str | int)
+    return value if finite else None
 
 
 def _kind(row: dict) -> str:

@@ -6,9 +6,9 @@
     python eval.py --regrade out/eval-Qwen3-1.7B-Base
 
 The figures are those of metrics.py, as in `train.py --eval_every`; a response cut at the length limit counts as wrong,
-as in training. The folder holds eval_samples.jsonl, a line a response, and eval.json. An interrupted evaluation goes on
-where it was, and one of other weights, data or settings is refused; with torchrun the problems are dealt out, and the
-figures do not depend on the number of processes.
+as in training, unless a --reward says else. The folder holds eval_samples.jsonl, a line a response, and eval.json. An
+interrupted evaluation goes on where it was, and one of other weights, data or settings is refused; with torchrun the
+problems are dealt out, and the figures do not depend on the number of processes.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,12 +72,13 @@ class Sample:
     sample: int  # counts the problem's responses from 0
     response: str
     tokens: int
-    finish: str  # "stop", or "length" for a response cut at the limit: counts as wrong
+    finish: str  # "stop", or "length" for a response cut at the limit: wrong unless a --reward says else
     extracted: str | None = None
     right: bool = False
     timed_out: bool = False  # the grader gave up: counts as wrong
     failed: bool = False  # the grader raised an exception over it: counts as wrong
     messages: Sequence[dict[str, str]] = ()  # of a chat, as in Problem
+    columns: dict[str, object] = field(default_factory=dict)  # the row's others, as in Problem
 
 
 def lines_of(samples: list[Sample]) -> str:
@@ -97,7 +98,7 @@ def read_samples(path: Path) -> list[Sample]:
 
 def grade(samples: list[Sample], grader: Grader) -> list[Sample]:
     """The samples with verdicts of the grader as it is now."""
-    problems = [Problem(s.id, s.prompt, s.gold, s.style, s.kind, s.messages) for s in samples]
+    problems = [Problem(s.id, s.prompt, s.gold, s.style, s.kind, s.messages, s.columns) for s in samples]
     grades = grader.grade([s.response for s in samples], problems, cut=[s.finish == "length" for s in samples])
     return [dataclasses.replace(s, right=g.reward > 0, extracted=g.extracted, timed_out=g.timed_out, failed=g.failed)
             for s, g in zip(samples, grades, strict=True)]
@@ -267,7 +268,8 @@ def draw_samples(questions: list[Question], path: Path, engine, ranks: Ranks, to
                          [rollout_seed(seed, -1, q.problem.id) for q in part], sampling)
         texts = to_text(tokenizer, [rollout.tokens for rollout in mine.rollouts])
         drawn = [Sample(part[r // k].benchmark, p.id, p.prompt, p.answer, p.style, p.kind, int(r % k), text,
-                        len(rollout.tokens), "length" if rollout.truncated else "stop", messages=p.messages)
+                        len(rollout.tokens), "length" if rollout.truncated else "stop", messages=p.messages,
+                        columns=p.columns)
                  for r, text, rollout in zip(mine.mine_R, texts, mine.rollouts, strict=True)
                  for p in [part[r // k].problem]]
         drawn = sum(ranks.from_all(list(zip(mine.mine_R, grade(drawn, grader), strict=True))), [])  # of all ranks

@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import multiprocessing.connection
 import multiprocessing.reduction
 import os
@@ -54,6 +55,7 @@ class Problem:
     kind: str = ""  # what evaluations tell apart; "" = nothing
     # Of a chat, role and content of each; () = one, the user's, which `prompt` is. (No hash: dicts have none.)
     messages: Sequence[dict[str, str]] = field(default=(), hash=False)
+    columns: dict[str, object] = field(default_factory=dict, hash=False)  # the row's others, as JSON, for a reward
 
 
 # ---- extraction
@@ -334,6 +336,15 @@ def ask_math_verify(answer: str, gold: str) -> bool:
 
 # ---- a reward of one's own
 
+class Response(str):
+    """What a reward of one's own gets of a response: its text, and in `cut` whether it ended at the length limit."""
+
+    def __new__(cls, text: str, cut: bool = False):
+        response = super().__new__(cls, text)
+        response.cut = cut
+        return response
+
+
 class _Source(NamedTuple):
     """A reward function as text. The workers get the text and not the path: one that is started late in a run, in the
     place of one that was killed, must not run what the file has become meanwhile."""
@@ -342,6 +353,11 @@ class _Source(NamedTuple):
     function: str
     text: str
     sha256: str  # of the file
+
+    @property
+    def batch(self) -> bool:
+        """Whether it takes all responses of a call at once, for a model behind an API."""
+        return self.function.endswith("_batch")
 
     @classmethod
     def read(cls, spec: str) -> "_Source":
@@ -352,28 +368,34 @@ class _Source(NamedTuple):
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--reward is FILE.py:FUNCTION, got {spec!r}: cannot read {path}: {error}") from error
 
-    def define(self) -> Callable[[str, Problem], float]:
-        """Runs the file, which the user wrote and named, and returns its function."""
+    def define(self) -> Callable[[Sequence[Response], Sequence[Problem]], Sequence[float]]:
+        """Runs the file, which the user wrote and named, and returns its function, in any case as one of lists."""
         module = sys.modules["_custom_reward"] = types.ModuleType("_custom_reward")
         module.__file__ = self.path
-        exec(compile(self.text, self.path, "exec"), vars(module))
+        try:
+            exec(compile(self.text, self.path, "exec"), vars(module))
+        except SyntaxError as error:  # in the file, or in one that it imports
+            raise ValueError(f"--reward: {self.path} does not compile: {error}") from error
         if not callable(function := getattr(module, self.function, None)):
             raise ValueError(f"--reward: there is no function {self.function} in {self.path}")
-        return function
+        return function if self.batch else lambda responses, problems: list(map(function, responses, problems))
 
 
 # ---- workers
 
-def _decide(function: Callable | None, response: str, problem: dict | str) -> float | str:
-    """The reward, or the traceback of what went wrong: `function` says it of a response and its problem, or without one
-    1 or -1 for an answer and a gold."""
+def _decide(function: Callable | None, jobs: list) -> list[float] | str:
+    """The reward of each job, or the traceback of what went wrong. A job is [response, problem, cut] for `function`, or
+    where that is None [answer, gold], 1 or -1."""
     try:
         if function is None:
-            return 1.0 if compare(response, problem, ask_math_verify) else -1.0
-        value = function(response, Problem(**problem))
-        if not -1 <= value <= 1:
-            raise ValueError(f"a reward is a number from -1 to 1, not {value!r:.200}")
-        return float(value)
+            return [1.0 if compare(answer, gold, ask_math_verify) else -1.0 for answer, gold in jobs]
+        values = list(function([Response(text, cut) for text, _, cut in jobs], [Problem(**p) for _, p, _ in jobs]))
+        if len(values) != len(jobs):
+            raise ValueError(f"{len(values)} rewards for {len(jobs)} responses")
+        for value in values:
+            if not -1 <= value <= 1:
+                raise ValueError(f"a reward is a number from -1 to 1, not {value!r:.200}")
+        return [float(value) for value in values]
     except MemoryError:
         raise  # what comes after it is not to be trusted
     except Exception:  # no list of what math-verify, sympy, the parser and a user's function raise is complete
@@ -402,8 +424,8 @@ def _fork_for_each(control: multiprocessing.connection.Connection) -> multiproce
 
 
 def _serve(pipe: multiprocessing.connection.Connection) -> None:
-    """The fork. In comes what to do, a _Source or null, then jobs, [answer, gold] or [response, problem]; out goes null
-    when it is ready, then for each job its reward, or a text that says what failed."""
+    """The fork. In comes what to do, a _Source or null, then lists of jobs; out goes null when it is ready, then what
+    `_decide` says of each list."""
     end_with_parent()
     source = json.loads(pipe.recv_bytes())
     function = _Source(*source).define() if source else None
@@ -413,11 +435,11 @@ def _serve(pipe: multiprocessing.connection.Connection) -> None:
     pipe.send_bytes(b"null")
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the trainer is gone
         while True:
-            pipe.send_bytes(json.dumps(_decide(function, *json.loads(pipe.recv_bytes()))).encode())
+            pipe.send_bytes(json.dumps(_decide(function, json.loads(pipe.recv_bytes()))).encode())
 
 
 class _Worker:
-    """A process that decides a job at a time, in a fork of it that can be killed."""
+    """A process that decides a list of jobs at a time, in a fork of it that can be killed."""
 
     def __init__(self, source: _Source | None):
         self.source, self.process = source, None
@@ -435,7 +457,7 @@ class _Worker:
             multiprocessing.reduction.send_handle(self.control, theirs.fileno(), self.process.pid)
         self.ask(self.source, seconds=120)  # imports from a slow disk
 
-    def ask(self, message: object, seconds: float) -> float | str | None:
+    def ask(self, message: object, seconds: float) -> list[float] | str | None:
         """Its reply. TimeoutError after so many seconds, EOFError or another OSError if it died: then `start` is next.
         """
         try:
@@ -469,13 +491,15 @@ class Grader(contextlib.AbstractContextManager):
     """Grades responses; no answer can hold it for longer than `timeout` seconds. A context manager.
 
     workers: processes, started when first needed. timeout: seconds for one answer, hard: its worker is killed and
-    replaced. reward: "FILE.py:function" decides instead, called with a response and its Problem: a number from -1 to 1,
-    above 0 is right; `source` then holds the file's text and sha256. Raises ValueError that says what is wrong with it.
+    replaced. reward: "FILE.py:function" decides instead, called with a Response and its Problem: a number from -1 to 1,
+    above 0 is right. One whose name ends in _batch is called once with lists of them and returns a list; it has the
+    time that as many answers would have one by one, and what goes wrong counts for all. `source` then holds the file's
+    text and sha256. Raises ValueError that says what is wrong with it.
     `failure`: the traceback of the first response over which math-verify or the reward raised, "" while there is none.
     """
 
     def __init__(self, *, workers: int = 2, timeout: float = 5.0, reward: str = ""):
-        self.timeout = timeout
+        self.workers, self.timeout = workers, timeout
         self.source = _Source.read(reward) if reward else None
         if self.source:
             self.source.define()  # raises here rather than in a worker
@@ -486,15 +510,17 @@ class Grader(contextlib.AbstractContextManager):
 
     def grade(self, responses: Sequence[str], problems: Sequence[Problem], *,
               cut: Sequence[bool] | None = None) -> list[Grade]:
-        """One verdict for each of R responses to R problems; equal pairs are decided once. cut: which responses ended
-        at the length limit: those are wrong, whatever they say."""
-        cut = [False] * len(responses) if cut is None else cut
-        texts = [None if over else text for text, over in zip(responses, cut, strict=True)]
-        found = [text and extract(text, p.style) for text, p in zip(texts, problems, strict=True)]
-        jobs = [(text, p) if self.source else (answer, p.answer)
-                for text, answer, p in zip(texts, found, problems, strict=True)]
+        """One verdict for each of R responses to R problems; equal ones are decided once. cut: which responses ended at
+        the length limit: those are wrong, whatever they say, unless a reward of one's own says else."""
+        cut = [False] * len(responses) if cut is None else map(bool, cut)  # no numpy: they go out as JSON
+        asked = list(zip(responses, problems, cut, strict=True))
+        found = [None if over and not self.source else extract(text, p.style) for text, p, over in asked]
+        jobs = asked if self.source else [(answer, p.answer) for answer, p in zip(found, problems, strict=True)]
         distinct = list(dict.fromkeys(jobs))
-        verdicts = dict(zip(distinct, self._threads.map(self._verdict, distinct), strict=True))
+        calls = [distinct] if distinct and self.source and self.source.batch else [[job] for job in distinct]
+        verdicts = {}
+        for call, reply in zip(calls, self._threads.map(self._verdicts, calls), strict=True):
+            verdicts |= zip(call, reply if isinstance(reply, list) else [reply] * len(call), strict=True)
         why = next((v for v in verdicts.values() if isinstance(v, str)), "")
         if self.source and why and not self.failure:
             log.warning("%s failed; there a response counts as wrong. This is said once:\n%s", self.source.path, why)
@@ -502,19 +528,18 @@ class Grader(contextlib.AbstractContextManager):
         return [Grade(verdicts[job] if isinstance(verdicts[job], float) else -1.0, answer, verdicts[job] is None,
                       isinstance(verdicts[job], str)) for job, answer in zip(jobs, found, strict=True)]
 
-    def _verdict(self, job: tuple) -> float | str | None:
-        """The reward of a job, what failed, or None where the deadline passed or two workers died of it."""
-        if job[0] is None:
-            return -1.0
-        if not self.source and (same := compare(*job)) is not None:
-            return 2.0 * same - 1
-        for _ in range(2):  # a worker that dies (memory, a crash in C) may be bad luck; the second is the job's doing
+    def _verdicts(self, jobs: list[tuple]) -> list[float] | str | None:
+        """The rewards of jobs, what failed, or None where the deadline passed or two workers died of them."""
+        if not self.source and (same := compare(*jobs[0])) is not None:
+            return [2.0 * same - 1]
+        seconds = self.timeout * math.ceil(len(jobs) / self.workers)
+        for _ in range(2):  # a worker that dies (memory, a crash in C) may be bad luck; the second is their doing
             try:
                 worker = self._workers.pop()
             except IndexError:
                 worker = _Worker(self.source)
             try:
-                return worker.ask(job, self.timeout)
+                return worker.ask(jobs, seconds)
             except TimeoutError:
                 return None
             except (OSError, EOFError):

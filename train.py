@@ -362,7 +362,7 @@ class Trainer:
         # How many rollouts are -1 for want of a verdict.
         s.timeouts, s.failures = self.ranks.merge(np.array([sum(g.timed_out for g in s.grades),
                                                             sum(g.failed for g in s.grades)]))
-        asked = int((~s.batch.truncated).sum())
+        asked = len(s.reward_R) if self.cfg.reward else int((~s.batch.truncated).sum())
         if s.number >= 0:
             self.lost_steps = self.lost_steps + 1 if 2 * (s.timeouts + s.failures) > asked else 0
         if self.lost_steps == 3 or (self.cfg.reward and 0 < asked == s.failures):
@@ -715,10 +715,10 @@ def nothing_to_learn(lines: list[dict]) -> str | None:
     solved, cut = (np.mean([line[key] for line in lines]) for key in ("solved_frac", "truncated_frac"))
     lost = sum(line["reward_timeouts"] + line["reward_failures"] for line in lines)
     return (f"WARNING: so far all rollouts of a prompt scored alike: all advantages are 0 and nothing is learned. "
-            f"{solved:.0%} of prompts were solved; {cut:.0%} of responses were cut and count as wrong (does the model "
-            f"end them? --max_response_tokens, --stop_tokens); {lost} got no verdict (--grader_timeout). samples.jsonl "
-            "shows whether they say their answer where --answer_style or --reward looks (--prompt_suffix, "
-            "--chat_template)")
+            f"{solved:.0%} of prompts were solved; {cut:.0%} of responses were cut, which only a --reward may call "
+            f"right (does the model end them? --max_response_tokens, --stop_tokens); {lost} got no verdict "
+            "(--grader_timeout). samples.jsonl shows whether they say their answer where --answer_style or --reward "
+            "looks (--prompt_suffix, --chat_template)")
 
 
 def collapsed(first: list[dict], last: list[dict]) -> str | None:

@@ -33,7 +33,7 @@ two_ranks = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks
 
 def equivalent(answer: str | None, gold: str) -> bool:
     """Is `answer` the same as `gold`? In this process and without time-out, as a worker decides it."""
-    return _decide(None, answer, gold) == 1.0
+    return _decide(None, [(answer, gold)]) == [1.0]
 
 
 def score(response: str, answer: str, style: str = "math") -> float:

@@ -1,6 +1,7 @@
 """Problems from files and from the hub, and what a tokenizer makes of them; whatever is wrong is named."""
 
 import dataclasses
+import datetime
 import functools
 import hashlib
 import json
@@ -355,11 +356,28 @@ def test_a_chat_that_would_not_go_in_as_it_is_is_refused_with_its_row(tmp_path, 
         load_problems(write(tmp_path / "a.jsonl", rows))
 
 
-def test_a_reward_of_ones_own_sees_the_messages_of_a_chat(tmp_path):
-    problem = load_problems(write(tmp_path / "a.jsonl", [{"prompt": chat_of(*CHAT), "answer": "5"}]))[0][0]
-    (tmp_path / "mine.py").write_text("def turns(response, problem):\n    return len(problem.messages) / 10\n")
+def test_a_reward_of_ones_own_sees_the_messages_of_a_chat_and_the_other_columns(tmp_path):
+    row = {"prompt": chat_of(*CHAT), "answer": "5", "extra_info": {"worth": [0.1]}}
+    problem = load_problems(write(tmp_path / "a.jsonl", [row]))[0][0]
+    (tmp_path / "mine.py").write_text("def turns(response, problem):\n    return len(problem.messages) * "
+                                      "problem.columns['extra_info']['worth'][0]\n")
     with Grader(workers=1, timeout=20, reward=f"{tmp_path}/mine.py:turns") as grader:
         assert [g.reward for g in grader.grade(["4", "5"], [problem] * 2)] == [len(CHAT) / 10] * 2
+
+
+@pytest.mark.parametrize("suffix", data.SUFFIXES)
+def test_columns_that_were_not_taken_stay_with_the_problem_as_json(tmp_path, suffix):
+    taken = {"id": 7, "problem": "Q", "answer": "5", "level": "hard", "style": "math"}
+    others = {"uid": "u", "solution": "so 5", "subject": "sums", "options": ["x"], "tests": [{"in": "1", "out": 2.5}],
+              "limit": 3, "ok": True, "none": None, "nan": float("nan")}
+    more = {"day": datetime.date(2000, 1, 1)} if suffix == ".parquet" else {}
+    [problem], _ = load_problems(write(tmp_path / f"a{suffix}", [taken | others | more]))
+    assert problem.id == "7" and problem.columns == others | {"nan": None} | dict.fromkeys(more)
+    assert problem in {problem: 1} and problem != dataclasses.replace(problem, columns={})
+    sent = json.dumps(dataclasses.asdict(problem), allow_nan=False)
+    assert dataclasses.replace(Problem(**json.loads(sent)), messages=()) == problem
+    [problem], _ = load_problems(write(tmp_path / f"b{suffix}", [GPQA | {"Subdomain": "optics"}]))
+    assert problem.columns == {"Subdomain": "optics"}
 
 
 def test_all_messages_go_through_the_template_and_the_suffix_stands_behind_the_last(chat, tmp_path, monkeypatch):

@@ -256,20 +256,24 @@ def test_regrading_takes_another_style_and_another_reward(evaluated, tmp_path):
     assert changed(out, "--answer_style", "dapo") == sum(s.right for s in old)  # nobody writes "Answer:"
     (out / "mine.py").write_text("def asks_for_zero(response, problem):\n"
                                  "    return 0.5 if problem.prompt.startswith('0s') else -0.5\n")
-    new = [s.prompt.startswith("0s") and s.finish == "stop" for s in old]
+    new = [s.prompt.startswith("0s") for s in old]
     assert changed(out, "--reward", "mine.py:asks_for_zero") == sum(s.right != n for s, n in zip(old, new, strict=True))
     settings = json.loads((out / "eval.json").read_text())["settings"] | {"reward": "mine.py:asks_for_zero"}
     (out / "eval.json").write_text(json.dumps({"settings": settings}))
     assert changed(out) == changed(out, "--reward", "mine.py:asks_for_zero") > 0  # what was graded so is graded so
 
 
-def test_a_reward_of_ones_own_sees_the_messages_of_a_chat_again(tmp_path):
-    (tmp_path / "mine.py").write_text("def asked(response, problem): return problem.messages[0]['role'] == 'system'\n")
+def test_a_reward_of_ones_own_sees_messages_columns_and_cuts_again(tmp_path):
+    (tmp_path / "mine.py").write_text("def asked(response, problem):\n    return response.cut and problem.messages[0]"
+                                      "['role'] == 'system' and problem.columns.get('worth', 0.5)\n")
     messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1s1="}]
-    (tmp_path / "eval_samples.jsonl").write_text(eval_module.lines_of(
-        [Sample("b", "1", "1s1=", "2", "math", "", 0, "2", 1, "stop", messages=messages)]))
+    lines = eval_module.lines_of([
+        Sample("b", "1", "1s1=", "2", "math", "", 0, "2", 1, finish, messages=messages, columns=columns)
+        for finish, columns in (("length", {"worth": -1}), ("length", {}), ("stop", {}))])
+    (tmp_path / "eval_samples.jsonl").write_text(lines.replace(', "columns": {}', ""))  # as they were before columns
     with Grader(workers=1, timeout=20, reward=f"{tmp_path}/mine.py:asked") as grader:
-        assert eval_module.grade(eval_module.read_samples(tmp_path / "eval_samples.jsonl"), grader)[0].right
+        again = eval_module.grade(eval_module.read_samples(tmp_path / "eval_samples.jsonl"), grader)
+    assert [s.right for s in again] == [False, True, False]
 
 
 def test_an_evaluation_with_a_reward_of_ones_own_names_its_content(base, tmp_path):
@@ -278,7 +282,7 @@ def test_an_evaluation_with_a_reward_of_ones_own_names_its_content(base, tmp_pat
     more = ["--benchmarks", "arithmetic", "--problems", "20", "--reward", f"{file}:short"]
     saved = run(base, tmp_path / "out", *more)
     samples = eval_module.read_samples(tmp_path / "out" / "eval_samples.jsonl")
-    assert [s.right for s in samples] == [len(s.response) == 1 and s.finish == "stop" for s in samples]
+    assert [s.right for s in samples] == [len(s.response) == 1 for s in samples]
     assert saved["settings"]["reward"] == "mine.py:short" and 0 < saved["figures"]["arithmetic"]["mean@4"][0] < 1
     file.write_text(file.read_text().replace("0.3", "0.4"))
     with pytest.raises(FileExistsError, match="reward_sha256"):

@@ -17,6 +17,7 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import equivalent, score
 from hypothesis import given, settings
@@ -473,13 +474,14 @@ def write_reward(path, body: str, head: str = "") -> str:
     ("none.py:score", None, r"--reward is FILE.py:FUNCTION, got .*cannot read .*none.py: .*No such file"),
     ("r.py", None, "--reward is FILE.py:FUNCTION"), ("r.py:", "", "there is no function"),
     ("r.py:score", "score = 3", r"there is no function score in .*r.py"),
-    ("r.py:score", "def score(:", "invalid syntax"), ("r.py:score", "import no_such_module", "no_such_module"),
+    ("r.py:score", "x = 1\ndef score(:", r"^--reward: .*r.py does not compile: invalid syntax \(r.py, line 2\)$"),
+    ("r.py:score", "import no_such_module", "no_such_module"),
     ("r.py:score", b"\xff", r"cannot read .*r.py: 'utf-8' codec"),
 ])
 def test_a_reward_that_cannot_be_had_says_why(tmp_path, spec, content, message):
     if content is not None:
         (tmp_path / spec.rpartition(":")[0]).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises((ValueError, SyntaxError, ImportError), match=message):
+    with pytest.raises((ValueError, ImportError), match=message):
         Grader(reward=f"{tmp_path}/{spec}")
 
 
@@ -487,7 +489,7 @@ def test_a_reward_is_loaded_with_the_hash_of_its_file(tmp_path):
     path = tmp_path / "mine.py"
     path.write_bytes(b"\xef\xbb\xbfdef score(response, problem):\r\n    return len(response) / 10\r\n")
     source = Grader(reward=f"{path}:score").source
-    assert source.define()("abc", None) == 0.3 and source.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert source.define()(["abc"], [None]) == [0.3] and source.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_a_reward_of_one_s_own_gets_response_and_problem_and_its_value_is_the_reward(tmp_path):
@@ -520,9 +522,8 @@ def test_what_goes_wrong_in_a_reward_counts_as_wrong_and_its_traceback_is_logged
     spec = write_reward(tmp_path / "r.py", f"if response != 'good': {body}\n    return 0.5")
     with Grader(workers=1, timeout=20, reward=spec) as grader:
         for _ in range(2):
-            grades = grader.grade(["bad", "good", "worse", "cut"], problems_of("1234"), cut=[False] * 3 + [True])
-            assert grades == [Grade(-1.0, None, failed=True), Grade(0.5, None), Grade(-1.0, None, failed=True),
-                              Grade(-1.0, None)]
+            grades = grader.grade(["bad", "good", "worse"], problems_of("123"))
+            assert grades == [Grade(-1.0, None, failed=True), Grade(0.5, None), Grade(-1.0, None, failed=True)]
     [record] = caplog.records
     assert re.search(rf"r.py failed(?s:.*)Traceback(?s:.*){said}", record.getMessage())
 
@@ -558,13 +559,42 @@ def test_a_worker_that_takes_the_place_of_another_runs_the_file_as_it_was(tmp_pa
 
 
 def test_a_reward_is_asked_once_for_equal_responses_of_a_call_and_anew_in_the_next(tmp_path):
-    body = f"with open({str(tmp_path / 'asked')!r}, 'a') as file: file.write(response + problem.id + ' ')\n    return 1"
+    body = f"with open({str(tmp_path / 'asked')!r}, 'a') as file: file.write(response + problem.id + ' ')\n" \
+           "    return 1 - response.cut / 2"
     one, two = problems_of(["5", "5"])
     with Grader(workers=1, timeout=20, reward=write_reward(tmp_path / "r.py", body)) as grader:
         for _ in range(2):
-            assert grader.grade(["a", "a", "b", "a", "cut"], [one, one, one, two, two], cut=[False] * 4 + [True]) == [
-                *[Grade(1.0, None)] * 4, Grade(-1.0, None)]
-    assert (tmp_path / "asked").read_text() == "a0 b0 a1 " * 2
+            grades = grader.grade(list("aabaaa"), [one, one, one, two, two, two], cut=[False] * 4 + [True] * 2)
+            assert grades == [Grade(1.0, None)] * 4 + [Grade(0.5, None)] * 2
+    assert (tmp_path / "asked").read_text() == "a0 b0 a1 a1 " * 2
+
+
+def write_batch(path, body: str) -> str:
+    path.write_text(f"import time\ndef score_batch(responses, problems):\n    {body}\n", encoding="utf-8")
+    return f"{path}:score_batch"
+
+
+def test_a_reward_in_batch_is_called_once_with_all_that_differ_and_never_for_nothing(tmp_path):
+    body = f"with open({str(tmp_path / 'asked')!r}, 'a') as file: file.write(str(len(responses)))\n" \
+           "    return [len(r) * p.columns['unit'] - r.cut for r, p in zip(responses, problems, strict=True)]"
+    one, two = (Problem(str(unit), "?", "4", columns={"unit": unit}) for unit in (0.1, 0.2))
+    with Grader(workers=2, timeout=20, reward=write_batch(tmp_path / "r.py", body)) as grader:
+        assert grader.grade([], []) == []
+        grades = grader.grade(["aa", "aa", "4", "aa", "aa"], [one, one, one, two, two], cut=np.arange(5) == 4)
+    assert grades == [Grade(0.2, None), Grade(0.2, None), Grade(0.1, "4"), Grade(0.4, None), Grade(-0.6, None)]
+    assert (tmp_path / "asked").read_text() == "4"
+
+
+@pytest.mark.parametrize("body, said", [
+    ("return [1] * (len(responses) - 1)", "2 rewards for 3 responses"),
+    ("return [0, 1, -1.5]", "a reward is a number from -1 to 1, not -1.5"), ("return None", "TypeError"),
+    ("time.sleep(60)", None)])
+def test_what_goes_wrong_in_a_batch_counts_for_all_of_it(tmp_path, body, said):
+    with Grader(workers=2, timeout=20 if said else 0.3, reward=write_batch(tmp_path / "r.py", body)) as grader:
+        start = time.monotonic()
+        grades = grader.grade(list("abc"), problems_of("123"))
+        assert grades == [Grade(-1.0, None, timed_out=not said, failed=bool(said))] * 3
+        assert said in grader.failure if said else 0.6 <= time.monotonic() - start < 20  # two deadlines of a worker
 
 
 def test_responses_longer_than_a_pipe_holds_are_graded(tmp_path):

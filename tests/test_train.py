@@ -774,12 +774,12 @@ def test_a_mean_at_either_end_of_the_arms_is_said_to_leave_no_choice(capsys):
 
 
 def test_a_reward_of_ones_own_is_trained_on_and_one_that_always_fails_ends_the_run(base, tmp_path):
-    (tmp_path / "mine.py").write_text("def short(response, problem):\n    return 0.5 if len(response) < 4 else -1.0\n\n"
+    (tmp_path / "mine.py").write_text("def endless(response, problem):\n    return 0.5 if response.cut else -1.0\n\n"
                                       "def broken(response, problem):\n    return 1 / 0\n")
-    assert main(base, tmp_path / "run", reward=f"{tmp_path}/mine.py:short", steps=1) == 0
+    assert main(base, tmp_path / "run", reward=f"{tmp_path}/mine.py:endless", steps=1, max_response_tokens=4) == 0
     samples = [json.loads(x) for x in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
-    ended = [x for x in samples if not x["truncated"]]
-    assert ended and all(x["reward"] == (0.5 if len(x["response"]) < 4 else -1) for x in ended)
+    assert {x["truncated"] for x in samples} == {True, False}
+    assert all(x["reward"] == (0.5 if x["truncated"] else -1) for x in samples)
     message = main(base, tmp_path / "broken", reward=f"{tmp_path}/mine.py:broken", steps=1)
     assert re.search(r"(\d+) responses 0 timed out in grading, \1 failed.*ZeroDivisionError.*mend .*broken", message)
 
