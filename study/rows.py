@@ -45,6 +45,7 @@ LONGER = "Longer: 300 steps"
 FRESH = "On fresh bases: rollouts by rank"
 ASKED_AGAIN = "The first question again, at 300 steps"
 SHAPE = "The shape of the batch"
+WAY = "What the way costs"  # at the shapes and the rate of the least cost in SHAPE: its table, development's
 SHAPES = {"64x4": (64, 4), "32x8": (32, 8), "16x16": (16, 16)}  # prompts and rollouts of each: 256 rollouts a step
 LENGTH = {"arithmetic": 300, "permutations": 150}  # steps where the way there is looked at
 
@@ -54,6 +55,13 @@ def shaped(flags: dict[str, object], prompts: int, rollouts: int) -> dict[str, o
     moves = {"n_min": 2, "n_max": 3 * rollouts} if flags["mode"] == "rollout" else {}
     return {**flags, **moves, "prompts_per_step": prompts, "minibatch_prompts": prompts // 4,
             "rollouts_per_prompt": rollouts, "steps": LENGTH, "eval_every": 25}
+
+
+def on_the_way(name: str, flags: dict[str, object], shape: str, seeds: int = 1) -> Row:
+    """A row of WAY, on bases and problems that no other row has seen, but for 80 of the training problems."""
+    fresh = {"train_data": {task: f"{task}:train:561" for task in BOTH_TASKS},
+             "eval_data": {task: f"{task}:heldout:601" for task in BOTH_TASKS}}
+    return Row(f"{name}-way", {**shaped(flags, *SHAPES[shape]), **fresh}, "maxrl-way", HALF, range(16, 24), seeds, True)
 
 
 # Parts of the study -> rows, in the order in which they run. The preset's adversary is "tuned"; every row but `base`
@@ -106,6 +114,12 @@ PARTS = {
         for row, flags in (("grpo", {"mode": "grpo"}), ("maxrl", MAXRL), ("rank-maxrl", RANK_MAXRL),
                            ("rollout-maxrl", ROLLOUT_MAXRL))
         for shape, sizes in SHAPES.items()),
+    WAY: (
+        on_the_way("grpo", {"mode": "grpo"}, "16x16", seeds=2),
+        on_the_way("maxrl", MAXRL, "16x16"),
+        on_the_way("moved", RANK_MAXRL, "32x8"),
+        on_the_way("weights", {**RANK_MAXRL, "allocation": "weights"}, "32x8"),
+    ),
     "The dial: skills that spread between kinds": tuple(
         at_best(f"{row}-disguised-{share}", flags, f"{against}-disguised-{share}", disguised=share)
         for share in ("0", "0.5")

@@ -10,7 +10,7 @@ import numpy as np
 from metrics import headline_k, markdown, whole_lines
 from study import cost, logs
 from study.logs import Missing, Run, headline, mean_success, study, sweeps
-from study.rows import BOTH_TASKS, HALF, PARTS, SHAPE, SHAPES, Row, written
+from study.rows import BOTH_TASKS, HALF, PARTS, SHAPE, SHAPES, WAY, Row, written
 
 NOTE = """All {runs} runs took {hours:.0f} hours in sum, one thread each. Figures are of the end of training, in
 percent, on 600 held-out problems answered 16 times each; differences in points, paired by base model, the pairs of both
@@ -191,6 +191,11 @@ def cost_table() -> str:
     return table("What the way costs", lines)
 
 
+def way_is_whole() -> bool:
+    """Whether all its runs are there: nobody looks before."""
+    return all(len(way(task, row.name)) == len(row.bases) * row.seeds for row in PARTS[WAY] for task in BOTH_TASKS)
+
+
 def way_table() -> str:
     """By row: its cost as a share of GRPO's, runs at either bound, the mean of the fitted curve, where it ends at
     temperature 1 and as the paper decodes, and how many of the ten kinds end with a pass@8 of half or more."""
@@ -240,8 +245,9 @@ def tables() -> str:
     runs = [run for rows in sweeps().values() for sweep in rows.values() for group in sweep.values() for run in group]
     note = NOTE.format(runs=len(runs), hours=sum(run.config.get("seconds", 0) for run in runs) / 3600)
     parts = [outcome_table("The arena against grpo", PARTS["The arena"], "grpo"),
-             *(outcome_table(part, rows) for part, rows in PARTS.items())]
-    return "\n\n".join([note, readme_table(), *question_tables(), shape_table(), *parts, weight_table(),
+             *(outcome_table(part, rows) for part, rows in PARTS.items() if part != WAY)]
+    answers = [cost_table(), way_table()] if way_is_whole() else []
+    return "\n\n".join([note, readme_table(), *question_tables(), *answers, shape_table(), *parts, weight_table(),
                         allocation_table()])
 
 
