@@ -28,7 +28,9 @@ def test_every_trial_is_a_run_that_train_accepts_from_its_base_at_its_rate_and_d
         cfg, flags = config(trial), {k: v[trial.task] if isinstance(v, dict) else v
                                      for k, v in trial.row.flags.items() if k != "adversary"}
         check(cfg)
-        assert (cfg.train_data, cfg.eval_data) == (trial.task, trial.task)
+        fresh = trial.row in rows.PARTS[rows.WAY]
+        assert cfg.train_data == trial.task + ":train:561" * fresh
+        assert cfg.eval_data == trial.task + ":heldout:601" * fresh
         share = [trial.row.disguised] if trial.row.name.partition("-disguised-")[2] else []
         assert cfg.model.split(":") == [trial.task, str(trial.base), *share]
         assert cfg.seed == trial.base + 100 * trial.seed and cfg.learning_rate == trial.rate
@@ -37,16 +39,18 @@ def test_every_trial_is_a_run_that_train_accepts_from_its_base_at_its_rate_and_d
         usual = {"mode": "grpo", **{k: v for k, v in trial.row.flags.items() if k == "adversary"}}
         grpo = config(dataclasses.replace(trial, row=dataclasses.replace(trial.row, name="grpo", flags=usual)))
         assert cfg == dataclasses.replace(grpo, out_dir=cfg.out_dir, **flags)
-        if trial.row not in rows.PARTS[rows.SHAPE]:  # which say the usual shape, too
+        if trial.row not in (*rows.PARTS[rows.SHAPE], *rows.PARTS[rows.WAY]):  # which say the usual shape, too
             assert all(getattr(cfg, k) != getattr(grpo, k) for k in set(flags) - {"mode", "rule"})
 
 
 
 def test_rows_of_a_task_train_on_equally_many_rollouts_as_the_preset_has():
     for trial in TRIALS:
-        cfg, shape = config(trial), rows.SHAPES.get(trial.row.name.rpartition("-")[2])
-        steps = 300 if trial.row.name.endswith(("-300", "-long")) else PRESETS[trial.task][1]["steps"]
-        assert cfg.steps == (0 if trial.row.name == "base" else rows.LENGTH[trial.task] if shape else steps)
+        cfg, row = config(trial), trial.row.name
+        on_the_way = {"grpo-way": "16x16", "maxrl-way": "16x16", "moved-way": "32x8", "weights-way": "32x8"}
+        shape = rows.SHAPES.get(on_the_way.get(row, row.rpartition("-")[2]))
+        steps = 300 if row.endswith(("-300", "-long")) else PRESETS[trial.task][1]["steps"]
+        assert cfg.steps == (0 if row == "base" else rows.LENGTH[trial.task] if shape else steps)
         assert (cfg.prompts_per_step, cfg.rollouts_per_prompt) == (shape or (64, 4))
         assert cfg.prompts_per_step * cfg.rollouts_per_prompt == 256
         assert cfg.minibatch_prompts * 4 == cfg.prompts_per_step
