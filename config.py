@@ -107,7 +107,7 @@ class Config:
     eval_every: int = arg(50, "steps between evaluations, first of the base; 0 = only at the end", low=0,
                           heading="evaluation")
     eval_rollouts: int = arg(8, "k, responses per problem for mean@k and pass@k", low=1)
-    eval_temperature: float = arg(0.6, "of evaluation; 0 = greedy, with --eval_rollouts 1", low=0)
+    eval_temperature: float = arg(0.6, "of evaluation; 0 = greedy, for one response a problem", low=0)
     eval_top_p: float = arg(0.8, "of evaluation; 1 = off", above=0, high=1)
     eval_top_k: int = arg(20, "of evaluation; 0 = off", low=0)
     grader_workers: int = arg(2, "processes for answers that need math-verify", low=1)
@@ -221,9 +221,9 @@ def add_flag(parser, setting: dataclasses.Field, *, default, flag: str = "") -> 
                         help=f"{m['help']} [{setting.default!r}]".replace("%", "%%"))
 
 
-def hint(flag: str) -> str:
-    """What an unknown flag probably meant."""
-    names = {"lr": "learning_rate", "n_bar": "rollouts_per_prompt", "k": "eval_rollouts"} | {
+def hint(flag: str, names: dict[str, str] | None = None) -> str:
+    """What an unknown flag probably meant. names: what it may be called -> the flag [train.py's]."""
+    names = names or {"lr": "learning_rate", "n_bar": "rollouts_per_prompt", "k": "eval_rollouts"} | {
         f.name: f.name for f in dataclasses.fields(Config)}
     meant = difflib.get_close_matches(flag.lstrip("-").partition("=")[0].replace("-", "_"), names, 1)
     return f"did you mean --{names[meant[0]]}?" if meant else "--help lists all flags"
