@@ -151,7 +151,8 @@ def markdown(rows: dict[str, dict], model: str, reward: str = "") -> str:
         lines.append([benchmark, str(row["problems"]), *(cell(row[n]) for n in names), *graded,
                       f"{100 * row['truncated_frac']:.1f}", *paper])
     head = ["benchmark", "problems", *names, "style", "no answer", "cut", *(f"paper, {m}" for m in methods)]
-    pages = ["Percent [95% interval over problems]; no answer: none in this style, or cut", metrics.markdown(head, lines)]
+    said = "Percent [95% interval over problems]; no answer: none in this style, or cut"
+    pages = [said, metrics.markdown(head, lines)]
     for benchmark, row in rows.items():
         if kinds := row.get("by_kind"):
             lines = [[kind, str(n), *(cell(row["by_kind_figures"][kind][name]) for name in names)]
@@ -463,7 +464,7 @@ def compare(a: Path, b: Path) -> None:
     print(f"{b} minus {a}, problem by problem: points [95% interval]\n\n{metrics.markdown(head, lines)}")
     # Flags alone: weights are meant to differ, and tokens with them.
     if said := [words for words in differences(settings_in(a), settings_in(b), "there") if "--" in words]:
-        print(f"\nWARNING: {a} was not asked or graded in the same way: {', '.join(said)}")
+        print(f"\nWARNING: {a} was asked or graded in other ways than {b}: {', '.join(said)}")
 
 
 def evaluate(args: argparse.Namespace) -> None:

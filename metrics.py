@@ -111,7 +111,7 @@ class Evaluation:
 
     def line(self) -> str:
         said = ungraded(self.problems * self.rollouts, self.timeouts, self.failures)
-        cut = f", {self.truncated_frac:.1%} of responses cut" if self.truncated_frac else ""
+        cut = f", {self.truncated_frac:.1%} cut" if self.truncated_frac else ""
         return (f"step {self.step}: mean@{self.rollouts} {self.mean:.1%}, {self.shown} {self.passes[self.shown]:.1%} "
                 f"on {self.problems} held-out problems{cut}{said and '. '}{said}")
 
