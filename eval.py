@@ -151,8 +151,7 @@ def markdown(rows: dict[str, dict], model: str, reward: str = "") -> str:
         lines.append([benchmark, str(row["problems"]), *(cell(row[n]) for n in names), *graded,
                       f"{100 * row['truncated_frac']:.1f}", *paper])
     head = ["benchmark", "problems", *names, "style", "no answer", "cut", *(f"paper, {m}" for m in methods)]
-    said = "Percent [95% interval over problems]; no answer: none in this style, or cut"
-    pages = [said, metrics.markdown(head, lines)]
+    pages = ["Percent [95% interval]; no answer: none was found in this style, or cut", metrics.markdown(head, lines)]
     for benchmark, row in rows.items():
         if kinds := row.get("by_kind"):
             lines = [[kind, str(n), *(cell(row["by_kind_figures"][kind][name]) for name in names)]
