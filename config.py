@@ -111,7 +111,7 @@ class Config:
     eval_every: int = arg(50, "steps between evaluations, first of the base; 0 = only at the end", low=0,
                           heading="evaluation")
     eval_rollouts: int = arg(8, "k, responses per problem for mean@k and pass@k", low=1)
-    eval_temperature: float = arg(0.6, "of evaluation; 0 = greedy, with --eval_rollouts 1", low=0)
+    eval_temperature: float = arg(0.6, "of evaluation; 0 = greedy, for one response a problem", low=0)
     eval_top_p: float = arg(0.8, "of evaluation; 1 = off", above=0, high=1)
     eval_top_k: int = arg(20, "of evaluation; 0 = off", low=0)
     grader_workers: int = arg(2, "processes for answers that need math-verify", low=1)
@@ -209,7 +209,8 @@ def eval_flag(setting: str) -> str:
 def eval_flags(description: str = "") -> argparse.ArgumentParser:
     """The command line of eval.py. Of EVAL_FLAGS only those that are given are in what it parses."""
     parser = argparse.ArgumentParser(
-        usage="%(prog)s (--model RUN|FOLDER|ID [--benchmarks NAME ...] | --regrade FOLDER|FILE) [option ...]",
+        usage="%(prog)s (--model RUN|FOLDER|ID [--benchmarks NAME ...] | --regrade FOLDER|FILE | --compare A B) "
+              "[option ...]",
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     built_in = ", ".join(BUILT_IN)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -219,6 +220,9 @@ def eval_flags(description: str = "") -> argparse.ArgumentParser:
     what.add_argument("--regrade", type=Path, metavar="FOLDER|FILE",
                       help="grade the responses of an evaluation again, without any model; --answer_style and "
                            "--reward may be others")
+    what.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"),
+                      help="two folders of evaluations of the same problems: the differences B - A, paired by problem, "
+                           "with 95%% intervals")
     parser.add_argument("--benchmarks", nargs="+", metavar="NAME|FILE",
                         help=f"any of {', '.join(n for n in HUB_SETS if n != 'dapo')}, {built_in}, "
                              f"hub:owner/name[:config[:split]], or {'/'.join(SUFFIXES)} files; paper = the seven of "

@@ -327,11 +327,11 @@ def hold_out(problems: list[Problem], was: dict | None) -> tuple[list[Problem], 
     return [p for p in problems if p.id not in ids], held_out, chosen
 
 
-def check_overlap(trained: list[Problem], evaluated: list[Problem], *, allowed: float) -> None:
+def check_overlap(trained: list[Problem], evaluated: list[Problem], *, allowed: float, name: str = "eval_data") -> None:
     """Warns of prompts that stand in both; raises ValueError for more than a share `allowed` of those to evaluate."""
     asked = set(map(key, trained))
     if both := [p for p in evaluated if key(p) in asked]:
-        message = (f"eval_data: {len(both)} of {len(evaluated)} problems stand in train_data, too, such as "
+        message = (f"{name}: {len(both)} of {len(evaluated)} problems stand in train_data, too, such as "
                    f"{both[0].prompt[:60]!r}: they measure what was learned by heart")
         if len(both) > allowed * len(evaluated):
             raise ValueError(f"{message}; take others, or admit a share with --allow_overlap SHARE (now {allowed:g})")

@@ -4,11 +4,12 @@
     python eval.py --model out/arithmetic-prompt-0/best --k 64      # one of its models, with another k
     python eval.py --model Qwen/Qwen3-1.7B-Base --benchmarks paper
     python eval.py --regrade out/eval-Qwen3-1.7B-Base
+    python eval.py --compare out/eval-before out/eval-after          # the paired differences, after - before
 
 The figures are those of metrics.py, as in `train.py --eval_every`; a response cut at the length limit counts as wrong,
 as in training, unless a --reward says else. The folder holds eval_samples.jsonl, a line a response, and eval.json. An
-interrupted evaluation goes on where it was, and one of other weights, data or settings is refused; with torchrun the
-problems are dealt out, and the figures do not depend on the number of processes.
+interrupted evaluation goes on where it was, a larger --k draws what is missing, and one of other weights, data or
+settings is refused; with torchrun the problems are dealt out, and the figures do not depend on the number of processes.
 """
 
 import argparse
@@ -43,8 +44,8 @@ from tqdm import tqdm
 
 import metrics
 import tasks
-from data import SUFFIXES, Problem, encode_prompts, hold_out
-from metrics import by_kind, figures, headline_k, whole_lines
+from data import SUFFIXES, Problem, check_overlap, encode_prompts, hold_out
+from metrics import by_kind, figures, headline_k, intervals, pass_at_k, whole_lines
 from policy import Policy
 from ranks import Ranks, RunError, say
 from reward import Grader, check_golds
@@ -104,55 +105,73 @@ def grade(samples: list[Sample], grader: Grader) -> list[Sample]:
             for s, g in zip(samples, grades, strict=True)]
 
 
-def summary(samples: list[Sample]) -> dict[str, dict]:
-    """benchmark -> problems, responses, figures, counts and, where its problems have kinds, metrics.by_kind; then
-    "aime", the mean of its two years, which have 30 problems each, and "all"."""
-    names, rows = list(dict.fromkeys(s.benchmark for s in samples)), {}
+def by_problem(samples: list[Sample]) -> dict[tuple[str, str], list[Sample]]:
+    """(benchmark, id) -> the responses to this problem, wherever among the samples they stand."""
+    groups: dict[tuple[str, str], list[Sample]] = {}
+    for s in samples:
+        groups.setdefault((s.benchmark, s.id), []).append(s)
+    if len({len(group) for group in groups.values()}) > 1:
+        raise ValueError("some problems have more responses than others; the evaluation is incomplete or mixed")
+    return groups
+
+
+def table_rows(names: list[str]) -> dict[str, list[str]]:
+    """Row of a table -> its benchmarks: each of `names`; then "aime", whose two years have 30 problems each, and "all".
+    """
     together = {name: [name] for name in names}
     if {"aime24", "aime25"} <= together.keys():
         together["aime"] = ["aime24", "aime25"]
-    if len(names) > 1:
-        together["all"] = names
-    for row, benchmarks in together.items():
-        of = [s for s in samples if s.benchmark in benchmarks]
-        of_problem: dict[tuple[str, str], list[Sample]] = {}  # wherever in the file they stand
-        for s in of:
-            of_problem.setdefault((s.benchmark, s.id), []).append(s)
-        by_problem = list(of_problem.values())
-        if len({len(group) for group in by_problem}) > 1:
-            raise ValueError(f"{row}: some problems have more responses than others; the file is incomplete or mixed")
-        right = np.array([[s.right for s in group] for group in by_problem])
+    return together | ({"all": names} if len(names) > 1 else {})
+
+
+def summary(samples: list[Sample]) -> dict[str, dict]:
+    """Row -> problems, responses, figures, counts, styles and, of a benchmark whose problems have kinds,
+    metrics.by_kind and figures of each."""
+    groups, names, rows = by_problem(samples), list(dict.fromkeys(s.benchmark for s in samples)), {}
+    for row, benchmarks in table_rows(names).items():
+        asked = [group for (benchmark, _), group in groups.items() if benchmark in benchmarks]
+        of = [s for group in asked for s in group]
+        right = np.array([[s.right for s in group] for group in asked])
         rows[row] = {"problems": len(right), "responses": right.shape[1], **figures(right),
                      "tokens_mean": float(np.mean([s.tokens for s in of])),
                      "truncated_frac": float(np.mean([s.finish == "length" for s in of])),
                      "no_answer_frac": float(np.mean([s.extracted is None for s in of])),
-                     "grader_timeouts": sum(s.timed_out for s in of), "grader_failures": sum(s.failed for s in of)}
-        if row in names and any(kinds := [group[0].kind for group in by_problem]):
+                     "grader_timeouts": sum(s.timed_out for s in of), "grader_failures": sum(s.failed for s in of),
+                     "styles": sorted({s.style for s in of})}
+        if row in names and any(kinds := [group[0].kind for group in asked]):
             rows[row]["by_kind"] = by_kind(kinds, right)
+            kind_P = np.array([kind or "all" for kind in kinds])
+            rows[row]["by_kind_figures"] = {kind: figures(right[kind_P == kind]) for kind in rows[row]["by_kind"]}
     return rows
 
 
-def markdown(rows: dict[str, dict], model: str) -> str:
+def cell(figure: Sequence[float | None], sign: str = "") -> str:
+    """A value and its interval, of 1, as percent: 12.5 [8.1, 17.0], or 12.5 [-] where it is unknown."""
+    value, *ends = [f"{100 * x:{sign}.1f}" for x in figure if x is not None]
+    return f"{value} [{', '.join(ends) or '-'}]"
+
+
+def markdown(rows: dict[str, dict], model: str, reward: str = "") -> str:
     """The table, in percent with intervals; for a model of the paper, its mean@8, and pass@8 over all, beside ours.
-    Then the kinds, and what was not graded."""
-    names = [n for n in dict.fromkeys(n for row in rows.values() for n in row) if n.startswith(("mean@", "pass@"))]
+    Then, of each row, the kinds and what was not graded. pass@1 is mean@m and left out. reward: one's own, if any."""
+    names = [n for n in next(iter(rows.values())) if n.startswith(("mean@", "pass@")) and n != "pass@1"]
     published = json.loads(PAPER.read_text(encoding="utf-8"))
     methods = next((m for size, m in published["table"].items() if f"-{size}" in model), {})
     columns = published["columns"]
     lines = []
     for benchmark, row in rows.items():
-        form = "{:.1f} [-]" if row["problems"] == 1 else "{:.1f} [{:.1f}, {:.1f}]"
-        cells = [form.format(*(100 * x for x in row[n] if x is not None)) if n in row else "" for n in names]
+        graded = [reward, "-"] if reward else [", ".join(row["styles"]), f"{100 * row['no_answer_frac']:.1f}"]
         column = "pass@8" if benchmark == "all" else benchmark
         paper = [f"{m[columns.index(column)]:.2f}" if column in columns else "" for m in methods.values()]
-        lines.append([benchmark, str(row["problems"]), *cells, f"{100 * row['truncated_frac']:.1f}%", *paper])
-    pages = [metrics.markdown(["benchmark", "problems", *names, "cut", *(f"paper, {m}" for m in methods)], lines)]
+        lines.append([benchmark, str(row["problems"]), *(cell(row[n]) for n in names), *graded,
+                      f"{100 * row['truncated_frac']:.1f}", *paper])
+    head = ["benchmark", "problems", *names, "style", "no answer", "cut", *(f"paper, {m}" for m in methods)]
+    pages = ["Percent [95% interval]; no answer: none was found in this style, or cut", metrics.markdown(head, lines)]
     for benchmark, row in rows.items():
         if kinds := row.get("by_kind"):
-            head = [f"{benchmark}, by kind", "problems", "pass@1", f"pass@{headline_k(row['responses'])}"]
-            pages.append(metrics.markdown(head, [[kind, str(n), f"{100 * mean:.1f}", f"{100 * passed:.1f}"]
-                                                 for kind, (n, mean, passed) in kinds.items()]))
-    for benchmark, row in rows.items():
+            lines = [[kind, str(n), *(cell(row["by_kind_figures"][kind][name]) for name in names)]
+                     for kind, (n, *_) in kinds.items()]
+            pages.append(metrics.markdown([f"{benchmark}, by kind", "problems", *names], lines))
         counts = row["problems"] * row["responses"], row["grader_timeouts"], row["grader_failures"]
         pages += [f"{benchmark}: {said}"] if (said := metrics.ungraded(*counts)) else []
     return "\n\n".join(pages)
@@ -192,18 +211,30 @@ class TrainedRun:
     def held_out(self, cfg: Config) -> tuple[str, list[Problem], dict]:
         """What the run evaluates on, its first cfg.eval_problems (0: all): name, problems, record. Raises ValueError or
         FileNotFoundError where it cannot be had as it was."""
-        flag, split, limit = "train_data", "train", cfg.train_problems
         if cfg.eval_data:
-            flag, split, limit = "eval_data", "heldout", cfg.eval_problems
-        source, was = getattr(cfg, flag), self.loaded[flag]
+            return cfg.eval_data, *self._load("eval_data", cfg.eval_data, "heldout", cfg.eval_problems)
+        problems, record = self._load("train_data", cfg.train_data, "train", cfg.train_problems)
+        _, held_out, chosen = hold_out(problems, self.loaded["eval_data"])
+        return "heldout", held_out[: cfg.eval_problems or None], {**record, **chosen}
+
+    def trained_on(self, cfg: Config) -> list[Problem]:
+        """What the run trained on; nothing, and a line that says so, where that is not here as it was."""
+        try:
+            if "repo" in self.loaded["train_data"]:
+                raise ValueError(f"{cfg.train_data} is on the hub")
+            problems, _ = self._load("train_data", cfg.train_data, "train", cfg.train_problems)
+        except (ValueError, FileNotFoundError) as error:
+            say(f"how many problems stand in what the run trained on, too, is not counted: {error}")
+            return []
+        return problems if cfg.eval_data else hold_out(problems, self.loaded["eval_data"])[0]
+
+    def _load(self, flag: str, source: str, split: str, limit: int) -> tuple[list[Problem], dict]:
+        was = self.loaded[flag]
         problems, record = tasks.load(source, split=split, limit=limit, revision=was.get("revision"))
         if record.get("sha256") != was.get("sha256"):
             raise ValueError(f"{source}, --{flag} of {self.folder}, has changed since: name the problems to evaluate "
                              "on with --benchmarks")
-        if cfg.eval_data:
-            return source, problems, record
-        _, held_out, chosen = hold_out(problems, self.loaded["eval_data"])
-        return "heldout", held_out[: cfg.eval_problems or None], {**record, **chosen}
+        return problems, record
 
 
 # ------------------------------------------------------------------------------------------------ drawing
@@ -227,10 +258,12 @@ def load_benchmarks(args: argparse.Namespace, cfg: Config, policy: Policy,
             say(f"WARNING: {name} is left out. {error}")
     if not sets:
         raise ValueError("no benchmark could be loaded")
+    trained_on = args.run.trained_on(cfg) if args.run and args.benchmarks else []
     for name, problems, record in sets:
         label = label_of(name)
         if label in records:
             raise ValueError(f"two benchmarks are called {label!r}; rename a file or name it once")
+        check_overlap(trained_on, problems, allowed=1, name=label)
         suffix = cfg.prompt_suffix
         if suffix is None:
             suffix = "" if name.partition(":")[0] in tasks.TASKS else PROMPT_SUFFIX
@@ -251,27 +284,33 @@ def load_benchmarks(args: argparse.Namespace, cfg: Config, policy: Policy,
 
 
 def draw_samples(questions: list[Question], path: Path, engine, ranks: Ranks, tokenizer, sampling: Sampling, *,
-                 k: int, seed: int, grader: Grader, lock: FolderLock) -> list[Sample]:
+                 had: int, k: int, seed: int, grader: Grader, lock: FolderLock) -> list[Sample]:
     """Draws, grades and appends to `path` what is not there yet, each rank its part; all samples, in order, on rank 0.
+
+    had: responses to a problem, up to k, of the evaluation that the folder holds. The others come behind it, the same
+    as if all k were drawn at once, up to floating point.
     """
     chunk, samples = CHUNK * ranks.world, []
+    # As they stand in the file: some questions, and which responses, those from `first` to before `end`.
+    work = [(questions[start : start + chunk], first, end) for first, end in ((0, had), (had, k)) if first < end
+            for start in range(0, len(questions), chunk)]
+    ends = np.cumsum([len(part) * (end - first) for part, first, end in work])  # lines of the file up to there
     if ranks.rank == 0:
-        samples = read_samples(path) if path.exists() else []
-        if len(samples) < len(questions) * k:
-            samples = samples[: len(samples) // (chunk * k) * chunk * k]  # whole chunks
+        samples = [s for s in read_samples(path) if s.sample < k] if path.exists() else []
+        samples = samples[: max(ends[ends <= len(samples)], default=0)]  # whole parts
         replace_text(path, lines_of(samples))
-    finished = ranks.from_all(len(samples) // k)[0]
-    bar = tqdm(total=len(questions), initial=finished, unit="problem", desc="evaluating", disable=ranks.rank > 0)
-    for start in range(finished, len(questions), chunk):
-        part = questions[start : start + chunk]
-        mine = draw_part(engine, ranks, [q.tokens for q in part], [k] * len(part),
-                         [rollout_seed(seed, -1, q.problem.id) for q in part], sampling)
+    finished = ranks.from_all(len(samples))[0]
+    bar = tqdm(total=len(questions) * k, initial=finished, unit="response", desc="evaluating", disable=ranks.rank > 0)
+    for part, first, end in [work[w] for w in np.flatnonzero(ends > finished)]:
+        n = end - first
+        mine = draw_part(engine, ranks, [q.tokens for q in part], [n] * len(part),
+                         [rollout_seed(seed, -1, q.problem.id) for q in part], sampling, first=first)
         texts = to_text(tokenizer, [rollout.tokens for rollout in mine.rollouts])
-        drawn = [Sample(part[r // k].benchmark, p.id, p.prompt, p.answer, p.style, p.kind, int(r % k), text,
+        drawn = [Sample(part[r // n].benchmark, p.id, p.prompt, p.answer, p.style, p.kind, first + int(r % n), text,
                         len(rollout.tokens), "length" if rollout.truncated else "stop", messages=p.messages,
                         columns=p.columns)
                  for r, text, rollout in zip(mine.mine_R, texts, mine.rollouts, strict=True)
-                 for p in [part[r // k].problem]]
+                 for p in [part[r // n].problem]]
         drawn = sum(ranks.from_all(list(zip(mine.mine_R, grade(drawn, grader), strict=True))), [])  # of all ranks
         lock.check()
         if ranks.rank == 0:
@@ -279,7 +318,7 @@ def draw_samples(questions: list[Question], path: Path, engine, ranks: Ranks, to
             with open(path, "a", encoding="utf-8") as file:
                 file.write(lines_of(samples[-len(drawn):]))
             bar.set_postfix(right=f"{np.mean([s.right for s in samples]):.3f}")
-        bar.update(len(part))
+        bar.update(len(part) * n)
     bar.close()
     return samples
 
@@ -302,8 +341,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     Raises ValueError for a value that is wrong, FileNotFoundError for a run without a model.
     """
-    given = given_flags(eval_flags(__doc__), argv)
-    args = argparse.Namespace(**{name: given.pop(name) for name in ("model", "regrade", "benchmarks", "out")})
+    given, own = given_flags(eval_flags(__doc__), argv), ("model", "regrade", "compare", "benchmarks", "out")
+    args = argparse.Namespace(**{name: given.pop(name) for name in own})
     args.run = run = TrainedRun.find(args.model) if args.model else None
     names = args.benchmarks or []
     if args.model and not args.out:
@@ -343,24 +382,62 @@ def regrade(args: argparse.Namespace) -> None:
     asked = old if cfg.answer_style == "auto" else [dataclasses.replace(s, style=cfg.answer_style) for s in old]
     with Grader(workers=cfg.grader_workers, timeout=cfg.grader_timeout, reward=cfg.reward) as grader:
         new = grade(asked, grader)
-    print(markdown(summary(new), settings_in(args.regrade).get("model", "")))
+    print(markdown(summary(new), settings_in(args.regrade).get("model", ""), cfg.reward))
     print(f"\n{sum(a.right != b.right for a, b in zip(old, new, strict=True))} of {len(new)} verdicts changed")
 
 
-def refuse_another(out: Path, settings: dict) -> None:
-    """Raises FileExistsError where `out` holds an evaluation of other weights, data or settings. The name under which
-    weights lie is none."""
+# In words what no flag says, and in the record of a benchmark.
+WORDS = {"weights": "other weights", "stop_ids": "other --stop_tokens", "reward_sha256": "other code in --reward",
+         "sha256": "content", "asked": "prompts, tokens or answers", "prompt_suffix": "--prompt_suffix"}
 
-    def items(of: dict) -> dict:
-        records = of.get("benchmarks", {})
-        by_record = {f"{name} {k}": v for name, record in records.items() for k, v in record.items()}
-        return {**of, "benchmarks": list(records), **by_record, "model": None, "folder": None}
 
-    was, now = items(settings_in(out)), items(settings)
-    differing = [f"{k} {was.get(k)!r}" for k in {**was, **now} if was.get(k) != now.get(k)]
-    if differing and ((out / "eval.json").exists() or (out / "eval_samples.jsonl").exists()):
-        raise FileExistsError(f"{out} holds another evaluation, with {', '.join(differing)}; choose another --out or "
-                              "delete it")
+def differences(was: dict, now: dict, here: str = "now") -> list[str]:
+    """What tells the settings of an evaluation from those of another, of `here`, in words. The name under which weights
+    lie does not."""
+    of_was, of_now = was.get("benchmarks", {}), now.get("benchmarks", {})
+    was, now = {**was, "benchmarks": " ".join(of_was)}, {**now, "benchmarks": " ".join(of_now)}
+    said = [WORDS.get(k) or f"--{eval_flag(k)} {was.get(k)} ({here} {now.get(k)})"
+            for k in {**was, **now} if was.get(k) != now.get(k) and k not in ("model", "folder")]
+    for name in [name for name in of_was if name in of_now]:
+        a, b = of_was[name], of_now[name]
+        other = [WORDS.get(k, k) for k in {**a, **b} if a.get(k) != b.get(k) and k != "encoded"]  # "asked" tells it
+        said += [f"other {' and '.join(other)} in {name}"] if other else []
+    return said
+
+
+def refuse_another(out: Path, settings: dict) -> int:
+    """How many responses to a problem the evaluation in `out` has or began with, those asked for in a new folder.
+    Raises FileExistsError where they are more, or it is one of other weights, data or settings."""
+    was, k = settings_in(out), settings["eval_rollouts"]
+    if not was and not (out / "eval_samples.jsonl").exists():
+        return k
+    had = was.get("eval_rollouts", k)
+    if said := differences({**was, "eval_rollouts": max(k, had)}, settings) if was else ["no eval.json says of what"]:
+        raise FileExistsError(f"{out} holds another evaluation: {', '.join(said)}; choose another --out or delete it")
+    return had
+
+
+def compare(a: Path, b: Path) -> None:
+    """Prints how much higher the evaluation in `b` is than that in `a`, problem by problem: mean@m, and pass@k for a k
+    that both have. Warns of other ways to ask. Raises ValueError where the problems are not the same."""
+    groups = [by_problem(read_samples(folder / "eval_samples.jsonl")) for folder in (a, b)]
+    asked = [{(s.benchmark, s.id, s.prompt, s.gold) for (s, *_) in of.values()} for of in groups]
+    if alone := sorted(asked[0] ^ asked[1]):
+        raise ValueError(f"{a} and {b} differ in their problems: {len(alone)} stand in one alone, such as "
+                         f"{alone[0][2][:60]!r} of {alone[0][0]}; give both the same --benchmarks and --problems")
+    right = [np.array([[s.right for s in of[problem]] for problem in groups[0]]) for of in groups]  # (P, m) each
+    drawn, lines = [r.shape[1] for r in right], []
+    k = headline_k(min(drawn))
+    values = [np.stack((r.mean(axis=1), pass_at_k(r.sum(axis=1), r.shape[1], k)), axis=1) for r in right]  # (P, 2)
+    for row, benchmarks in table_rows(list(dict.fromkeys(benchmark for benchmark, _ in groups[0]))).items():
+        more = (values[1] - values[0])[[benchmark in benchmarks for benchmark, _ in groups[0]]]
+        cells = [cell([x, *ends], "+") for x, ends in zip(more.mean(axis=0), intervals(more, -1.0), strict=True)]
+        lines.append([row, str(len(more)), *cells])
+    head = ["benchmark", "problems", f"mean@{'/'.join(map(str, dict.fromkeys(drawn)))}", f"pass@{k}"]
+    print(f"{b} minus {a}, problem by problem: points [95% interval]\n\n{metrics.markdown(head, lines)}")
+    # Flags alone: weights are meant to differ, and tokens with them.
+    if said := [words for words in differences(settings_in(a), settings_in(b), "there") if "--" in words]:
+        print(f"\nWARNING: {a} was asked or graded in other ways than {b}: {', '.join(said)}")
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -384,10 +461,9 @@ def evaluate(args: argparse.Namespace) -> None:
                     "dtype": str(policy.dtype)[6:], **asked, "stop_ids": list(policy.stop_ids),
                     "reward": portable(cfg.reward), "reward_sha256": grader.source.sha256 if grader.source else None,
                     "benchmarks": records}
-        say(f"as {run.folder}:" if run else "settings:", ", ".join(f"{k} {v}" for k, v in asked.items()))
+        say(f"as {run.folder}:" if run else "settings:", *(f"--{eval_flag(k)} {v}" for k, v in asked.items()))
         lock = FolderLock(args.out, ranks)
-        if ranks.rank == 0:
-            refuse_another(args.out, settings)
+        had = ranks.from_all(refuse_another(args.out, settings) if ranks.rank == 0 else None)[0]
         progress("engine")  # from here on, with all downloads done, the watchdog watches
         engine = make_engine(kind, folder, dtype=policy.dtype, device=ranks.device, seed=cfg.seed,
                              max_prompt_tokens=prompt, max_response_tokens=response, max_rollouts=cfg.max_rollouts,
@@ -396,11 +472,11 @@ def evaluate(args: argparse.Namespace) -> None:
             write_json(args.out / "eval.json", {"settings": settings})
         sampling = Sampling(response, cfg.eval_temperature, cfg.eval_top_p, cfg.eval_top_k, policy.stop_ids)
         samples = draw_samples(questions, args.out / "eval_samples.jsonl", engine, ranks, policy.tokenizer, sampling,
-                               k=cfg.eval_rollouts, seed=cfg.seed, grader=grader, lock=lock)
+                               had=had, k=cfg.eval_rollouts, seed=cfg.seed, grader=grader, lock=lock)
     if ranks.rank == 0:
         rows = summary(samples)
         write_json(args.out / "eval.json", {"settings": settings, "environment": environment(), "figures": rows})
-        print(markdown(rows, settings["model"]))
+        print(markdown(rows, settings["model"], settings["reward"]))
         print(f"\nfigures: {args.out / 'eval.json'}   responses: {args.out / 'eval_samples.jsonl'}")
     engine.close()
     ranks.leave()
@@ -411,6 +487,8 @@ def main() -> None:
         args = parse_args()
         if args.regrade:
             regrade(args)
+        elif args.compare:
+            compare(*args.compare)
         else:
             with watching(args.out, args.cfg.stall_seconds):
                 evaluate(args)

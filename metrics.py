@@ -3,7 +3,8 @@
     mean@m  the mean share of right responses among the m drawn for each problem
     pass@k  the chance that at least one of k responses is right, estimated without bias from the m >= k drawn:
             1 - C(m - c, k) / C(m, k) for c right ones
-    [a, b]  95% interval: percentiles of the bootstrap over problems; unknown, [null, null], for one problem
+    [a, b]  95% interval: percentiles of the bootstrap over problems, or `intervals` says what where all are alike;
+            unknown, [null, null], for one problem
 
 And how the files are read in which such things are logged.
 """
@@ -31,15 +32,28 @@ def bootstrap(values: np.ndarray, draws: int = 2000) -> tuple[np.ndarray, np.nda
     return tuple(np.percentile(counts @ values / P, (2.5, 97.5), axis=0))
 
 
+def intervals(values: np.ndarray, least: float = 0.0) -> list[list[float | None]]:
+    """[low, high] of the mean over problems of each column of values (P, figures), which lie between `least` and 1.
+
+    Where all P problems are alike, so is every draw of the bootstrap, and [0, 0] reads as certainty. They tell that
+    others are rare: if a share u of problems were others, P in a row without one would have the chance (1 - u)^P, 2.5%
+    at u = 1 - 0.025^(1/P). Those may be anything, so the mean lies within u of the way to `least` or 1. For none right,
+    or all, it is the exact interval of Clopper and Pearson: [0, 3.7 / P] for many problems.
+    """
+    if len(values) == 1:  # which says nothing of the spread over problems
+        return [[None, None]] * values.shape[1]
+    value, u = values[0], 1 - 0.025 ** (1 / len(values))
+    if_alike = value - u * (value - least), value + u * (1 - value)
+    return np.where(np.ptp(values, axis=0) == 0, if_alike, bootstrap(values)).T.tolist()
+
+
 def figures(right: np.ndarray) -> dict[str, list[float | None]]:
     """name -> [value, low, high] for mean@m and pass@1, 2, 4, ... up to m. right: (P, m) bool."""
     drawn = right.shape[1]
     by_problem = {f"mean@{drawn}": right.mean(axis=1)}  # (P,) each
     for k in (2**i for i in range(drawn.bit_length())):
         by_problem[f"pass@{k}"] = pass_at_k(right.sum(axis=1), drawn, k)
-    ends = [[None, None]] * len(by_problem)  # one problem says nothing of the spread over problems
-    if len(right) > 1:
-        ends = np.stack(bootstrap(np.stack(list(by_problem.values()), axis=1)), axis=1).tolist()  # [low, high] of each
+    ends = intervals(np.stack(list(by_problem.values()), axis=1))
     return {name: [float(values.mean()), *end] for (name, values), end in zip(by_problem.items(), ends, strict=True)}
 
 
@@ -97,8 +111,9 @@ class Evaluation:
 
     def line(self) -> str:
         said = ungraded(self.problems * self.rollouts, self.timeouts, self.failures)
+        cut = f", {self.truncated_frac:.1%} cut" if self.truncated_frac else ""
         return (f"step {self.step}: mean@{self.rollouts} {self.mean:.1%}, {self.shown} {self.passes[self.shown]:.1%} "
-                f"on {self.problems} held-out problems{said and '. '}{said}")
+                f"on {self.problems} held-out problems{cut}{said and '. '}{said}")
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -220,11 +220,12 @@ class VLLMEngine:
         self.needs_weights = False
 
     def generate(self, prompts: Sequence[list[int]], n_P: Sequence[int], seed_P: Sequence[int],
-                 sampling: Sampling, bar: bool = False) -> list[Rollout]:
+                 sampling: Sampling, bar: bool = False, first: int = 0) -> list[Rollout]:
         """Draw n_P[p] responses (0 is allowed) to each of the P token-id prompts, with a progress bar if asked.
 
-        Rollout i of prompt p draws from seed_P[p] + i. Returns R = sum(n_P) rollouts, prompt-major. Raises RuntimeError
-        when the weights are gone (`sleep` without `load_weights`), ValueError for what the engine wasn't sized for.
+        Rollout i of prompt p, counted from `first` on, draws from seed_P[p] + i. Returns R = sum(n_P) rollouts,
+        prompt-major. Raises RuntimeError when the weights are gone (`sleep` without `load_weights`), ValueError for
+        what the engine wasn't sized for.
         """
         from vllm import SamplingParams
 
@@ -240,15 +241,15 @@ class VLLMEngine:
                 continue
             requests.append({"prompt_token_ids": list(prompt)})
             params.append(SamplingParams(
-                n=int(n), seed=int(seed), max_tokens=sampling.max_tokens, temperature=sampling.temperature,
+                n=int(n), seed=int(seed) + first, max_tokens=sampling.max_tokens, temperature=sampling.temperature,
                 top_p=sampling.top_p, top_k=sampling.top_k, stop_token_ids=list(sampling.stop_ids), ignore_eos=True,
                 logprobs=0, flat_logprobs=True, detokenize=False))  # logprobs=0: of the drawn token alone
-        done, first = {}, self.llm.request_counter.counter  # vLLM numbers its requests
+        done, before = {}, self.llm.request_counter.counter  # vLLM numbers its requests
         with _process_state_kept(), _bar(len(requests), "prompt", bar) as shown:
             if requests:
                 self.llm.enqueue(requests, params, use_tqdm=False)
             while self.llm.llm_engine.has_unfinished_requests():
-                finished = {int(o.request_id) - first: o for o in self.llm.llm_engine.step() if o.finished}
+                finished = {int(o.request_id) - before: o for o in self.llm.llm_engine.step() if o.finished}
                 done |= finished
                 shown.update(len(finished))
                 progress()
@@ -354,9 +355,10 @@ class TorchEngine:
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], n_P: Sequence[int], seed_P: Sequence[int],
-                 sampling: Sampling, bar: bool = False) -> list[Rollout]:
-        """n_P[i] rollouts of prompt i, R = sum(n_P) in all, prompt by prompt, with a progress bar if asked."""
-        batch = _Decoding(self, prompts, n_P, seed_P, sampling)
+                 sampling: Sampling, bar: bool = False, first: int = 0) -> list[Rollout]:
+        """n_P[i] rollouts of prompt i, those from number `first` on, R = sum(n_P) in all, prompt by prompt, with a
+        progress bar if asked."""
+        batch = _Decoding(self, prompts, n_P, seed_P, sampling, first)
         # In tokens, as if all ran to the limit: it moves from the first on, and a rollout that ends jumps ahead.
         with _bar(len(batch.owner_R) * sampling.max_tokens, "token", bar) as shown:
             while batch.refill():
@@ -368,12 +370,12 @@ class TorchEngine:
 class _Decoding:
     """One generate() call: R rollouts through S slots. An idle slot feeds a spare row R of the outputs."""
 
-    def __init__(self, engine: TorchEngine, prompts, n_P, seed_P, sampling: Sampling):
+    def __init__(self, engine: TorchEngine, prompts, n_P, seed_P, sampling: Sampling, first: int):
         self.model, self.sampling, self.prompts = engine.model, sampling, prompts
         self.owner_R = np.repeat(np.arange(len(prompts)), n_P)
         R, T, device = len(self.owner_R), sampling.max_tokens, engine.device
         uniform = np.empty((R + 1, T), np.float32)  # what draws token t of rollout r
-        for r, (p, i) in enumerate((p, i) for p, n in enumerate(n_P) for i in range(n)):
+        for r, (p, i) in enumerate((p, i) for p, n in enumerate(n_P) for i in range(first, first + n)):
             stream = np.random.Philox(key=[int(seed_P[p]), i])
             uniform[r] = np.random.Generator(stream).random(T, dtype=np.float32)
         self.uniform = torch.from_numpy(uniform).to(device)
@@ -491,12 +493,12 @@ class Part:
 
 
 def draw_part(engine, ranks: Ranks, prompts: list[list[int]], n_P, seed_P: list[int], sampling: Sampling, *,
-              bar: bool = False) -> Part:
+              bar: bool = False, first: int = 0) -> Part:
     """This rank's part of a batch, n_P (P,) rollouts of each prompt, drawn with its own engine. bar: the first rank
-    shows how far it is, for a caller that has no progress bar of its own."""
+    shows how far it is, for a caller that has no progress bar of its own. first: number of each prompt's first one."""
     rank_P = deal(np.asarray(n_P), ranks.world)
     owner_R = np.repeat(np.arange(len(prompts)), n_P)
     mine_P, mine_R = np.flatnonzero(rank_P == ranks.rank), np.flatnonzero(rank_P[owner_R] == ranks.rank)
     drawn = engine.generate([prompts[p] for p in mine_P], [int(n_P[p]) for p in mine_P], [seed_P[p] for p in mine_P],
-                            sampling, bar and ranks.rank == 0)
+                            sampling, bar and ranks.rank == 0, first)
     return Part(prompts, owner_R, mine_R, drawn)

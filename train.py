@@ -748,7 +748,10 @@ def run(cfg: Config, command) -> None:
         say(f"already at {trainer.next_step} of {cfg.steps} steps; --steps N goes on")
     if complete:
         say(table(evaluations[:1] + evaluations[1:][-1:]))
-        say(f"\nmodel: {folder.path / 'model'}   log: {folder.path / 'metrics.jsonl'}")
+        best = max(evaluations, key=lambda e: e.passes[e.shown])  # the first of several
+        name, kept = f"step {best.step}" if best.step else "the base", folder.path / "best"
+        say(f"\nbest: {name}, {best.shown} {best.passes[best.shown]:.1%},", kept if kept.exists() else "no best/")
+        say(f"model: {folder.path / 'model'} ({str(trainer.policy.dtype)[6:]})   log: {folder.path / 'metrics.jsonl'}")
     else:
         say(f"stopped after {trainer.next_step} steps; go on with: python train.py --out_dir {folder.path} --resume")
     close = trainer.engine.close

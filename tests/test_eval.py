@@ -72,9 +72,9 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_file(base, evaluated, tmp
     (tmp_path / "eval.json").write_text(json.dumps({"settings": settings}))
     drawn, draw = [], eval_module.draw_part
 
-    def record(engine, ranks, prompts, *rest):
+    def record(engine, ranks, prompts, *rest, **more):
         drawn.append(len(prompts))
-        return draw(engine, ranks, prompts, *rest)
+        return draw(engine, ranks, prompts, *rest, **more)
 
     monkeypatch.setattr(eval_module, "draw_part", record)
     saved = run(base, tmp_path)
@@ -84,6 +84,30 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_file(base, evaluated, tmp
     drawn.clear()
     run(base, tmp_path)
     assert not drawn  # finished: nothing is drawn again
+
+
+def test_a_larger_k_draws_the_others_and_ends_as_if_all_were_drawn_at_once(base, evaluated, tmp_path, monkeypatch):
+    fewer = run(base, tmp_path, "--k", "1")["settings"]
+    kept, drawn, draw = (tmp_path / "eval_samples.jsonl").read_text(), [], eval_module.draw_part
+
+    def killed(engine, ranks, prompts, n_P, *rest, first):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append((len(prompts), set(n_P), first))
+        return draw(engine, ranks, prompts, n_P, *rest, first=first)
+
+    monkeypatch.setattr(eval_module, "draw_part", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(base, tmp_path)
+    assert json.loads((tmp_path / "eval.json").read_text())["settings"] == fewer  # which its figures are of
+    monkeypatch.undo()
+    figures, whole = run(base, tmp_path)["figures"], json.loads((evaluated / "eval.json").read_text())["figures"]
+    assert drawn == [(64, {3}, 1)] * 2 and figures == whole
+    lines = (tmp_path / "eval_samples.jsonl").read_text()
+    assert lines.startswith(kept) and sorted(lines.splitlines()) == sorted(
+        (evaluated / "eval_samples.jsonl").read_text().splitlines())
+    run(base, tmp_path)
+    assert (tmp_path / "eval_samples.jsonl").read_text() == lines  # finished: nothing is drawn again
 
 
 @two_ranks
@@ -105,10 +129,10 @@ def test_other_weights_are_refused_wherever_they_lie(base, evaluated, tmp_path):
     again = shutil.copytree(evaluated, tmp_path / "out")
     assert run(base, again, "--model", str(same))["figures"] == json.loads(
         (evaluated / "eval.json").read_text())["figures"]
-    with pytest.raises(FileExistsError, match="another evaluation, with weights .*; choose another --out or delete it"):
+    with pytest.raises(FileExistsError, match="another evaluation: other weights; choose another --out or delete it"):
         run(base, again, "--model", str(other))
     (again / "eval.json").unlink()  # responses that nothing speaks for
-    with pytest.raises(FileExistsError, match="weights None"):
+    with pytest.raises(FileExistsError, match="no eval.json says of what"):
         run(base, again)
 
 
@@ -117,7 +141,7 @@ def test_the_same_weights_with_another_tokenizer_are_refused(base, evaluated, tm
     words = json.loads(file.read_text())
     words["model"]["vocab"] |= {"1": words["model"]["vocab"]["2"], "2": words["model"]["vocab"]["1"]}
     file.write_text(json.dumps(words))
-    with pytest.raises(FileExistsError, match="sums asked"):
+    with pytest.raises(FileExistsError, match="other prompts, tokens or answers in sums, "):
         run(base, evaluated, "--model", str(tmp_path / "model"))
 
 
@@ -127,13 +151,16 @@ def test_a_changed_data_file_is_refused(base, tmp_path):
     small = ["--benchmarks", str(data), "--problems", "3", "--k", "1"]
     run(base, tmp_path / "out", *small)
     data.write_text("\n" + data.read_text())  # to the byte, as what it was cannot be known
-    with pytest.raises(FileExistsError, match="sums sha256"):
+    with pytest.raises(FileExistsError, match="other content in sums;"):
         run(base, tmp_path / "out", *small)
 
 
 @pytest.mark.parametrize("flag, value, was", [
-    ("--stop_tokens", "0,1", r"stop_ids \[1\]"), ("--top_k", "5", "eval_top_k 0"), ("--seed", "1", "seed 0"),
-    ("--answer_style", "gsm8k", "answer_style 'auto'"), ("--prompt_suffix", "=", "sums prompt_suffix ''")])
+    ("--stop_tokens", "0,1", "other --stop_tokens"), ("--top_k", "5", r"--top_k 0 \(now 5\)"),
+    ("--seed", "1", r"--seed 0 \(now 1\)"), ("--k", "3", r"--k 4 \(now 3\);"),
+    ("--answer_style", "gsm8k", "--answer_style auto"),
+    ("--prompt_suffix", "=", "other --prompt_suffix and prompts, tokens or answers in sums,"),
+    ("--benchmarks", "arithmetic", r": --benchmarks sums arithmetic \(now arithmetic\);")])
 def test_what_changes_the_question_or_the_answer_is_another_evaluation(base, evaluated, flag, value, was):
     with pytest.raises(FileExistsError, match=was):
         run(base, evaluated, flag, value)
@@ -166,16 +193,16 @@ def test_a_run_is_evaluated_again_as_it_evaluated_itself(trained, tmp_path, caps
     assert row["mean@4"] == pytest.approx([own["mean"], *own["intervals"]["mean@4"]]) and 0 < own["mean"] < 1
     assert {k: row[k][0] for k in own["passes"]} == own["passes"]
     assert [row["tokens_mean"], row["truncated_frac"]] == [own["response_tokens_mean"], own["truncated_frac"]]
-    assert f"as {trained}: eval_rollouts 4, eval_temperature 1.3, eval_top_p 1.0, eval_top_k 9, seed 5" in said
+    assert f"as {trained}: --k 4 --temperature 1.3 --top_p 1.0 --top_k 9 --seed 5" in said
     assert saved["settings"]["model"] == "mine" and str(trained.parent) not in json.dumps(saved)
     before = (tmp_path / "eval_samples.jsonl").read_text()
     evaluate(parse_args(["--model", str(trained / "model"), "--out", str(tmp_path)]))  # finished: as it was
     assert (tmp_path / "eval_samples.jsonl").read_text() == before
-    with pytest.raises(FileExistsError, match="eval_rollouts 4"):
+    with pytest.raises(FileExistsError, match=r"--k 4 \(now 2\)"):
         evaluate(parse_args(["--model", str(trained), "--out", str(tmp_path), "--k", "2"]))
 
 
-def test_a_run_whose_data_are_gone_or_changed_says_so_and_takes_others(trained, base, tmp_path, monkeypatch):
+def test_a_run_whose_data_are_gone_or_changed_says_so_and_takes_others(trained, base, tmp_path, monkeypatch, capsys):
     moved = shutil.copytree(trained, tmp_path / "mine")
     (moved / "paths.json").unlink()  # as on another machine: config.json names the file and not its folder
     monkeypatch.chdir(tmp_path)
@@ -185,7 +212,16 @@ def test_a_run_whose_data_are_gone_or_changed_says_so_and_takes_others(trained, 
     with pytest.raises(ValueError, match="sums.jsonl.* has changed since: name the problems .* with --benchmarks"):
         evaluate(parse_args(["--model", "mine", "--out", "b"]))
     evaluate(parse_args(["--model", "mine", "--benchmarks", "sums.jsonl", "--out", "c"]))
+    assert "the run trained on, too, is not counted: sums.jsonl" in capsys.readouterr().out
     assert json.loads(Path("c/eval.json").read_text())["figures"]["sums"]["problems"] == 1
+
+
+def test_problems_that_the_run_trained_on_are_counted(trained, base, tmp_path, caplog):
+    evaluate(parse_args(["--model", str(trained), "--benchmarks", str(base.parent / "sums.jsonl"), "--k", "1",
+                         "--out", str(tmp_path)]))
+    config = json.loads((trained / "config.json").read_text())
+    both = 100 if config["eval_data"] else 81  # of the first 90 nine are held out
+    assert f"sums: {both} of 100 problems stand in train_data, too" in caplog.text
 
 
 def test_settings_that_went_are_no_obstacle_to_an_older_run(trained, tmp_path):
@@ -211,6 +247,34 @@ def test_a_run_without_a_model_says_how_to_get_one(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "mine", ignore=shutil.ignore_patterns("model"))
     with pytest.raises(FileNotFoundError, match="no model/ yet.*--resume"):
         parse_args(["--model", str(tmp_path / "mine")])
+
+
+def test_two_evaluations_are_compared_problem_by_problem(tmp_path, capsys):
+    """Problems of pass rates 0, 1/4, ... of which half gain a quarter: the interval is of the gains alone."""
+    for name, m, gain in (("a", 4, 0), ("b", 8, 1)):
+        right = [m // 4 * (i % 4 + gain * (i % 2)) for i in range(40)]
+        samples = [Sample(b, str(i), f"{i}", "1", "math", "", j, "1", 5, "stop", right=j < right[i])
+                   for b in ("x", "y") for i in range(40) for j in range(m)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "eval_samples.jsonl").write_text(eval_module.lines_of(samples))
+        (tmp_path / name / "eval.json").write_text(json.dumps({"settings": {
+            "eval_rollouts": m, "eval_temperature": 0.6 + gain, "weights": name, "benchmarks": {"x": {}, "y": {}}}}))
+    a, b = tmp_path / "a", tmp_path / "b"
+    eval_module.compare(*parse_args(["--compare", str(a), str(b)]).compare)
+    said, rows = capsys.readouterr().out, {}
+    for line in said.splitlines():
+        cells = [x.strip() for x in line.split("|")]
+        rows |= {cells[1]: cells[2:-1]} if len(cells) > 1 else {}
+    assert list(rows) == ["benchmark", "---", "x", "y", "all"]
+    assert rows["benchmark"] == ["problems", "mean@4/8", "pass@4"]
+    assert rows["x"][0] == "40" and rows["all"][0] == "80" and rows["x"] == rows["y"]
+    value, low, high = (float(x) for x in re.findall(r"[+-][\d.]+", rows["x"][1]))
+    assert value == 12.5 and 8 < low < 10 and 15 < high < 17  # 12.5 +- 1.96 * 12.5 / sqrt(40)
+    assert "was asked or graded in other ways" in said and "weights" not in said
+    assert "--k 4 (there 8), --temperature 0.6 (there 1.6)" in said
+    (b / "eval_samples.jsonl").write_text(eval_module.lines_of([s for s in samples if s.id != "7"]))
+    with pytest.raises(ValueError, match="differ in their problems: 2 stand in one alone, such as '7' of x"):
+        eval_module.compare(a, b)
 
 
 def test_evaluations_have_folders_of_their_own(trained):
@@ -285,7 +349,7 @@ def test_an_evaluation_with_a_reward_of_ones_own_names_its_content(base, tmp_pat
     assert [s.right for s in samples] == [len(s.response) == 1 for s in samples]
     assert saved["settings"]["reward"] == "mine.py:short" and 0 < saved["figures"]["arithmetic"]["mean@4"][0] < 1
     file.write_text(file.read_text().replace("0.3", "0.4"))
-    with pytest.raises(FileExistsError, match="reward_sha256"):
+    with pytest.raises(FileExistsError, match="other code in --reward"):
         run(base, tmp_path / "out", *more)
 
 
@@ -350,21 +414,24 @@ def test_kinds_have_rows_of_their_own_and_the_whole_is_pooled_over_problems():
     rows = summary(samples)
     assert rows["mine"]["by_kind"] == {"sum": [2, 0.625, 1.0], "root": [1, 0.0, 0.0]}
     assert markdown(rows, "").splitlines()[-4:] == [
-        "| mine, by kind | problems | pass@1 | pass@4 |", "| --- | --- | --- | --- |", "| sum | 2 | 62.5 | 100.0 |",
-        "| root | 1 | 0.0 | 0.0 |"]
+        "| mine, by kind | problems | mean@4 | pass@2 | pass@4 |", "| --- | --- | --- | --- | --- |",
+        "| sum | 2 | 62.5 [25.0, 100.0] | 75.0 [50.0, 100.0] | 100.0 [15.8, 100.0] |",
+        "| root | 1 | 0.0 [-] | 0.0 [-] | 0.0 [-] |"]
     assert [rows[name]["problems"] for name in rows] == [3, 1, 4] and rows["all"]["mean@4"][0] == 9 / 16
 
 
 def test_one_problem_has_no_interval_and_a_response_without_a_verdict_is_told():
     rows = summary([Sample("one", "1", "1", "1", "math", "", 0, "1", 5, "stop", timed_out=True)])
     assert markdown(rows, "").splitlines()[2:] == [
-        "| one | 1 | 0.0 [-] | 0.0 [-] | 0.0% |", "",
+        "| benchmark | problems | mean@1 | style | no answer | cut |", "| --- | --- | --- | --- | --- | --- |",
+        "| one | 1 | 0.0 [-] | math | 100.0 | 0.0 |", "",
         "one: WARNING: of 1 responses 1 timed out in grading, 0 failed, and count as wrong"]
     assert json.loads(json.dumps(rows))["one"]["mean@1"] == [0.0, None, None]
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "--model"), (["--model", "x", "--bench", "y"], "--bench"),
+    ([], "--model"), (["--model", "x", "--bench", "y"], "did you mean --benchmarks?"),
+    (["--model", "x", "--eval_rollouts", "8"], "did you mean --k?"),
     (["--model", "x", "--k", "0"], "--k must be at least 1"),
     (["--model", "x", "--temperature", "0"], "use it with --k 1")])
 def test_wrong_flags_are_refused(arguments, message, capsys):

@@ -6,8 +6,9 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
-from metrics import Evaluation, figures, pass_at_k, table
+from metrics import Evaluation, bootstrap, figures, intervals, pass_at_k, table
 
 
 @pytest.mark.parametrize("drawn", [1, 2, 5, 8])
@@ -34,6 +35,19 @@ def test_intervals_cover_the_truth_19_times_in_20(problems, responses):
         assert 0.92 <= covered[name] / trials <= 0.985  # 3 standard errors, and the bootstrap's own bias
 
 
+@pytest.mark.parametrize("problems", [2, 30, 500])
+def test_problems_that_are_all_alike_leave_doubt(problems):
+    for right in (0, 1):
+        exact = binomtest(right * problems, problems).proportion_ci(method="exact")
+        assert figures(np.full((problems, 2), right > 0))["pass@2"] == pytest.approx([right, exact.low, exact.high])
+    u = 1 - exact.low
+    (half,), (same,) = intervals(np.full((problems, 1), 0.5)), intervals(np.zeros((problems, 1)), -1.0)
+    assert half == pytest.approx([0.5 - u / 2, 0.5 + u / 2])
+    assert same == pytest.approx([-u, u])  # of differences
+    values = np.arange(2 * problems).reshape(problems, 2) / (2 * problems)
+    assert intervals(values) == np.stack(bootstrap(values), axis=1).tolist()  # others are the bootstrap's, to the bit
+
+
 def evaluation(step: int) -> Evaluation:
     right = np.zeros((3, 16), bool)
     right[0, :4], right[2] = True, True
@@ -55,8 +69,9 @@ def test_the_interval_of_one_problem_is_unknown():
 
 def test_responses_without_a_verdict_are_told_loudly_where_they_are_most():
     lost = dataclasses.replace(evaluation(0), timeouts=20, failures=5)
-    assert lost.line().endswith("problems. WARNING: of 48 responses 20 timed out in grading, 5 failed, and count as "
-                                "wrong") and "WARNING" not in dataclasses.replace(lost, timeouts=3).line()
+    assert lost.line().endswith("held-out problems, 50.0% cut. WARNING: of 48 responses 20 timed out in "
+                                "grading, 5 failed, and count as wrong")
+    assert "WARNING" not in dataclasses.replace(lost, timeouts=3).line()
     assert table([lost, evaluation(3)]).splitlines()[-2:] == ["| grader timeouts | 41.7 | 0.0 |",
                                                               "| grader failures | 10.4 | 0.0 |"]
     older = {k: v for k, v in dataclasses.asdict(evaluation(3)).items() if k not in ("timeouts", "failures")}
@@ -67,6 +82,7 @@ def test_evaluations_survive_json_and_print_as_markdown():
     e = evaluation(3)
     assert e.intervals["mean@16"][0] < e.mean < e.intervals["mean@16"][1]
     assert Evaluation(**json.loads(json.dumps(dataclasses.asdict(e)))) == e
+    assert dataclasses.replace(e, truncated_frac=0.0).line().endswith("on 3 held-out problems")
     lines = table([evaluation(0), e]).strip().splitlines()
     assert lines[0] == "| 3 held-out problems x 16, percent | step 0 | step 3 |"
     assert {line.count("|") for line in lines} == {4} and lines[2].startswith("| mean@16 | 41.7")

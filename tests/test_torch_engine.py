@@ -122,6 +122,7 @@ def test_seeds_and_indices_give_different_streams(engine):
     assert len(set(map(tuple, rollouts))) == 16
     same = tokens(engine.generate([[7, 8]] * 2, [2] * 2, [5, 5], LONG))
     assert same[:2] == same[2:] == rollouts[:2]
+    assert tokens(engine.generate([[7, 8]], [2], [5], LONG, first=2)) == rollouts[2:4]  # drawn later
 
 
 def test_an_empty_request_gives_an_empty_list(engine):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import gloo, two_ranks
 
@@ -602,17 +603,28 @@ def test_a_full_disk_says_what_is_kept_and_how_to_go_on(base, finished):
     assert [line["step"] for line in log(finished)] == [0, 1, 2]
 
 
-def test_the_policy_of_the_best_evaluation_stays_in_best(base, tmp_path):
+def test_the_policy_of_the_best_evaluation_stays_in_best(base, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(base, out, steps=4, eval_every=1, learning_rate=3e-3) == 0
+    said = capsys.readouterr().out
     evaluations = json.loads((out / "eval.json").read_text())
     assert [e["step"] for e in evaluations] == [0, 1, 2, 3, 4]
     best = max(evaluations, key=lambda e: (e["passes"]["pass@2"], -e["step"]))
     assert (out / "model" / "model.safetensors").exists()
+    name, kept = (f"step {best['step']}", out / "best") if best["step"] else ("the base", "no best/")
+    assert f"\nbest: {name}, pass@2 {best['passes']['pass@2']:.1%}, {kept}\n" in said
     if best["step"]:
         assert json.loads((out / "best" / "evaluation.json").read_text())["step"] == best["step"]
     else:
         assert not (out / "best").exists()
+    stored = safetensors.torch.load_file(out / "model" / "model.safetensors")
+    assert f"model ({str(next(iter(stored.values())).dtype)[6:]})" in said
+
+
+def test_a_base_that_nothing_beats_is_said_to_be_the_best(base, tmp_path, capsys):
+    assert main(base, tmp_path / "run", steps=1, learning_rate=1e-9) == 0
+    assert re.search(r"\nbest: the base, pass@2 \d+.\d%, no best/\n", capsys.readouterr().out)
+    assert not (tmp_path / "run" / "best").exists()
 
 
 def test_what_is_left_of_steps_that_are_done_again_is_forgotten(base, tmp_path):

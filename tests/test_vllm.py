@@ -169,6 +169,8 @@ def test_seeds_alone_decide_the_tokens(setup):
     assert same == len(first) or (DEVICE.type == "cuda" and same > len(first) / 2)
     assert sum(np.array_equal(a.tokens, b.tokens) for a, b in zip(first, other, strict=True)) <= 1
     assert len({r.tokens.tobytes() for r in first[3:11]}) > 4  # children of one request differ
+    later, together = engine.generate([[5]], [2], [3], WARM, first=2), engine.generate([[5]], [4], [3], WARM)
+    assert any(np.array_equal(a.tokens, b.tokens) for a, b in zip(later, together[2:], strict=True))
     largest = engine.generate([[5]], [2], [(1 << 63) - 2], WARM)  # rollout_seed's range is accepted
     assert len(largest) == 2
 
