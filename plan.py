@@ -260,9 +260,9 @@ def step_seconds(model: ModelConfig, cfg: Config, world: int, card: Card, tokens
             "the rest": card.awakening + GRADING * rollouts * tokens[1] / MEAN_RESPONSE + others * 4 * P / link}
 
 
-def this_cpu(model: ModelConfig, cfg: Config, tokens: Tokens) -> Card:
+def this_cpu(model: ModelConfig, cfg: Config, tokens: Tokens, slots: int) -> Card:
     """One that takes as long as this machine's CPU, in float32 with random weights, by about a second of training on a
-    packed row and one of decoding in all slots, without drawing."""
+    packed row and one of decoding in so many slots, without drawing."""
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     net, length = Transformer(model), ceil(sum(tokens))
     net.init_weights(torch.Generator())  # of others numbers come that are too small for a CPU to be fast
@@ -271,7 +271,6 @@ def this_cpu(model: ModelConfig, cfg: Config, tokens: Tokens) -> Card:
     calls, took = timeit.Timer(
         lambda: net.logprobs(row, borders, length, torch.arange(1, len(row))).sum().backward()).autorange()
     flops = 3 * calls * len(row) * token_flops(model, length) / took
-    slots = min(cfg.max_rollouts, cfg.prompts_per_step * cfg.rollouts_per_prompt)
     cache = KVCache(model, slots, length, dtype=torch.float32, device=torch.device("cpu"))
     cache.length, cache.longest = torch.full((slots,), length // 2), length // 2  # halfway; a copy of it moves on
     with torch.inference_mode():
@@ -279,7 +278,7 @@ def this_cpu(model: ModelConfig, cfg: Config, tokens: Tokens) -> Card:
     return Card((1 << 50, 1 << 50), flops / TRAIN_SHARE, inf, inf, step=took / calls, awakening=0.0)
 
 
-def row(model: ModelConfig, cfg: Config, world: int, name: str, card: Card, tokens: Tokens) -> list[str]:
+def table_row(model: ModelConfig, cfg: Config, world: int, name: str, card: Card, tokens: Tokens) -> list[str]:
     """Of the table that --plan prints."""
     peaks = [sum(parts.values()) / GIB for parts in phases(model, cfg, world, PER_NODE, card.memory[1]).values()]
     room = max(0, cache_tokens(model, cfg, card.memory[1]))
@@ -301,15 +300,17 @@ def report(cfg: Config, model: ModelConfig, cards: str = "all") -> str:
     log = whole_lines(path) if path.exists() else []
     tokens = mean_tokens(model, cfg, log)
     machines = [machine(text) for text in (SHOWN if cards == "all" else [cards])]
-    rows, (world, name, card) = [row(model, cfg, *one, tokens) for one in machines], machines[0]
+    rows, (world, name, card) = [table_row(model, cfg, *one, tokens) for one in machines], machines[0]
     if cards == "all" and P <= CPU_PARAMETERS and not torch.cuda.is_available():
-        rows.append(["this CPU, timed", *[""] * 6, *row(model, cfg, 1, "", this_cpu(model, cfg, tokens), tokens)[7:]])
+        slots = min(cfg.max_rollouts, cfg.prompts_per_step * cfg.rollouts_per_prompt)
+        cpu, as_timed = this_cpu(model, cfg, tokens, slots), dataclasses.replace(cfg, max_rollouts=slots)
+        rows.append(["this CPU, timed", *[""] * 6, *table_row(model, as_timed, 1, "", cpu, tokens)[7:]])
     elif cards != "all" and over(model, cfg, world, PER_NODE, card.memory):
-        note = f"\nNeither settings nor {PER_NODE} of these cards are enough: --kl_beta 0, or a smaller model"
+        note = f"\n\nNeither settings nor {PER_NODE} of these cards are enough: --kl_beta 0, or a smaller model"
         if enough := remedy(model, cfg, world, card.memory):
-            rows.append(row(model, enough[1], enough[0], name, card, tokens))
+            rows.append(table_row(model, enough[1], enough[0], name, card, tokens))
             flags = [f" --{flag} {x}" for flag, x in vars(enough[1]).items() if x != getattr(cfg, flag)]
-            note = f"\nThe least change that fits, the second row: `--plan {enough[0]}x{name}{''.join(flags)}`"
+            note = f"\n\nThe least change that fits, the second row: `--plan {enough[0]}x{name}{''.join(flags)}`"
     return "\n".join([
         f"{cfg.model}: {P / 1e6:,.1f}M parameters. All that follows is an estimate: see plan.py.", "",
         f"**Memory**, GiB of each GPU: rows of {row_tokens(model, cfg):,} tokens, rollouts of up to "
@@ -321,4 +322,4 @@ def report(cfg: Config, model: ModelConfig, cards: str = "all") -> str:
         f"on all; in brackets sampling, log-probs, training and the rest. The run: {cfg.steps} steps, evaluations of "
         f"{evaluated(cfg)} problems x {cfg.eval_rollouts} responses.", "",
         markdown(["GPUs", "KV cache", *phases(model, cfg, 1, 1, 0), "fits", "step s", "evaluation s", "run"],
-                 rows), note])
+                 rows)]) + note
