@@ -185,8 +185,9 @@ def train_flags() -> argparse.ArgumentParser:
                         help="bins and adversaries as in the paper (auto: for its models) or as our study has it")
     parser.add_argument("--resume", action="store_true",
                         help="go on from the last checkpoint in out_dir; may change:\n" + ", ".join(MAY_CHANGE))
-    parser.add_argument("--plan", action="store_true",
-                        help="only print what the run would need, by our estimate: memory on 1 to 16 GPUs, hours")
+    parser.add_argument("--plan", nargs="?", const="all", metavar="CARDS",
+                        help="only print what the run would need, by our estimate: memory and hours on 1 to 16 GPUs,\n"
+                             "or on CARDS, 4xA100-40 or 8x96GiB@500TFLOPS, and what to change where they are too small")
     group = parser
     for f in dataclasses.fields(Config):
         group = parser.add_argument_group(f.metadata["heading"]) if f.metadata["heading"] else group
@@ -251,7 +252,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, argparse.Namespac
     else:
         preset = choose_preset(given) if preset == "auto" else preset
         cfg = from_preset(preset, adversary, given)
-    check(cfg, needed=("model",) if plan else ("model", "train_data"))
+    check(cfg, needed=("model", "train_data") if plan is None else ("model",))
     for name, why in idle_settings(cfg).items():
         if name in given:
             say(f"WARNING: --{name} has no effect {why}")

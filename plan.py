@@ -9,38 +9,58 @@ P parameters are sharded over the N ranks of a node (several nodes hold copies):
 which is embedding, head and last norm. A forward pass takes `width` bytes a number.
 """
 
+import copy
+import dataclasses
 import functools
-from math import ceil
+import itertools
+import re
+import timeit
+from math import ceil, inf
+from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
+import tasks
 from config import Config
 from kernels.linear_logprob import MAX_EXTRA_BYTES
-from metrics import markdown
-from model import QK_NORM, ModelConfig
+from metrics import markdown, whole_lines
+from model import QK_NORM, KVCache, ModelConfig, Transformer
 
 GIB = 2**30
 USABLE = 0.95  # of what is free: the rest is for NCCL's buffers and for what the allocator cannot use
 VLLM_FIXED = 1.7 * GIB  # its CUDA graphs, which go with the weights when it sleeps, and its workspaces
 VLLM_ASLEEP = 1.0 * GIB  # what it keeps when it sleeps: workspaces, its kernels' code. Guessed: never measured yet
 PER_NODE = 8  # GPUs of a node in the tables
-MEAN_PROMPT, MEAN_RESPONSE, EVAL_PROBLEMS = 150, 1200, 500  # unless the limits or --eval_problems are lower
-DECODE_STEP = 0.003  # seconds of a decoding step that depend on no model: scheduler, launches, drawing
-AWAKENING, GRADING = 2.0, 0.003  # seconds of a step for sleep and wake-up; of a rollout for its text and grade
+MEAN_PROMPT, MEAN_RESPONSE = 150, 1200  # unless the limits are lower, or a log tells
+PROBLEMS, HELD_OUT = 500, 200  # of a benchmark; held out of train_data at most (data.hold_out)
+Tokens = tuple[float, float]  # of a prompt and of a response, in the mean
+GRADING = 0.003  # seconds for text and grade of a rollout of MEAN_RESPONSE tokens
 # Of a card's peak: operations, operations, bandwidth. The first two: the least that one H200 had (docs/speed.md).
 TRAIN_SHARE, LOGPROB_SHARE, DECODE_SHARE = 0.46, 0.48, 0.6
-NVLINK, INFINIBAND = 300e9, 40e9  # bytes a second of one GPU inside a node and between nodes
+LINK_SHARE, INFINIBAND = 1 / 3, 40e9  # what is had of links inside a node; bytes a second of one GPU between nodes
+CPU_PARAMETERS = 200e6  # of the largest model for which a CPU is timed
 
 
 class Card(NamedTuple):
     memory: tuple[int, int]  # bytes free and in all, as torch.cuda.mem_get_info gives them in a process of its own
-    flops: float  # bf16 operations a second at most
+    flops: float  # dense bf16 operations a second at most
     bandwidth: float  # bytes a second of its memory at most
+    link: float  # bytes a second to the others of its node at most, both directions together
+    step: float = 0.003  # seconds of a decoding step that depend on no model: scheduler, launches, drawing
+    awakening: float = 2.0  # seconds of a training step for sleep and wake-up of the sampler
 
 
-CARDS = {"24 GB": Card((int(23.1 * GIB), int(23.6 * GIB)), 165e12, 1.0e12),  # RTX 4090
-         "80 GB": Card((int(78.66 * GIB), int(79.19 * GIB)), 989e12, 3.35e12),  # H100
-         "141 GB": Card((int(139.3 * GIB), int(139.8 * GIB)), 989e12, 4.8e12)}  # H200
-SHOWN = [("24 GB", 1), *((name, world) for name in ("80 GB", "141 GB") for world in (1, 2, 4, 8, 16))]
+def card(gib: float, tflops: float, bandwidth: float, link: float) -> Card:
+    """Of GiB in all, as torch sees them, TFLOP/s and twice GB/s."""
+    return Card((int((gib - 0.5) * GIB), int(gib * GIB)), tflops * 1e12, bandwidth * 1e9, link * 1e9)
+
+
+# The vendor's data sheets, SXM where there is a choice; GiB as torch reports them. No NVLink on 4090 and L40S: PCIe 4.
+CARDS = {"4090": card(23.6, 165, 1008, 64), "A100-40": card(39.4, 312, 1555, 600),
+         "A100-80": card(79.2, 312, 2039, 600), "L40S": card(44.4, 362, 864, 64),
+         "H100": card(79.2, 989, 3350, 900), "H200": card(139.8, 989, 4800, 900), "B200": card(178, 2250, 7700, 1800)}
+SHOWN = ("4090", *(f"{world}x{name}" for name in ("H100", "H200") for world in (1, 2, 4, 8, 16)))
 # What --plan knows without the hub: hidden size, inner size, layers, heads, whether embedding and head are one.
 QWEN3 = {"Qwen/Qwen3-0.6B-Base": (1024, 3072, 28, 16, True), "Qwen/Qwen3-1.7B-Base": (2048, 6144, 28, 16, True),
          "Qwen/Qwen3-4B-Base": (2560, 9728, 36, 32, True), "Qwen/Qwen3-8B-Base": (4096, 12288, 36, 32, False)}
@@ -53,6 +73,21 @@ def known_model(name: str) -> ModelConfig | None:
     hidden, inner, layers, heads, tied = known
     return ModelConfig("qwen3", 151936, hidden, inner, layers, heads, num_key_value_heads=8, head_dim=128,
                        rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=tied, max_position_embeddings=32768)
+
+
+def machine(text: str) -> tuple[int, str, Card]:
+    """`4xA100-40`, `h200` or `8x96GiB@500TFLOPS` -> how many of which card. Bandwidth and link of the last one are
+    assumed to be to its peak as an H100's. Raises ValueError for what it does not know."""
+    count, _, name = text.lower().rpartition("x")
+    known = {name.lower(): (name, found) for name, found in CARDS.items()}
+    if own := re.fullmatch(r"(\d+(?:\.\d+)?)gib@(\d+(?:\.\d+)?)tflops", name):
+        gib, tflops = map(float, own.groups())
+        known[name] = f"{gib:g}GiB@{tflops:g}TFLOPS", card(gib, tflops, 3350 / 989 * tflops, 900 / 989 * tflops)
+    world = int(count or 1) if count.isdecimal() or not count else 0
+    if name not in known or not world or (world > PER_NODE and world % PER_NODE):
+        raise ValueError(f"--plan {text}: known cards are {', '.join(CARDS)}, as in 4xA100-40; of others give memory "
+                         "and dense bf16 peak, as in 8x96GiB@500TFLOPS; above 8 they are whole nodes of 8")
+    return world, *known[name]
 
 
 @functools.cache
@@ -162,19 +197,43 @@ def check_memory(model: ModelConfig, cfg: Config, world: int, per_node: int, mem
             "more GPUs in a node, --gradient_checkpointing 1, a lower --gpu_memory_utilization or --microbatch_tokens")
 
 
-def mean_tokens(model: ModelConfig, cfg: Config) -> tuple[int, int]:
-    """Of a prompt and of a response, as assumed."""
+def remedy(model: ModelConfig, cfg: Config, world: int, memory: tuple[int, int]) -> tuple[int, Config] | None:
+    """The least change with which all fits, as cards and settings, or None. What stands first changes only where all
+    behind it is not enough, and as little as it can; rows get no shorter than the longest rollout."""
+    share, tokens, layers = cfg.gpu_memory_utilization, cfg.microbatch_tokens, cfg.gradient_checkpointing
+    for cards, utilization, shorter, recomputed in itertools.product(
+            [world, *(n for n in (2, 4, 8) if n > world)],
+            sorted([share, *(n / 20 for n in range(1, 20))], key=lambda x: abs(x - share)),
+            [tokens, *(tokens >> n for n in range(1, 9) if tokens >> n >= sum(limits(model, cfg)))],
+            [layers, *(x for x in (0.25, 0.5, 0.75, 1.0) if x > layers)]):
+        changed = dataclasses.replace(cfg, gpu_memory_utilization=utilization, microbatch_tokens=shorter,
+                                      gradient_checkpointing=recomputed)
+        if not over(model, changed, cards, PER_NODE, memory):
+            return cards, changed
+    return None
+
+
+def mean_tokens(model: ModelConfig, cfg: Config, log: list[dict] | None = None) -> Tokens:
+    """Responses as the lines of a run's log have them, else as assumed."""
     prompt, response = limits(model, cfg)
-    return min(MEAN_PROMPT, prompt), min(MEAN_RESPONSE, response)
+    mean = sum(line["response_tokens_mean"] for line in log) / len(log) if log else MEAN_RESPONSE
+    return min(MEAN_PROMPT, prompt), min(mean, response)
 
 
-def decoding(model: ModelConfig, cfg: Config, rollouts: float, card: Card) -> float:
+def evaluated(cfg: Config) -> int:
+    """Problems of an evaluation; where only the data would tell, as assumed."""
+    if not cfg.eval_data:
+        return min(cfg.eval_problems or HELD_OUT, HELD_OUT)
+    return cfg.eval_problems or (tasks.SIZES["heldout"] if cfg.eval_data.partition(":")[0] in tasks.TASKS else PROBLEMS)
+
+
+def decoding(model: ModelConfig, cfg: Config, tokens: Tokens, rollouts: float, card: Card) -> float:
     """Seconds in which one GPU draws so many rollouts: each decoding step reads the weights and all live caches."""
-    (prompt, response), w = mean_tokens(model, cfg), width(cfg)
-    at_once = min(cfg.max_rollouts, max(1, cache_tokens(model, cfg, card.memory[1]) // (prompt + response)))
-    steps = response * max(0.0, rollouts / at_once - 1) + limits(model, cfg)[1]  # one of the last runs to the limit
+    (prompt, response), w = tokens, width(cfg)
+    slots = min(cfg.max_rollouts, max(1, int(cache_tokens(model, cfg, card.memory[1]) // (prompt + response))))
+    steps = response * max(0.0, rollouts / slots - 1) + limits(model, cfg)[1]  # one of the last runs to the limit
     read = steps * w * sizes(model)[0] + rollouts * response * (prompt + response / 2) * cache_bytes(model, w)
-    return steps * DECODE_STEP + read / (DECODE_SHARE * card.bandwidth)
+    return steps * card.step + read / (DECODE_SHARE * card.bandwidth)
 
 
 def token_flops(model: ModelConfig, tokens: int) -> float:
@@ -184,57 +243,83 @@ def token_flops(model: ModelConfig, tokens: int) -> float:
     return 2 * multiplied + 2 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * tokens
 
 
-def step_seconds(model: ModelConfig, cfg: Config, world: int, card: Card) -> dict[str, float]:
+def step_seconds(model: ModelConfig, cfg: Config, world: int, card: Card, tokens: Tokens) -> dict[str, float]:
     """A step by phase. Sending runs beside computing: what takes longer counts."""
-    (P, root, _), N, w = sizes(model), min(world, PER_NODE), width(cfg)
-    rollouts, tokens = cfg.prompts_per_step * cfg.rollouts_per_prompt / world, sum(mean_tokens(model, cfg))
+    (P, root, _), N, w, link = sizes(model), min(world, PER_NODE), width(cfg), LINK_SHARE * card.link
+    rollouts, length = cfg.prompts_per_step * cfg.rollouts_per_prompt / world, sum(tokens)
     models, minibatches = 2 if cfg.kl_beta else 1, cfg.prompts_per_step / cfg.minibatch_prompts
-    forward, row = rollouts * tokens * token_flops(model, tokens), row_tokens(model, cfg)
+    forward, row = rollouts * length * token_flops(model, length), row_tokens(model, cfg)
     # A row gathers all weights, those of the blocks again in backward, and sends gradients; nodes add up theirs.
-    others, gathered = (N - 1) / N, models * ceil(rollouts * tokens / row) * (N - 1) / N * w * P
-    rows = ceil(minibatches) * ceil(rollouts * tokens / minibatches / row)
+    others, gathered = (N - 1) / N, models * ceil(rollouts * length / row) * (N - 1) / N * w * P
+    rows = ceil(minibatches) * ceil(rollouts * length / minibatches / row)
     inside, between = rows * others * (w * (2 * P - root) + 4 * P), rows * 8 * (1 - N / world) * P / N
-    return {"sampling": decoding(model, cfg, rollouts, card),
-            "log-probs": max(models * forward / (LOGPROB_SHARE * card.flops), gathered / NVLINK),
+    return {"sampling": decoding(model, cfg, tokens, rollouts, card),
+            "log-probs": max(models * forward / (LOGPROB_SHARE * card.flops), gathered / link),
             "training": max((3 + cfg.gradient_checkpointing) * forward / (TRAIN_SHARE * card.flops),
-                            inside / NVLINK + between / INFINIBAND),
-            "the rest": AWAKENING + GRADING * rollouts + others * 4 * P / NVLINK}
+                            inside / link + between / INFINIBAND),
+            "the rest": card.awakening + GRADING * rollouts * tokens[1] / MEAN_RESPONSE + others * 4 * P / link}
 
 
-def _memory_row(model: ModelConfig, cfg: Config, name: str, world: int) -> list[str]:
-    memory = CARDS[name].memory
-    by_phase, found = phases(model, cfg, world, PER_NODE, memory[1]), over(model, cfg, world, PER_NODE, memory)
-    state = sum(by_phase["training"].get(part, 0) for part in ("masters", "moments", "gradients", "reference"))
-    room = max(0, cache_tokens(model, cfg, memory[1]))
-    return [f"{world} x {name}", f"{state / GIB:.1f}", f"{room:,} ({room // sum(limits(model, cfg))})",
-            *(f"{sum(parts.values()) / GIB:.1f}" for parts in by_phase.values()),
-            "over: " + ", ".join(found) if found else "yes"]
+def this_cpu(model: ModelConfig, cfg: Config, tokens: Tokens, slots: int) -> Card:
+    """One that takes as long as this machine's CPU, in float32 with random weights, by about a second of training on a
+    packed row and one of decoding in so many slots, without drawing."""
+    torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    net, length = Transformer(model), ceil(sum(tokens))
+    net.init_weights(torch.Generator())  # of others numbers come that are too small for a CPU to be fast
+    rollouts = max(1, min(cfg.microbatch_tokens, int(1e10 / sizes(model)[0])) // length)  # few of a large model
+    row, borders = torch.randint(model.vocab_size, (rollouts * length,)), torch.arange(rollouts + 1) * length
+    calls, took = timeit.Timer(
+        lambda: net.logprobs(row, borders, length, torch.arange(1, len(row))).sum().backward()).autorange()
+    flops = 3 * calls * len(row) * token_flops(model, length) / took
+    cache = KVCache(model, slots, length, dtype=torch.float32, device=torch.device("cpu"))
+    cache.length, cache.longest = torch.full((slots,), length // 2), length // 2  # halfway; a copy of it moves on
+    with torch.inference_mode():
+        calls, took = timeit.Timer(lambda: net.decode(row[:1].expand(slots), copy.copy(cache))).autorange()
+    return Card((1 << 50, 1 << 50), flops / TRAIN_SHARE, inf, inf, step=took / calls, awakening=0.0)
 
 
-def _time_row(model: ModelConfig, cfg: Config, name: str, world: int) -> list[str]:
-    seconds = step_seconds(model, cfg, world, CARDS[name])
+def table_row(model: ModelConfig, cfg: Config, world: int, name: str, card: Card, tokens: Tokens) -> list[str]:
+    """Of the table that --plan prints."""
+    peaks = [sum(parts.values()) / GIB for parts in phases(model, cfg, world, PER_NODE, card.memory[1]).values()]
+    room = max(0, cache_tokens(model, cfg, card.memory[1]))
+    cells = [f"{world} x {name}", f"{room:,} ({room // sum(limits(model, cfg))})", *(f"{x:.1f}" for x in peaks)]
+    if found := over(model, cfg, world, PER_NODE, card.memory):
+        return [*cells, "over: " + ", ".join(found), "", "", ""]
+    seconds = step_seconds(model, cfg, world, card, tokens)
     step = sum(seconds.values())
-    evaluation = decoding(model, cfg, (cfg.eval_problems or EVAL_PROBLEMS) * cfg.eval_rollouts / world, CARDS[name])
-    evaluations = sum(map(cfg.due, range(cfg.steps + 1)))
-    hours = (cfg.steps * step + evaluations * evaluation) / 3600
-    return [f"{world} x {name}", *(f"{x:.1f}" for x in (*seconds.values(), step, evaluation, hours))]
+    evaluation = decoding(model, cfg, tokens, evaluated(cfg) * cfg.eval_rollouts / world, card)
+    run = cfg.steps * step + sum(map(cfg.due, range(cfg.steps + 1))) * evaluation
+    return [*cells, "yes", f"{step:.1f} ({' + '.join(f'{x:.1f}' for x in seconds.values())})", f"{evaluation:.1f}",
+            f"{run / 3600:.1f} h" if run >= 3600 else f"{run / 60:.1f} min"]
 
 
-def report(cfg: Config, model: ModelConfig) -> str:
-    """What --plan prints, in Markdown. model: the numbers of cfg.model."""
-    prompt, response = mean_tokens(model, cfg)
-    fitting = [(name, world) for name, world in SHOWN if not over(model, cfg, world, PER_NODE, CARDS[name].memory)]
+def report(cfg: Config, model: ModelConfig, cards: str = "all") -> str:
+    """What --plan prints, in Markdown. model: the numbers of cfg.model. cards: what `machine` reads, or "all": SHOWN,
+    and where there is no GPU and the model is small this machine's CPU."""
+    path, P, note = Path(cfg.out_dir, "metrics.jsonl"), sizes(model)[0], ""
+    log = whole_lines(path) if path.exists() else []
+    tokens = mean_tokens(model, cfg, log)
+    machines = [machine(text) for text in (SHOWN if cards == "all" else [cards])]
+    rows, (world, name, card) = [table_row(model, cfg, *one, tokens) for one in machines], machines[0]
+    if cards == "all" and P <= CPU_PARAMETERS and not torch.cuda.is_available():
+        slots = min(cfg.max_rollouts, cfg.prompts_per_step * cfg.rollouts_per_prompt)
+        cpu, as_timed = this_cpu(model, cfg, tokens, slots), dataclasses.replace(cfg, max_rollouts=slots)
+        rows.append(["this CPU, timed", *[""] * 6, *table_row(model, as_timed, 1, "", cpu, tokens)[7:]])
+    elif cards != "all" and over(model, cfg, world, PER_NODE, card.memory):
+        note = f"\n\nNeither settings nor {PER_NODE} of these cards are enough: --kl_beta 0, or a smaller model"
+        if enough := remedy(model, cfg, world, card.memory):
+            rows.append(table_row(model, enough[1], enough[0], name, card, tokens))
+            flags = [f" --{flag} {x}" for flag, x in vars(enough[1]).items() if x != getattr(cfg, flag)]
+            note = f"\n\nThe least change that fits, the second row: `--plan {enough[0]}x{name}{''.join(flags)}`"
     return "\n".join([
-        f"{cfg.model}: {sizes(model)[0] / 1e9:.2f}B parameters. All that follows is an estimate: see plan.py.", "",
-        f"**Memory**, estimated GiB of each GPU: rows of {row_tokens(model, cfg):,} tokens, rollouts of up to "
+        f"{cfg.model}: {P / 1e6:,.1f}M parameters. All that follows is an estimate: see plan.py.", "",
+        f"**Memory**, GiB of each GPU: rows of {row_tokens(model, cfg):,} tokens, rollouts of up to "
         f"{sum(limits(model, cfg)):,}, --gpu_memory_utilization {cfg.gpu_memory_utilization}, --gradient_checkpointing "
-        f"{cfg.gradient_checkpointing}. State: masters, moments, gradients and reference, sharded inside a node of 8. "
-        "KV cache: tokens that vLLM holds, in brackets rollouts of full length. The phases: their peaks, which must "
-        f"fit {USABLE:.0%} of what is free.", "",
-        markdown(["GPUs", "state", "KV cache", *phases(model, cfg, 1, 1, 0), "fits"],
-                 [_memory_row(model, cfg, *shown) for shown in SHOWN]), "",
-        f"**Time**, estimated where it fits: a step draws {cfg.prompts_per_step} prompts x {cfg.rollouts_per_prompt} "
-        f"rollouts, assumed to have {prompt} + {response} tokens, and trains on all. The run: {cfg.steps} steps, "
-        f"evaluations of {cfg.eval_problems or EVAL_PROBLEMS} problems x {cfg.eval_rollouts} responses.", "",
-        markdown(["GPUs", "sampling s", "log-probs s", "training s", "the rest s", "step s", "evaluation s", "run h"],
-                 [_time_row(model, cfg, *shown) for shown in fitting])])
+        f"{cfg.gradient_checkpointing}. KV cache: tokens that vLLM holds, in brackets rollouts of full length. Then "
+        f"the peak of each phase, which must fit {USABLE:.0%} of what is free.", "",
+        f"**Time** where it fits: a step draws {cfg.prompts_per_step} prompts x {cfg.rollouts_per_prompt} rollouts of "
+        f"{tokens[0]:.0f} + {tokens[1]:.0f} tokens, {f'the latter as in {path}' if log else 'as assumed'}, and trains "
+        f"on all; in brackets sampling, log-probs, training and the rest. The run: {cfg.steps} steps, evaluations of "
+        f"{evaluated(cfg)} problems x {cfg.eval_rollouts} responses.", "",
+        markdown(["GPUs", "KV cache", *phases(model, cfg, 1, 1, 0), "fits", "step s", "evaluation s", "run"],
+                 rows)]) + note

@@ -763,8 +763,8 @@ def run(cfg: Config, command) -> None:
 def main() -> None:
     try:
         cfg, command = parse_args()
-        if command.plan:
-            print(plan.report(cfg, plan.known_model(cfg.model) or tasks.model_config(cfg.model)))
+        if command.plan is not None:
+            print(plan.report(cfg, plan.known_model(cfg.model) or tasks.model_config(cfg.model), command.plan))
             return
     except (ValueError, OSError, RunError) as error:
         sys.exit(f"train.py: {error}")

@@ -37,7 +37,7 @@ from rollout import Batch
 from runfolder import environment
 from train import GRAD_CLIP, WEIGHT_DECAY, Step, Trainer
 
-PEAK_FLOPS = plan.CARDS["80 GB"].flops  # bf16 operations a second of an H100 or H200, for MFU
+PEAK_FLOPS = plan.CARDS["H100"].flops  # bf16 operations a second of an H100 or H200, for MFU
 
 
 def bench_adversary() -> list[dict]:

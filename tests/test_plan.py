@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -143,7 +146,7 @@ def test_the_papers_models_on_cards_as_they_report_themselves():
 
 
 def test_a_second_node_holds_a_copy_and_no_reference_needs_less():
-    model, cfg, total = model_of("8B"), config(), CARDS["80 GB"].memory[1]
+    model, cfg, total = model_of("8B"), config(), CARDS["H100"].memory[1]
     assert phases(model, cfg, 16, 8, total) == phases(model, cfg, 8, 8, total) != phases(model, cfg, 4, 8, total)
     without = phases(model, config("--kl_beta", "0"), 8, 8, total)
     assert all(sum(parts.values()) < sum(phases(model, cfg, 8, 8, total)[phase].values())
@@ -151,7 +154,7 @@ def test_a_second_node_holds_a_copy_and_no_reference_needs_less():
 
 
 def test_vllm_gets_what_its_share_leaves_beside_weights_and_working_memory():
-    model, total = model_of("8B"), CARDS["80 GB"].memory[1]
+    model, total = model_of("8B"), CARDS["H100"].memory[1]
     less, more = (cache_tokens(model, config("--gpu_memory_utilization", share), total) for share in ("0.5", "0.6"))
     assert (more - less) * 2 * 36 * 8 * 128 * 2 == pytest.approx(0.1 * total, rel=1e-4)  # keys and values, bf16
     assert cache_tokens(model, config("--gpu_memory_utilization", "0.1"), total) < 0
@@ -161,28 +164,86 @@ def test_a_plan_follows_the_flags_and_names_every_machine():
     name = "Qwen/Qwen3-4B-Base"
     said = report(config("--model", name), known_model(name))
     assert said.startswith(f"{name}: ") and "256 prompts x 4 rollouts" in said and "is an estimate" in said
-    assert all(f"\n| {world} x {card} | " in said for card in ("80 GB", "141 GB") for world in (1, 2, 4, 8, 16))
+    assert all(f"\n| {world} x {card} | " in said for card in ("H100", "H200") for world in (1, 2, 4, 8, 16))
     assert report(config("--model", name, "--microbatch_tokens", "8192"), known_model(name)) != said
 
 
 def test_one_24_gb_card_holds_qwen3_06b_and_trains_it_in_about_two_hours():
     cfg = parse_args(["--preset", "qwen3-0.6b"])[0]
-    model, card = known_model(cfg.model), CARDS["24 GB"]
+    model, card = known_model(cfg.model), CARDS["4090"]
     assert not over(model, cfg, 1, 1, card.memory)
-    step = sum(step_seconds(model, cfg, 1, card).values())
+    step = sum(step_seconds(model, cfg, 1, card, plan.mean_tokens(model, cfg)).values())
     assert 1.5 < cfg.steps * step / 3600 < 2.5
+
+
+def test_cards_are_read_by_name_or_by_memory_and_peak():
+    assert plan.machine("4xA100-40") == (4, "A100-40", CARDS["A100-40"])
+    assert plan.machine("h200") == (1, "H200", CARDS["H200"])
+    world, name, own = plan.machine("8x96GiB@494.5TFLOPS")
+    assert (world, name) == (8, "96GiB@494.5TFLOPS") and own.memory[1] == 96 * GIB
+    half = [2 * x for x in (own.flops, own.bandwidth, own.link)]
+    assert half == pytest.approx([CARDS["H100"].flops, CARDS["H100"].bandwidth, CARDS["H100"].link])
+    for text in ("", "3xRTX", "0xH100", "12xH100", "x4090x2", "8x96GiB"):
+        with pytest.raises(ValueError, match=f"^--plan {text}: .* 4090, A100-40, A100-80, L40S, H100, H200, B200,"):
+            plan.machine(text)
+    model, cfg = model_of("8B"), config("--microbatch_tokens", "512", "--max_response_tokens", "350")
+    pcie = CARDS["A100-40"]._replace(link=CARDS["L40S"].link)  # no NVLink: sending takes longer than computing
+    slow, fast = (step_seconds(model, cfg, 8, card, (150, 350))["training"] for card in (pcie, CARDS["A100-40"]))
+    assert slow > fast
+
+
+@pytest.mark.parametrize("cards, argv, least", [
+    ("H100", "", ""),
+    ("A100-80", "--gradient_checkpointing 0 --microbatch_tokens 32768", "--gradient_checkpointing 0.5"),
+    ("A100-40", "--gpu_memory_utilization 0.3 --microbatch_tokens 131072", "--microbatch_tokens 16384"),
+    ("A100-40", "--gpu_memory_utilization 0.3 --microbatch_tokens 65536 --gradient_checkpointing 0.5",
+     "--microbatch_tokens 16384 --gradient_checkpointing 1.0"),
+    ("L40S", "", "--gpu_memory_utilization 0.35"), ("H100", "--model Qwen/Qwen3-8B-Base", "4x"),
+    ("4090", "--model Qwen/Qwen3-8B-Base", "Neither")])
+def test_where_a_card_holds_too_little_the_least_change_that_fits_is_said(tmp_path, cards, argv, least):
+    argv = [*argv.split(), "--out_dir", str(tmp_path)]
+    model = known_model(config(*argv).model)
+    *table, said = report(config(*argv), model, cards).splitlines()
+    asked = f"4x{cards}" if least == "4x" else f"1x{cards} {least}"
+    assert (f"`--plan {asked}`" in said if least not in ("", "Neither") else said.startswith(least or "| 1 x H100"))
+    if "row: " in said:  # which can be pasted
+        cfg, command = parse_args([*argv, "--preset", "qwen3-1.7b", *said.partition("`")[2][:-1].split()])
+        assert report(cfg, model, command.plan).splitlines()[-1] == table[-2]
+
+
+def test_a_log_tells_how_long_responses_are_and_the_data_how_many_problems(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"response_tokens_mean": 300.0}\n{"response_tokens_mean": 500.0}\n{"cut')
+    new, said = (report(config("--out_dir", str(tmp_path / name)), model_of("1.7B"), "H100") for name in ("none", ""))
+    assert "of 150 + 1200 tokens, as assumed" in new
+    assert f"of 150 + 400 tokens, the latter as in {tmp_path}/metrics.jsonl" in said
+    for argv, problems in (("--preset arithmetic", 600), ("--preset arithmetic --eval_problems 50", 50),
+                           ("--preset own --model m --train_data x.jsonl --eval_problems 0", 200),
+                           ("--preset own --model m --train_data x.jsonl", 100), ("--preset qwen3-1.7b", 500)):
+        assert plan.evaluated(parse_args(argv.split())[0]) == problems
+
+
+def test_a_built_in_task_is_timed_on_this_cpu_by_the_command(tmp_path):
+    """In a process of its own, as it sets threads and leaves memory behind."""
+    root, argv = Path(plan.__file__).parent, ["--preset", "arithmetic", "--out_dir", str(tmp_path), "--plan"]
+    said, named = (subprocess.run([sys.executable, "train.py", *argv, *cards], cwd=root, text=True, check=True,
+                                  env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, stdout=subprocess.PIPE).stdout
+                   for cards in ([], ["2xL40S"]))
+    row = said.splitlines()[-1].split(" | ")
+    assert said.startswith("arithmetic: 0.4M parameters") and "evaluations of 600 problems" in said
+    assert row[0] == "| this CPU, timed" and 0 < float(row[7].split()[0]) < 60 and row[-1].endswith("min |")
+    assert "CPU" not in named and "\n| 2 x L40S | " in named
 
 
 def test_seconds_are_those_of_the_operations_in_the_books():
     """8B, 8 GPUs: 2 N operations a token forward, 8 N with checkpointing, and attention."""
-    model, cfg, card = model_of("8B"), config(), CARDS["80 GB"]
-    seconds = step_seconds(model, cfg, 8, card)
+    model, cfg, card = model_of("8B"), config(), CARDS["H100"]
+    seconds = step_seconds(model, cfg, 8, card, (150, 1200))
     tokens, N = 256 * 4 * 1350 / 8, sizes(model)[0] - 151936 * 4096
     forward = 2 * N * tokens / card.flops
     assert seconds["log-probs"] == pytest.approx(2 * forward / plan.LOGPROB_SHARE, rel=0.05)  # policy and reference
     assert seconds["training"] == pytest.approx(4 * forward / plan.TRAIN_SHARE, rel=0.05)
     short = config("--microbatch_tokens", "512", "--max_prompt_tokens", "150", "--max_response_tokens", "350")
-    alone, eight = (step_seconds(model, short, world, card)["training"] for world in (1, 8))
+    alone, eight = (step_seconds(model, short, world, card, (150, 350))["training"] for world in (1, 8))
     assert eight > 2 * alone / 8  # rows so short that sending weights and gradients takes longer than computing
 
 

@@ -103,11 +103,12 @@ def test_what_fits_which_cards_is_what_plan_says():
         cfg, _ = parse_args(["--preset", name])
         model = plan.known_model(cfg.model)
         if name == "qwen3-0.6b":
-            assert not plan.over(model, cfg, 1, 8, plan.CARDS["24 GB"].memory)
+            assert not plan.over(model, cfg, 1, 8, plan.CARDS["4090"].memory)
             continue
-        fewest.append(next(n for n in (1, 2, 4, 8) if not plan.over(model, cfg, n, 8, plan.CARDS["80 GB"].memory)))
-        phases = plan.phases(model, cfg, 8, 8, plan.CARDS["80 GB"].memory[1])
+        fewest.append(next(n for n in (1, 2, 4, 8) if not plan.over(model, cfg, n, 8, plan.CARDS["H100"].memory)))
+        phases = plan.phases(model, cfg, 8, 8, plan.CARDS["H100"].memory[1])
         peaks.append(round(max(sum(x.values()) for x in phases.values()) / plan.GIB))
-        hours.append(round(float(plan._time_row(model, cfg, "80 GB", 8)[-1])))
+        run = plan.table_row(model, cfg, 8, "H100", plan.CARDS["H100"], plan.mean_tokens(model, cfg))[-1]
+        hours.append(round(float(run.removesuffix(" h"))))
     said = "fit {}, {} and {} cards of 80 GB and take {}, {} and {} hours on 8 of them, {}, {} and {} GiB of each"
     assert said.format(*fewest, *hours, *peaks) in " ".join(TEXTS["README.md"].split())

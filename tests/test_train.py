@@ -755,7 +755,7 @@ def test_help_and_a_wrong_flag_are_answered_without_torch(program):
 def test_the_preset_is_that_of_what_is_named_and_never_another_in_silence(capsys):
     for preset in set(PRESETS) - {"own"}:
         cfg, command = parse_args(["--preset", preset])  # which checks
-        assert vars(command) == {"preset": preset, "resume": False, "plan": False}
+        assert vars(command) == {"preset": preset, "resume": False, "plan": None}
         assert cfg.out_dir == f"out/{preset}-grpo-0"
     for argv, expected in (("--model arithmetic:3", "arithmetic"), ("--train_data permutations", "permutations"),
                            ("--model m --train_data x.jsonl", "own")):
