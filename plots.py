@@ -16,7 +16,9 @@ import argparse
 import hashlib
 import signal
 import sys
+import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -25,7 +27,7 @@ import numpy as np
 
 from metrics import headline_k
 from study import figures, logs
-from study.figures import COLOURS, PAGE, rows_of
+from study.figures import COLOURS, rows_of
 from study.logs import MODES, Missing, Run, headline, stages, tail
 from study.tables import run_table, sample_page, tables
 
@@ -56,13 +58,19 @@ def by_model(runs: list[Run]) -> Models:
 # ------------------------------------------------------------------------------------------------ drawing
 
 
+STEPS = partial(matplotlib.ticker.MaxNLocator, nbins="auto", steps=[1, 2, 5, 10], integer=True)  # there is no half one
+
+
 def band(ax, runs: list[Run], values: list[np.ndarray], colour: str, label: str, style: str = "-", *,
          spread: bool = True) -> None:
-    """Mean over seeds as a line and, with `spread`, their range as a band; only the steps that all have."""
+    """Mean over seeds as a line and, with `spread`, their range as a band; only the steps that all have. Where there is
+    nothing to draw, as no value is known, the legend has no entry."""
     length = min(map(len, values))
     stack = np.stack([v[:length] for v in values])
     steps = runs[0].steps[:length]
-    ax.plot(steps, stack.mean(axis=0), style, color=colour, label=label, marker="." if length == 1 else None)
+    ax.plot(steps, stack.mean(axis=0), style, color=colour, label=label if np.isfinite(stack).any() else "",
+            marker="." if length == 1 else None)
+    ax.xaxis.set_major_locator(STEPS())
     if spread and len(values) > 1:
         ax.fill_between(steps, stack.min(axis=0), stack.max(axis=0), color=colour, alpha=0.15, linewidth=0)
 
@@ -73,17 +81,20 @@ def heatmap(ax, run: Run, key: str) -> None:
     x_TB, steps = run.bins(key), run.steps
     uniform = {"weight": 1.0, "rollouts": run.config["rollouts_per_prompt"]}.get(key)
     if uniform:
-        reach = max(float(np.nanmax(np.abs(np.log2(x_TB / uniform)))), 0.1)
+        reach = max(float(np.nanmax(np.abs(np.log2(x_TB / uniform)))), 1.0)  # 2 times or half, at least
         norm, colours = matplotlib.colors.LogNorm(uniform * 2**-reach, uniform * 2**reach), "RdBu_r"
-        ticks = uniform * 2.0 ** np.arange(-np.floor(reach), np.floor(reach) + 1)
+        apart = np.ceil(reach / 4)  # ticks, in powers of 2
+        ticks = uniform * 2.0 ** (apart * np.arange(-(reach // apart), reach // apart + 1))
     else:
         low, high, gamma = (-1, 1, 1) if key == "reward" else (0, None, 0.5)  # below 1 it spreads small shares
         norm, colours, ticks = matplotlib.colors.PowerNorm(gamma, low, high), "viridis", None
-    ax.patch.set(hatch="////", facecolor="#EEEEEE", edgecolor="#BBBBBB")
+    ax.axvspan(steps[0] - 0.5, steps[-1] + 0.5, hatch="////", facecolor="#EEEEEE", edgecolor="#BBBBBB", linewidth=0,
+               zorder=-1)
     image = ax.imshow(np.ma.masked_invalid(x_TB.T), aspect="auto", origin="lower", interpolation="nearest",
                       cmap=colours, norm=norm, extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, x_TB.shape[1] - 0.5))
     ax.set_yticks(range(0, x_TB.shape[1], max(1, x_TB.shape[1] // 5)))
-    bar = ax.figure.colorbar(image, ax=ax, pad=0.02, ticks=ticks, format="{x:g}")
+    ax.xaxis.set_major_locator(STEPS())
+    bar = ax.figure.colorbar(image, ax=ax, pad=0.02, ticks=ticks, format="{x:.3g}")
     bar.ax.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
 
 
@@ -207,6 +218,8 @@ def stage_bars(models: Models, mode: str, shown: dict[str, tuple[str, Callable[[
                 ax.bar(places, np.where(share > 0, mean, np.nan), width, color=colour, label=label)
             ax.set(title=f"step {runs[0].steps[at]}")
             bin_ticks(ax, len(share))
+        for ax in axes[len(stages(steps)):]:
+            ax.set_visible(False)
         axes[0].set(title=f"{name}\nstep {runs[0].steps[0]}", ylabel="share of the batch")
     return figure
 
@@ -251,21 +264,78 @@ PAPER_FIGURES: dict[str, Callable] = {
 }
 
 
+# ------------------------------------------------------------------------------------------------ a run at a glance
+
+
+def curve(ax, run: Run, *, key: str, scale: float = 1) -> None:
+    """A number of the log, from 0 up where it is never below. key: as trackers write it, "mismatch/mean"."""
+    values = scale * run.series(*key.split("/"))
+    band(ax, [run], [values], COLOURS[run.mode], "")
+    ax.yaxis.set_major_formatter("{x:g}")
+    if not (values < 0).any():
+        top = np.nanmax(values) or 1
+        ax.set_ylim(-0.04 * top, 1.1 * top)  # so that a line at 0 is seen
+
+
+def held_out(ax, run: Run) -> None:
+    """pass@k of every evaluation and, where eval.json has it, the 95% interval."""
+    if not run.evaluations:
+        raise Missing("no evaluation yet")
+    steps, name = [e["step"] for e in run.evaluations], f"pass@{headline_k(run.last()['rollouts'])}"
+    ends = np.array([e.get("intervals", {}).get(name, [None, None]) for e in run.evaluations], float)
+    ax.vlines(steps, *(100 * ends.T), color=COLOURS[run.mode], alpha=0.4)
+    ax.plot(steps, [100 * headline(e) for e in run.evaluations], "o-", color=COLOURS[run.mode], markersize=3)
+    ax.set_title(f"held-out {name}, %{' (bars: 95%)' if np.isfinite(ends).any() else ''}")
+
+
+def phases(ax, run: Run) -> None:
+    """Seconds of each step by phase, one upon the other."""
+    total, edges = run.series("seconds", "total"), np.append(run.steps, run.steps[-1] + 1) - 0.5
+    parts, below = {phase: run.series("seconds", phase) for phase in PHASES}, np.zeros(len(total))
+    for phase, seconds in {**parts, "other": total - sum(parts.values())}.items():
+        ax.stairs(below + seconds, edges, baseline=below, fill=True, color=PHASES.get(phase, "#BBBBBB"), label=phase)
+        below = below + seconds
+    ax.set_ylim(0, 1.5 * total[len(total) > 1:].max())  # a first step that compiles may stand out
+    ax.legend(loc="upper left", ncols=3, fontsize=6, handlelength=0.7, handletextpad=0.4, columnspacing=0.8,
+              borderpad=0.2, frameon=True, edgecolor="none")
+
+
+PHASES = {"generate": "#56B4E9", "reward": "#E69F00", "logprob": "#CC79A7", "update": "#332288"}  # the long ones
+CURVES: dict[str, Callable] = {  # title -> what draws it. Does it learn, what does it write, is it sound?
+    "mean reward": partial(curve, key="reward_mean"), "held-out pass@k": held_out,
+    "groups without advantage, %": partial(curve, key="zero_std_frac", scale=100),
+    "response length, tokens": partial(curve, key="response_tokens_mean"),
+    "responses cut, %": partial(curve, key="truncated_frac", scale=100), "entropy, nats": partial(curve, key="entropy"),
+    "gradient norm": partial(curve, key="grad_norm"), "mismatch, nats a token": partial(curve, key="mismatch/mean"),
+    "seconds a step": phases}
+ACTING = {"grpo": (), "prompt": ("share", "reward", "weight"), "rollout": ("share", "reward", "rollouts"),
+          "both": ("reward", "weight", "rollouts")}  # what is shown by bin, where adversaries act
+
+
 def figure_overview(run: Run):
-    """One run at a glance, finished or not. Of its reward it asks no more than to lie in [-1, 1]."""
-    figure, axes = plt.subplots(2, 2, figsize=(PAGE, 4.4))
-    reward, *by_bin = axes.flat
-    reward.plot(run.steps, run.series("reward_mean"), color=COLOURS[run.mode])
-    if run.evaluations:
-        right = reward.twinx()
-        right.plot([e["step"] for e in run.evaluations], [100 * headline(e) for e in run.evaluations], "o",
-                   color="black", markersize=3)
-        right.set_ylabel(f"held-out pass@{headline_k(run.last()['rollouts'])}, % (dots)")
-        right.spines["right"].set_visible(True)
-    reward.set(title=f"{run.name}: {run.subject}\nreward", xlabel="step", ylabel="mean reward")
-    for ax, key in zip(by_bin, ("reward", "weight", "rollouts"), strict=True):
-        heatmap(ax, run, key)
-        ax.set(title=f"{key} by bin", xlabel="step", ylabel="bin (0 = hardest)")
+    """One run at a glance, finished or not; a panel says what the log lacks for it. A batch and an evaluation at step N
+    are of the policy after N steps. Of its reward it asks no more than to lie in [-1, 1]."""
+    mode = "prompt" if run.config.get("allocation") == "weights" else run.mode  # counts that are made weights
+    panels = CURVES | {f"{key} by bin": partial(heatmap, key=key) for key in ACTING[mode]}
+    figure, axes = rows_of(range(len(panels) // 3), 3, height=1.35, sharex=True)
+    for ax, (title, panel) in zip(axes.flat, panels.items(), strict=True):
+        ax.set_title(title)
+        try:
+            panel(ax, run)
+        except Missing as missing:
+            said = textwrap.fill(str(missing).removeprefix(f"{run.name}: "), 24)
+            ax.text(0.5, 0.5, said, transform=ax.transAxes, ha="center", va="center")
+            ax.set_yticks([])
+        if title in CURVES:
+            ax.grid(alpha=0.3, linewidth=0.5)
+        elif ax is axes[-1, 0]:
+            ax.set_ylabel("bin (0 = hardest)")
+        if ax in axes[-1]:
+            ax.set_xlabel("step" if title in CURVES else "step (hatched: bin absent)")
+    last = max([0, *run.steps, *(e["step"] for e in run.evaluations)])
+    axes[0, 0].xaxis.set_major_locator(STEPS())
+    axes[0, 0].set_xlim(-max(0.5, last / 50), last + max(0.5, last / 50))
+    figure.suptitle(f"{run.name}: {run.subject}, mode {run.mode}, seed {run.seed}", x=0.01, ha="left", fontsize=9)
     return figure
 
 
@@ -280,8 +350,8 @@ def label(folders: list[Path]) -> str:
 
 
 def save(figure, name: str, folder: Path) -> None:
-    """With one legend above the whole figure, each label once."""
-    entries = {label: handle for ax in figure.axes
+    """With one legend above the whole figure, each label once; panels that have one of their own keep it."""
+    entries = {label: handle for ax in figure.axes if not ax.get_legend()
                for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     if entries:
         figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=4)

@@ -79,11 +79,14 @@ class Run:
         return np.where(self.share > 0, self.series("bins", key), np.nan)
 
     def series(self, *path: str) -> np.ndarray:
-        """The values of one key of every line, e.g. series("bins", "share"): (T,) or (T, B), NaN for null."""
+        """The values of one key of every line, e.g. series("bins", "share"): (T,) or (T, B), NaN for null. Raises
+        Missing where a line has none."""
         if not self.log:
             raise Missing(f"{self.name}: metrics.jsonl has no step yet")
         values = self.log
         for key in path:
+            if any(key not in v for v in values):
+                raise Missing(f"{self.name}: metrics.jsonl has no {'/'.join(path)} in some lines")
             values = [v[key] for v in values]
         return np.array(values, float)
 
