@@ -477,6 +477,15 @@ def test_a_tracker_gets_every_number_and_one_that_fails_is_named_once_and_left_o
     seen = {f"bins/share/{b}": q for b, q in enumerate(line["bins"]["share"])}
     assert seen.items() <= numbers.items() and "bins/reward/0" not in numbers  # null: no prompt stands there yet
     tracker, calls = Tracker("tensorboard", tmp_path), []
+    tracker.write = lambda values, step: calls.append((step, values))
+    samples = [json.loads(x) for x in (finished / "samples.jsonl").read_text().splitlines()][:4]
+    tracker.log({"step": 0, "eval": {"step": 0, "mean": 0.25}})
+    tracker.log({**line, "eval": {"step": 1, "mean": 0.5}}, samples)
+    assert [step for step, _ in calls] == [0, 0, 0, 1] and {"eval/mean": 0.25}.items() <= calls[1][1].items()
+    assert calls[3][1]["eval/mean"] == 0.5 and not any(name.startswith("eval/") for name in calls[2][1])
+    texts = [calls[2][1][f"samples/{i}"] for i in range(2)]
+    assert "samples/2" not in calls[2][1] and all(x["response"] in y for x, y in zip(samples, texts, strict=False))
+    calls.clear()
 
     def unreachable(values: dict, step: int):
         calls.append(step)
