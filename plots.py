@@ -58,7 +58,7 @@ def by_model(runs: list[Run]) -> Models:
 # ------------------------------------------------------------------------------------------------ drawing
 
 
-STEPS = partial(matplotlib.ticker.MaxNLocator, nbins="auto", steps=[1, 2, 5, 10], integer=True)  # there is no half one
+STEPS = partial(matplotlib.ticker.MaxNLocator, nbins="auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
 
 
 def band(ax, runs: list[Run], values: list[np.ndarray], colour: str, label: str, style: str = "-", *,
@@ -88,9 +88,8 @@ def heatmap(ax, run: Run, key: str) -> None:
     else:
         low, high, gamma = (-1, 1, 1) if key == "reward" else (0, None, 0.5)  # below 1 it spreads small shares
         norm, colours, ticks = matplotlib.colors.PowerNorm(gamma, low, high), "viridis", None
-    ax.axvspan(steps[0] - 0.5, steps[-1] + 0.5, hatch="////", facecolor="#EEEEEE", edgecolor="#BBBBBB", linewidth=0,
-               zorder=-1)
-    image = ax.imshow(np.ma.masked_invalid(x_TB.T), aspect="auto", origin="lower", interpolation="nearest",
+    ax.axvspan(steps[0] - 0.5, steps[-1] + 0.5, hatch="////", facecolor="#EEEEEE", edgecolor="#BBBBBB", linewidth=0)
+    image = ax.imshow(np.ma.masked_invalid(x_TB.T), aspect="auto", origin="lower", interpolation="nearest", zorder=2,
                       cmap=colours, norm=norm, extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, x_TB.shape[1] - 0.5))
     ax.set_yticks(range(0, x_TB.shape[1], max(1, x_TB.shape[1] // 5)))
     ax.xaxis.set_major_locator(STEPS())
@@ -290,17 +289,17 @@ def held_out(ax, run: Run) -> None:
 
 def phases(ax, run: Run) -> None:
     """Seconds of each step by phase, one upon the other."""
-    total, edges = run.series("seconds", "total"), np.append(run.steps, run.steps[-1] + 1) - 0.5
-    parts, below = {phase: run.series("seconds", phase) for phase in PHASES}, np.zeros(len(total))
-    for phase, seconds in {**parts, "other": total - sum(parts.values())}.items():
-        ax.stairs(below + seconds, edges, baseline=below, fill=True, color=PHASES.get(phase, "#BBBBBB"), label=phase)
-        below = below + seconds
-    ax.set_ylim(0, 1.5 * total[len(total) > 1:].max())  # a first step that compiles may stand out
-    ax.legend(loc="upper left", ncols=3, fontsize=6, handlelength=0.7, handletextpad=0.4, columnspacing=0.8,
-              borderpad=0.2, frameon=True, edgecolor="none")
+    total = run.series("seconds", "total")
+    named = [run.series("seconds", phase) for phase in PHASES if phase != "other"]
+    parts = [np.append(x, x[-1]) for x in (*named, total - sum(named))]  # a step is as wide as in the maps
+    edges = np.append(run.steps, run.steps[-1] + 1) - 0.5
+    ax.stackplot(edges, parts, labels=PHASES, colors=PHASES.values(), step="post")
+    ax.set_ylim(0, 1.7 * total[len(total) > 1:].max())  # a first step that compiles may stand out
+    ax.legend(loc="upper left", ncols=3, fontsize=6, handlelength=0.7, columnspacing=0.8, frameon=True, edgecolor="w")
 
 
-PHASES = {"generate": "#56B4E9", "reward": "#E69F00", "logprob": "#CC79A7", "update": "#332288"}  # the long ones
+PHASES = {"generate": "#56B4E9", "reward": "#E69F00", "logprob": "#CC79A7", "update": "#332288",
+          "other": "#BBBBBB"}
 CURVES: dict[str, Callable] = {  # title -> what draws it. Does it learn, what does it write, is it sound?
     "mean reward": partial(curve, key="reward_mean"), "held-out pass@k": held_out,
     "groups without advantage, %": partial(curve, key="zero_std_frac", scale=100),
@@ -316,25 +315,20 @@ def figure_overview(run: Run):
     """One run at a glance, finished or not; a panel says what the log lacks for it. A batch and an evaluation at step N
     are of the policy after N steps. Of its reward it asks no more than to lie in [-1, 1]."""
     mode = "prompt" if run.config.get("allocation") == "weights" else run.mode  # counts that are made weights
-    panels = CURVES | {f"{key} by bin": partial(heatmap, key=key) for key in ACTING[mode]}
+    panels = CURVES | {f"{key} by bin (0 = hardest)": partial(heatmap, key=key) for key in ACTING[mode]}
     figure, axes = rows_of(range(len(panels) // 3), 3, height=1.35, sharex=True)
     for ax, (title, panel) in zip(axes.flat, panels.items(), strict=True):
         ax.set_title(title)
+        ax.grid(alpha=0.3, linewidth=0.5)
         try:
             panel(ax, run)
         except Missing as missing:
-            said = textwrap.fill(str(missing).removeprefix(f"{run.name}: "), 24)
-            ax.text(0.5, 0.5, said, transform=ax.transAxes, ha="center", va="center")
+            ax.text(0.5, 0.5, textwrap.fill(str(missing), 24), transform=ax.transAxes, ha="center", va="center")
             ax.set_yticks([])
-        if title in CURVES:
-            ax.grid(alpha=0.3, linewidth=0.5)
-        elif ax is axes[-1, 0]:
-            ax.set_ylabel("bin (0 = hardest)")
-        if ax in axes[-1]:
-            ax.set_xlabel("step" if title in CURVES else "step (hatched: bin absent)")
     last = max([0, *run.steps, *(e["step"] for e in run.evaluations)])
     axes[0, 0].xaxis.set_major_locator(STEPS())
     axes[0, 0].set_xlim(-max(0.5, last / 50), last + max(0.5, last / 50))
+    figure.supxlabel("step (hatched: bin absent)" if ACTING[mode] else "step", fontsize=8)
     figure.suptitle(f"{run.name}: {run.subject}, mode {run.mode}, seed {run.seed}", x=0.01, ha="left", fontsize=9)
     return figure
 
