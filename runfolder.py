@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
+import html
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
@@ -338,21 +339,29 @@ def whole(path: Path, ranks: Ranks) -> dict | None:
 
 # ------------------------------------------------------------------------------------------------ trackers
 
+TEXTS_EVERY, TEXT = 10, 1000  # steps between sample texts; characters of a prompt or a response
+
 
 class Tracker:
-    """A copy of metrics.jsonl for TensorBoard or Weights & Biases, imported only when asked for. The file stays the
-    truth: a tracker that fails is named once and left out from then on."""
+    """A copy of metrics.jsonl for TensorBoard or Weights & Biases, imported only when asked for. An evaluation stands
+    at its own step, beside two samples every TEXTS_EVERY steps. The files stay the truth: a tracker that fails is named
+    once and left out from then on."""
 
     def __init__(self, kind: str, folder: Path):
         self.kind, self.folder = kind, folder
         self.write: Callable[[dict, int], object] | None = None  # opened by the first line
 
-    def log(self, line: dict) -> None:
+    def log(self, line: dict, samples: Sequence[dict] = ()) -> None:
+        """A line of metrics.jsonl and the step's of samples.jsonl. A line may have no more than `step` and `eval`."""
         if self.kind == "none":
             return
+        evaluation, due = line["eval"], line["step"] % TEXTS_EVERY == 0
+        texts = {f"samples/{i}": as_text(sample) for i, sample in enumerate(samples[:2]) if due}
         try:
             self.write = self.write or self._open()
-            self.write(dict(scalars(line)), line["step"])
+            self.write(dict(scalars({**line, "eval": None})) | texts, line["step"])
+            if evaluation:  # behind the line: wandb takes no step after a later one
+                self.write(dict(scalars({"eval": evaluation})), evaluation["step"])
         except Exception as error:  # whatever a network or a service raises must not end the run
             say(f"WARNING: {self.kind} failed ({error}) and gets nothing more; metrics.jsonl goes on")
             self.kind = "none"
@@ -362,11 +371,20 @@ class Tracker:
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(str(self.folder / "tensorboard"))
-            return lambda values, step: [writer.add_scalar(k, v, step) for k, v in values.items()]
+            add = {True: writer.add_text, False: writer.add_scalar}
+            return lambda values, step: [add[isinstance(v, str)](k, v, step) for k, v in values.items()]
         import wandb
 
         own = hashlib.blake2b(str(self.folder.resolve()).encode(), digest_size=8).hexdigest()  # names repeat
-        return wandb.init(project="group-dro", name=self.folder.name, dir=str(self.folder), resume="allow", id=own).log
+        run = wandb.init(project="group-dro", name=self.folder.name, dir=str(self.folder), resume="allow", id=own)
+        return lambda values, step: run.log({k: wandb.Html(f"<pre>{html.escape(v)}</pre>") if isinstance(v, str) else v
+                                             for k, v in values.items()}, step)
+
+
+def as_text(sample: dict) -> str:
+    """A line of samples.jsonl in Markdown; of long texts the end."""
+    prompt, response = (sample[key][-TEXT:].replace("\n", "\n    ") for key in ("prompt", "response"))
+    return f"reward {sample['reward']:+g}, prompt:\n\n    {prompt}\n\nresponse:\n\n    {response}"
 
 
 def scalars(line: dict, prefix: str = ""):

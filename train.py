@@ -506,8 +506,8 @@ class Trainer:
         first_P = np.unique(s.batch.owner, return_index=True)[1][:4]
         texts = to_text(self.policy.tokenizer, map(s.batch.response, first_P))
         return jsonable([{
-            "step": s.number, "id": s.ids_P[p], "bin": s.bin_P[p], "n": s.n_P[p], "weight": s.weight_P[p],
-            "factor": s.factor_P[p], "answer": s.problems[p].answer,
+            "step": s.number, "id": s.ids_P[p], "kind": s.problems[p].kind or None, "bin": s.bin_P[p], "n": s.n_P[p],
+            "weight": s.weight_P[p], "factor": s.factor_P[p], "answer": s.problems[p].answer,
             "found": None if self.cfg.reward else extract(texts[p], s.problems[p].style),
             "reward": s.reward_R[r], "right": s.reward_R[r] > 0, "truncated": s.batch.truncated[r],
             "prompt": s.problems[p].prompt, "response": texts[p]} for p, r in enumerate(first_P)])
@@ -669,7 +669,7 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
 
     # of the base, or one that a stop left out
     if cfg.due(trainer.next_step) and trainer.next_step not in [e.step for e in evaluations]:
-        evaluate()
+        tracker.log({"step": trainer.next_step, "eval": evaluate()})
     bar = tqdm(total=cfg.steps, initial=trainer.next_step, desc=f"{cfg.mode} seed {cfg.seed}", unit="step",
                disable=not first)
     begun, recent, warned, stopping = [], [], False, trainer.stop()
@@ -684,7 +684,7 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
         if first:
             folder.append("metrics.jsonl", [line])
             folder.append("samples.jsonl", samples)
-            tracker.log(line)
+            tracker.log(line, samples)
         begun, recent = [*begun, line][:3], [*recent, line][-10:]
         if trainer.next_step == 3 and (hint := nothing_to_learn(begun)):
             say(hint)

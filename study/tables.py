@@ -281,8 +281,8 @@ def sample_text(sample: dict) -> str:
     numbers = ", ".join(f"{key} {sample[key]:.3g}" for key in ("reward", "bin", "n", "weight", "factor"))
     verdict = ("right" if sample["right"] else "wrong") + ", cut at the length limit" * sample["truncated"]
     page = f"**{visible(sample['id'])}: {verdict}** ({numbers})\n"
-    for name in ("prompt", "response", "answer", "found"):
-        if sample[name] is not None:
+    for name in ("kind", "prompt", "response", "answer", "found"):
+        if sample.get(name) is not None:
             page += f"\n    {name:10}" + visible(sample[name] or "(empty)").replace("\n", "\n" + 14 * " ")
     return page
 
