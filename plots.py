@@ -294,7 +294,7 @@ def phases(ax, run: Run) -> None:
     parts = [np.append(x, x[-1]) for x in (*named, total - sum(named))]  # a step is as wide as in the maps
     edges = np.append(run.steps, run.steps[-1] + 1) - 0.5
     ax.stackplot(edges, parts, labels=PHASES, colors=PHASES.values(), step="post")
-    ax.set_ylim(0, 1.5 * total[len(total) > 1:].max())  # a first step that compiles may stand out
+    ax.set_ylim(0, 1.7 * total[len(total) > 1:].max())  # a first step that compiles may stand out
     ax.legend(loc="upper left", ncols=3, fontsize=6, handlelength=0.7, columnspacing=0.8, frameon=True, edgecolor="w")
 
 
@@ -323,8 +323,7 @@ def figure_overview(run: Run):
         try:
             panel(ax, run)
         except Missing as missing:
-            said = textwrap.fill(str(missing).removeprefix(f"{run.name}: "), 24)
-            ax.text(0.5, 0.5, said, transform=ax.transAxes, ha="center", va="center")
+            ax.text(0.5, 0.5, textwrap.fill(str(missing), 24), transform=ax.transAxes, ha="center", va="center")
             ax.set_yticks([])
     last = max([0, *run.steps, *(e["step"] for e in run.evaluations)])
     axes[0, 0].xaxis.set_major_locator(STEPS())

@@ -510,7 +510,7 @@ class Trainer:
         first_P = np.unique(s.batch.owner, return_index=True)[1][:4]
         texts = to_text(self.policy.tokenizer, map(s.batch.response, first_P))
         return jsonable([{
-            "step": s.number, "id": s.ids_P[p], "kind": s.problems[p].kind, "bin": s.bin_P[p], "n": s.n_P[p],
+            "step": s.number, "id": s.ids_P[p], "kind": s.problems[p].kind or None, "bin": s.bin_P[p], "n": s.n_P[p],
             "weight": s.weight_P[p], "factor": s.factor_P[p], "answer": s.problems[p].answer,
             "found": None if self.cfg.reward else extract(texts[p], s.problems[p].style),
             "reward": s.reward_R[r], "right": s.reward_R[r] > 0, "truncated": s.batch.truncated[r],

@@ -286,10 +286,9 @@ def sample_text(sample: dict) -> str:
     """One rollout: verdict, numbers, then the texts; what is null is left out."""
     numbers = ", ".join(f"{key} {sample[key]:.3g}" for key in ("reward", "bin", "n", "weight", "factor"))
     verdict = ("right" if sample["right"] else "wrong") + ", cut at the length limit" * sample["truncated"]
-    kind = f" ({sample['kind']})" if sample.get("kind") else ""  # logs of before have none
-    page = f"**{visible(sample['id'] + kind)}: {verdict}** ({numbers})\n"
-    for name in ("prompt", "response", "answer", "found"):
-        if sample[name] is not None:
+    page = f"**{visible(sample['id'])}: {verdict}** ({numbers})\n"
+    for name in ("kind", "prompt", "response", "answer", "found"):
+        if sample.get(name) is not None:
             page += f"\n    {name:10}" + visible(sample[name] or "(empty)").replace("\n", "\n" + 14 * " ")
     return page
 

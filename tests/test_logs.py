@@ -32,7 +32,9 @@ def a_run(mode: str = "prompt", seed: int = 0, steps: int = 12, bins: int = 5, p
         log.append({
             "step": step, "reward_mean": rng.uniform(-1, 1), "shadow_price": 0.0, "shadow_price_dp": None,
             "surrogate_abs": [0.0, 0.1],
-            "seconds": {"generate": 1.0, "update": 2.0, "total": 3.0},
+            "seconds": {"generate": 1.0, "reward": 0.0, "logprob": 0.5, "update": 1.25, "total": 3.0},
+            "zero_std_frac": 0.25, "truncated_frac": 0.0, "response_tokens_mean": 9.0 + step, "entropy": 1.0,
+            "grad_norm": 0.5, "mismatch": {"mean": 1e-7, "max": 1e-6},
             "bins": {"share": share.tolist(), "weight": rng.uniform(0.1, 3, bins).tolist(),
                      "reward": by_bin(rng.uniform(-1, 1, bins)), "rollouts": by_bin(rng.integers(2, 9, bins))},
             "signals": {k: {"mean": by_bin(rng.uniform(0.1, 1, bins)), "error": by_bin(rng.uniform(0.1, 1, bins))}

@@ -116,9 +116,84 @@ def test_absent_bins_are_masked_in_heatmaps_and_not_zero(name):
     plots.plt.close("all")
 
 
+def panel(figure, title: str):
+    return next(ax for ax in figure.axes if ax.get_title(loc="left") == title)
+
+
+@pytest.mark.parametrize("mode, changes, by_bin", [
+    ("grpo", {}, []), ("prompt", {}, ["share", "reward", "weight"]), ("rollout", {}, ["share", "reward", "rollouts"]),
+    ("both", {}, ["reward", "weight", "rollouts"]),
+    ("rollout", {"allocation": "weights"}, ["share", "reward", "weight"])])
+def test_the_overview_shows_what_one_looks_at_first_and_adversaries_where_they_act(mode, changes, by_bin):
+    run = a_run(mode, changes=changes)
+    run.evaluations[-1]["intervals"] = {"pass@8": [0.4, 0.7]}
+    figure = plots.figure_overview(run)
+    titles = [ax.get_title(loc="left") for ax in figure.axes if ax.get_title(loc="left")]
+    held_out = "held-out pass@8, % (bars: 95%)"
+    assert titles == [title if title != "held-out pass@k" else held_out for title in plots.CURVES] + [
+        f"{key} by bin (0 = hardest)" for key in by_bin]
+    assert figure.get_suptitle() == f"{run.name}: made-up, mode {mode}, seed 0"
+    assert values_of(panel(figure, "mean reward"))[0] == pytest.approx(run.series("reward_mean"))
+    assert values_of(panel(figure, "groups without advantage, %"))[0].tolist() == [25] * 12
+    assert values_of(panel(figure, held_out))[0] == pytest.approx([100 * logs.headline(e) for e in run.evaluations])
+    (bars,) = panel(figure, held_out).collections
+    assert bars.get_segments()[-1] == pytest.approx(np.array([[12, 40], [12, 70]]))
+    assert [text.get_text() for text in panel(figure, "seconds a step").get_legend().get_texts()] == list(plots.PHASES)
+    generate, *_, other = panel(figure, "seconds a step").collections
+    assert [x.get_paths()[0].get_extents().y1 for x in (generate, other)] == [1.0, 3.0]
+    plots.plt.close("all")
+
+
+def integer_ticks(ax) -> bool:
+    return all(tick == round(tick) for tick in ax.get_xticks())
+
+
+def test_the_overview_says_what_a_log_lacks_and_draws_the_rest():
+    old, begun = a_run("both", steps=3), a_run("grpo", steps=1)
+    for line in old.log:
+        del line["zero_std_frac"], line["seconds"]["logprob"]
+    del begun.log[:], begun.evaluations[1:]
+    figure = plots.figure_overview(old)
+    said = {title: " ".join(panel(figure, title).texts[0].get_text().split()) for title in
+            ("groups without advantage, %", "seconds a step")}
+    assert list(said.values()) == [f"both-0: metrics.jsonl has no {key} in some lines" for key in
+                                   ("zero_std_frac", "seconds/logprob")]
+    assert panel(figure, "entropy, nats").get_lines() and integer_ticks(figure.axes[0])
+    figure = plots.figure_overview(begun)
+    assert len(panel(figure, "held-out pass@8, %").get_lines()) == 1 and integer_ticks(figure.axes[0])
+    assert "has no step yet" in panel(figure, "mean reward").texts[0].get_text()
+    begun.evaluations.clear()
+    assert panel(plots.figure_overview(begun), "held-out pass@k").texts[0].get_text() == "no evaluation yet"
+    plots.plt.close("all")
+
+
+def test_maps_have_three_ticks_or_more_and_steps_are_integers_however_short_and_even_a_run_is():
+    run = a_run("both", steps=3)
+    for line in run.log:
+        line["bins"]["weight"] = [1.0] * 5
+    data = plots.by_model([run])
+    figure = plots.PAPER_FIGURES["3"](data)
+    weights = next(ax.images[0].colorbar for ax in figure.axes if ax.get_title(loc="left") == "adversary weight")
+    assert weights.get_ticks().tolist() == [0.5, 1, 2]
+    assert all(integer_ticks(ax) for ax in (*figure.axes[:3], *plots.PAPER_FIGURES["4"](data).axes))
+    assert [ax.get_visible() for ax in plots.PAPER_FIGURES["5"](data).axes] == [True] * 3 + [False]
+    run.log[0]["bins"]["weight"] = [2.0**-12] * 5
+    weights = plots.PAPER_FIGURES["3"](data).axes[1].images[0].colorbar
+    assert len(weights.get_ticks()) == 9 and 1 in weights.get_ticks()
+    plots.plt.close("all")
+
+
+def test_the_legend_has_no_entry_for_a_line_without_a_value():
+    ax, run = plots.plt.figure().subplots(), a_run("rollout")
+    for label, value in (("known", 1.0), ("unknown", np.nan)):
+        plots.band(ax, [run], [np.full(12, value)], "black", label)
+    assert ax.get_legend_handles_labels()[1] == ["known"]
+    plots.plt.close("all")
+
+
 def test_the_overview_shows_the_mean_reward_of_a_bin_as_logged_whatever_values_rewards_have():
     run = a_run("both")
-    by_bin = next(ax for ax in plots.figure_overview(run).axes if ax.get_title(loc="left").startswith("reward by bin"))
+    by_bin = panel(plots.figure_overview(run), "reward by bin (0 = hardest)")
     expected = np.ma.masked_invalid(run.series("bins", "reward").T)
     assert np.ma.allequal(by_bin.images[0].get_array(), expected) and by_bin.images[0].get_clim() == (-1, 1)
     plots.plt.close("all")

@@ -163,8 +163,9 @@ def test_the_table_of_runs_has_what_the_logs_say_whatever_k_and_without_evaluati
 
 
 def sample(step: int = 0, **changes) -> dict:
-    return {"step": step, "id": "sum-1", "bin": 5, "n": 4, "weight": 1.25, "factor": 2.0, "answer": "7", "found": "8",
-            "reward": -1.0, "right": False, "truncated": False, "prompt": "3+4=", "response": f"at {step}", **changes}
+    return {"step": step, "id": "sum-1", "kind": None, "bin": 5, "n": 4, "weight": 1.25, "factor": 2.0, "answer": "7",
+            "found": "8", "reward": -1.0, "right": False, "truncated": False, "prompt": "3+4=",
+            "response": f"at {step}", **changes}
 
 
 def test_a_page_of_samples_shows_the_start_the_middle_and_the_end_of_training(tmp_path):
@@ -185,6 +186,7 @@ def test_a_sample_says_verdict_numbers_and_texts_and_shows_control_characters():
         "    response  two", "              lines", "    answer    7", "    found     8"]
     cut = tables.sample_text(sample(reward=1.0, right=True, truncated=True, found=None, response=""))
     assert cut.startswith("**sum-1: right, cut at the length limit** (reward 1,")
-    assert "response  (empty)" in cut and "found" not in cut
+    assert "response  (empty)" in cut and "found" not in cut and "kind" not in cut
+    assert "    kind      twice" in tables.sample_text(sample(kind="twice"))
     assert tables.visible("a\tb\x1b[2J\r\u202e\x00 é 中 \\frac") == "a\\tb\\x1b[2J\\r\\u202e\\x00 é 中 \\frac"
     assert "\\x1b" in tables.sample_text(sample(response="\x1b[31mred", id="\x1b")).splitlines()[3]

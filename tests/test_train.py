@@ -476,16 +476,17 @@ def test_a_tracker_gets_every_number_and_one_that_fails_is_named_once_and_left_o
     assert numbers["reward_mean"] == line["reward_mean"] and numbers["seconds/total"] == line["seconds"]["total"]
     seen = {f"bins/share/{b}": q for b, q in enumerate(line["bins"]["share"])}
     assert seen.items() <= numbers.items() and "bins/reward/0" not in numbers  # null: no prompt stands there yet
-    tracker, calls = Tracker("tensorboard", tmp_path), []
-    tracker.write = lambda values, step: calls.append((step, values))
-    samples = [json.loads(x) for x in (finished / "samples.jsonl").read_text().splitlines()][:4]
-    tracker.log({"step": 0, "eval": {"step": 0, "mean": 0.25}})
-    tracker.log({**line, "eval": {"step": 1, "mean": 0.5}}, samples)
-    assert [step for step, _ in calls] == [0, 0, 0, 1] and {"eval/mean": 0.25}.items() <= calls[1][1].items()
-    assert calls[3][1]["eval/mean"] == 0.5 and not any(name.startswith("eval/") for name in calls[2][1])
-    texts = [calls[2][1][f"samples/{i}"] for i in range(2)]
-    assert "samples/2" not in calls[2][1] and all(x["response"] in y for x, y in zip(samples, texts, strict=False))
-    calls.clear()
+    tracker, calls, written = Tracker("tensorboard", tmp_path), [], []
+    tracker.write = lambda values, step: written.append((step, values))
+    evaluation, said = json.loads((finished / "eval.json").read_text())[0], {"prompt": "1s1=\n", "reward": -1.0}
+    tracker.log({"step": 0, "eval": evaluation})  # the base's
+    tracker.log({**line, "eval": {**evaluation, "step": 1}}, [{**said, "response": str(i)} for i in range(4)])
+    assert [step for step, _ in written] == [0, 0, 0, 1]
+    assert written[1][1]["eval/mean"] == evaluation["mean"] == written[3][1]["eval/mean"]
+    assert written[2][1] == numbers | {f"samples/{i}": f"reward -1, prompt:\n\n    1s1=\n    \n\nresponse:\n\n    {i}"
+                                       for i in range(2)}
+    tracker.log({**line, "step": 1}, [{**said, "response": "2"}])
+    assert not [key for key in written[-1][1] if key.startswith("samples")]
 
     def unreachable(values: dict, step: int):
         calls.append(step)
@@ -515,7 +516,7 @@ def test_a_finished_run_tells_its_settings_and_results_and_its_model_loads_elsew
     cfg, _ = parse_args(flags(base, tmp_path / "run", prompt_suffix="/no_think"))
     assert RunFolder(cfg).config["prompt_suffix"] == "/no_think"  # which is no path
     samples = [json.loads(x) for x in (finished / "samples.jsonl").read_text().splitlines()]
-    assert {"step", "id", "prompt", "response", "answer", "reward"} <= set(samples[0])
+    assert {"step", "id", "kind", "prompt", "response", "answer", "reward"} <= set(samples[0])
 
 
 def test_resume_alone_goes_on_with_the_settings_of_the_run_and_says_what_changed(base, tmp_path, finished, capsys):
