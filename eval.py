@@ -420,6 +420,10 @@ def refuse_another(out: Path, settings: dict) -> int:
 def compare(a: Path, b: Path) -> None:
     """Prints how much higher the evaluation in `b` is than that in `a`, problem by problem: mean@m, and pass@k for a k
     that both have. Warns of other ways to ask. Raises ValueError where the problems are not the same."""
+    for folder in (a, b):
+        if not (folder / "eval_samples.jsonl").exists():
+            raise ValueError(f"{folder} has no eval_samples.jsonl: it holds no evaluation by eval.py. Of a run or a "
+                             f"model make one first, with --model {folder}")
     groups = [by_problem(read_samples(folder / "eval_samples.jsonl")) for folder in (a, b)]
     asked = [{(s.benchmark, s.id, s.prompt, s.gold) for (s, *_) in of.values()} for of in groups]
     if alone := sorted(asked[0] ^ asked[1]):

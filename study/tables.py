@@ -28,6 +28,11 @@ QUESTIONS: dict[str, tuple[Pair, ...]] = {
 }
 # What was asked of the way there, before its bases were trained: does the first row of a pair cost less?
 COSTS: tuple[Pair, ...] = (("moved-way", "maxrl-way"), ("moved-way", "weights-way"), ("maxrl-way", "grpo-way"))
+# What development compares, at half the rate: moving where both have the usual shape and where each has its best, the
+# rule likewise, and choices that stand near each other.
+SHAPE_PAIRS: tuple[Pair, ...] = (
+    ("rank-maxrl-64x4", "maxrl-64x4"), ("rank-maxrl-32x8", "maxrl-16x16"), ("maxrl-16x16", "grpo-16x16"),
+    ("maxrl-16x16", "maxrl-32x8"), ("rank-maxrl-32x8", "rank-maxrl-16x16"), ("rank-maxrl-32x8", "rollout-maxrl-32x8"))
 # What README shows: line -> the pairs whose differences it takes together
 README: dict[str, list[Pair]] = {
     "maxrl - grpo": [("maxrl", "grpo")],
@@ -156,6 +161,17 @@ def shape_table() -> str:
     return table("What a level costs, by the shape of the batch", lines)
 
 
+def shape_ratios() -> str:
+    """Ratios of costs of SHAPE_PAIRS, with intervals by the bootstrap over the bases of both tasks, unadjusted."""
+
+    def log_costs(row: str) -> np.ndarray:
+        return np.concatenate([cost.log_costs(sweeps()[task][row][HALF[task][0]], shape_levels(task))
+                               for task in BOTH_TASKS])
+
+    return table("Shapes compared", [{"rows": " / ".join((a, b)), "rollouts": share(log_costs(a) - log_costs(b))}
+                                     for a, b in SHAPE_PAIRS])
+
+
 def way(task: str, row: str) -> list[Run]:
     """A row's runs, which have one rate."""
     return next(iter(sweeps().get(task, {}).get(row, {}).values()), [])
@@ -247,8 +263,8 @@ def tables() -> str:
     parts = [outcome_table("The arena against grpo", PARTS["The arena"], "grpo"),
              *(outcome_table(part, rows) for part, rows in PARTS.items() if part != WAY)]
     answers = [cost_table(), way_table()] if way_is_whole() else []
-    return "\n\n".join([note, readme_table(), *question_tables(), *answers, shape_table(), *parts, weight_table(),
-                        allocation_table()])
+    return "\n\n".join([note, readme_table(), *question_tables(), *answers, shape_table(), shape_ratios(), *parts,
+                        weight_table(), allocation_table()])
 
 
 # ------------------------------------------------------------------------------------------------ any runs

@@ -272,6 +272,8 @@ def test_two_evaluations_are_compared_problem_by_problem(tmp_path, capsys):
     assert value == 12.5 and 8 < low < 10 and 15 < high < 17  # 12.5 +- 1.96 * 12.5 / sqrt(40)
     assert "was asked or graded in other ways" in said and "weights" not in said
     assert "--k 4 (there 8), --temperature 0.6 (there 1.6)" in said
+    with pytest.raises(ValueError, match=r"has no eval_samples.jsonl: it holds no evaluation .* with --model"):
+        eval_module.compare(a, tmp_path)
     (b / "eval_samples.jsonl").write_text(eval_module.lines_of([s for s in samples if s.id != "7"]))
     with pytest.raises(ValueError, match="differ in their problems: 2 stand in one alone, such as '7' of x"):
         eval_module.compare(a, b)
