@@ -4,8 +4,9 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from study.logs import Run, Sweep, headline, interval, mean_success, paired
-from study.rows import ASKED_AGAIN, FRESH, LONGER, PARTS, written
+from study import cost
+from study.logs import Missing, Run, Sweep, by_base, headline, interval, paired
+from study.rows import FRESH, METHODS, PARTS, WAY, written
 
 matplotlib.use("Agg")
 # Okabe and Ito's palette: told apart by colour-blind eyes and, by lightness, in print
@@ -13,7 +14,7 @@ COLOURS = {"grpo": "#666666", "prompt": "#0072B2", "rollout": "#D55E00", "both":
            "law": "#CC79A7"}
 ROW_COLOURS = {"grpo": "#666666", "maxrl": "#E69F00", "rollout-maxrl": "#D55E00", "weights-maxrl": "#CC79A7",
                "rollout": "#F0A58F", "prompt": "#0072B2", "tilt": "#56B4E9", "both-maxrl": "#009E73",
-               "rank-maxrl": "#332288", "rank-weights-maxrl": "#AA99DD"}
+               "rank-maxrl": "#332288", "rank-weights-maxrl": "#AA99DD", "moved": "#332288", "weights": "#AA99DD"}
 PAGE = 7.0  # inches: the width of a paper's page
 plt.rcParams.update({"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7,
                      "xtick.labelsize": 7, "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False,
@@ -29,15 +30,15 @@ def rows_of(subjects, columns: int, *, height: float = 1.9, **kwargs):
 
 
 def colour(row: str) -> str:
-    """Of a row of the arena, or of one that trains it longer or on fresh bases."""
-    return ROW_COLOURS.get(row.removesuffix("-long").removesuffix("-300").removesuffix("-fresh"), COLOURS["uniform"])
+    """Of a row of the arena, or of one on fresh bases."""
+    return ROW_COLOURS.get(row.removesuffix("-way").removesuffix("-fresh"), COLOURS["uniform"])
 
 
 def figure_outcomes(tasks: dict[str, Rows]):
-    """The arena, and the questions at 300 steps and on fresh bases: paired difference in pass@8 to the row that each is
-    held against; bases are ticks, bars are 95% intervals."""
+    """The arena, and the questions on fresh bases: paired difference in pass@8 to the row that each is held against;
+    bases are ticks, bars are 95% intervals."""
     found = {}  # title -> the row, its differences by task
-    for row in (row for part in ("The arena", ASKED_AGAIN, FRESH) for row in PARTS[part]):
+    for row in (row for part in ("The arena", FRESH) for row in PARTS[part]):
         values = [paired(rows.get(row.name, []), rows.get(row.against, []), headline) for rows in tasks.values()]
         if row.name != row.against and min(map(len, values)) > 1:
             found[f"{row.name} - {row.against}"] = row.name, values
@@ -56,8 +57,9 @@ def figure_outcomes(tasks: dict[str, Rows]):
     return figure
 
 
-def lines_and_errors(ax, found: dict[str, tuple[list, np.ndarray]]) -> None:
-    """A line a row through the means over bases. found: row -> (x, percentages (bases, x)), the same bases in each.
+def lines_and_errors(ax, found: dict[str, tuple[list, np.ndarray]], names: dict[str, str] | None = None) -> None:
+    """A line a row through the means over bases. found: row -> (x, percentages (bases, x)), the same bases in each;
+    names: what the legend has for a row.
 
     The band is the standard error, over bases, of what a base has above its own mean over all rows: bases differ by
     more than rows do.
@@ -65,7 +67,7 @@ def lines_and_errors(ax, found: dict[str, tuple[list, np.ndarray]]) -> None:
     of_base = np.concatenate([values for _, values in found.values()], axis=1).mean(axis=1, keepdims=True)
     for row, (x, values) in found.items():
         mean = values.mean(axis=0)
-        ax.plot(x, mean, ".-", color=colour(row), label=row)
+        ax.plot(x, mean, ".-", color=colour(row), label=(names or {}).get(row, row))
         if len(values) > 1:
             error = (values - of_base).std(axis=0, ddof=1) / np.sqrt(len(values))
             ax.fill_between(x, mean - error, mean + error, color=colour(row), alpha=0.12, linewidth=0)
@@ -87,18 +89,23 @@ def figure_rates(tasks: dict[str, dict[str, Sweep]]):
     return figure
 
 
-def figure_curves(tasks: dict[str, Rows]):
-    """Longer training: pass@8 and mean@16 against the step."""
-    figure, axes = rows_of(tasks, 2, height=2.2)
-    for row, (task, rows) in zip(axes, tasks.items(), strict=True):
-        runs = {name: rows[name] for name in (row.name for row in PARTS[LONGER]) if name in rows}
-        for ax, figure_of, label in zip(row, (headline, mean_success), ("pass@8", "mean@16"), strict=True):
-            lines_and_errors(ax, {name: ([e["step"] for e in group[0].evaluations],
-                                         100 * np.array([[figure_of(e) for e in r.evaluations] for r in group]))
-                                  for name, group in runs.items()})
-            ax.set(title=f"{task}: {label}", xlabel="step", ylabel="%")
+def figure_way(tasks: dict[str, dict[str, Sweep]]):
+    """The way: pass@8 against the rollouts spent, and where GRPO ends; a base's seeds in the mean."""
+    figure, axes = plt.subplots(1, len(tasks), figsize=(PAGE, 2.6), squeeze=False, sharey=True)
+    for ax, (task, rows) in zip(axes[0], tasks.items(), strict=True):
+        found = {}
+        for row in PARTS[WAY]:
+            runs = by_base(sum(rows.get(row.name, {}).values(), []))
+            if list(runs) != list(row.bases):
+                raise Missing(f"{task} has not all runs of {row.name} yet")
+            x = cost.spent(runs[row.bases[0]][0]) / 1000
+            found[row.name] = x, 100 * np.array([np.mean([[headline(e) for e in run.evaluations] for run in seeds],
+                                                         axis=0) for seeds in runs.values()])
+        lines_and_errors(ax, found, {row.name: f"{METHODS[row.name]}, {row.shape}" for row in PARTS[WAY]})
+        ax.axhline(found["grpo-way"][1][:, -1].mean(), color=colour("grpo"), linestyle="--", label="where GRPO ends")
+        ax.set(title=task, xlabel="rollouts, thousands", ylabel="pass@8, %" if ax is axes[0, 0] else "")
     return figure
 
 
-OF_ROWS = {"outcomes": figure_outcomes, "curves": figure_curves}
-OF_SWEEPS = {"rates": figure_rates}
+OF_ROWS = {"outcomes": figure_outcomes}
+OF_SWEEPS = {"rates": figure_rates, "way": figure_way}

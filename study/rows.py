@@ -11,7 +11,7 @@ Rates = dict[str, tuple[float, ...]]  # task -> learning rates
 THREE: Rates = dict.fromkeys(BOTH_TASKS, (1e-4, 2e-4, 4e-4))
 ARENA: Rates = {**THREE, "permutations": (1e-4, 2e-4, 4e-4, 8e-4)}  # there 4e-4 was the best of three in every row
 BEST: Rates = {"arithmetic": (2e-4,), "permutations": (4e-4,)}  # in every row of the arena; as in config.RATES
-HALF: Rates = {"arithmetic": (1e-4,), "permutations": (2e-4,)}  # what 300 steps want, as it turned out
+HALF: Rates = {"arithmetic": (1e-4,), "permutations": (2e-4,)}  # what longer runs want, as it turned out
 TWO: Rates = {task: (*HALF[task], *BEST[task]) for task in BOTH_TASKS}
 
 
@@ -26,6 +26,11 @@ class Row:
     decoded: bool = False  # evaluate the last policy as the paper decodes, too
     disguised: str = "1"  # share of the base's textbook that stands under any sign (tasks.BaseSettings)
 
+    @property
+    def shape(self) -> str:
+        """Prompts of a step and rollouts of each in the mean, of a row that says them."""
+        return f"{self.flags['prompts_per_step']} x {self.flags['rollouts_per_prompt']}"
+
 
 def at_best(name: str, flags: dict[str, object], against: str = "grpo", bases: int = 4, disguised: str = "1") -> Row:
     """A row at one rate, that which was the best of its task in the arena."""
@@ -38,15 +43,13 @@ WEIGHTS_MAXRL = {**ROLLOUT_MAXRL, "allocation": "weights"}
 RANK_MAXRL = {**ROLLOUT_MAXRL, "rollout_utility": "rank"}
 BOTH_MAXRL = {"mode": "both", "rule": "maxrl", "averaging": "prompt"}
 PAPER = {"adversary": "paper", "kl_beta": 0.001}
-MEMORIES = {"h1": {"bin_history": 1}, "h2": {"bin_history": 2},
-            "fine": {"bin_edges": "0.02,0.05,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9"}}
 COMMON = {"engine": "torch", "eval_problems": 600, "eval_every": 0, "save_every": 0}
-LONGER = "Longer: 300 steps"
 FRESH = "On fresh bases: rollouts by rank"
-ASKED_AGAIN = "The first question again, at 300 steps"
 SHAPE = "The shape of the batch"
 WAY = "What the way costs"  # at the shapes and the rate of the least cost in SHAPE: its table, development's
 SHAPES = {"64x4": (64, 4), "32x8": (32, 8), "16x16": (16, 16)}  # prompts and rollouts of each: 256 rollouts a step
+METHODS = {"grpo-way": "GRPO", "maxrl-way": "maxrl", "moved-way": "rank with maxrl",
+           "weights-way": "its counts as weights"}
 LENGTH = {"arithmetic": 300, "permutations": 150}  # steps where the way there is looked at
 
 
@@ -78,28 +81,14 @@ PARTS = {
         Row("tilt", {"mode": "grpo", "rule": "tilt"}),
         Row("both-maxrl", BOTH_MAXRL, "maxrl"),
     ),
-    "Memory: how long the bins remember": tuple(
-        at_best(f"{row}-{name}", {**flags, **memory}, row)
-        for row, flags in (("rollout-maxrl", ROLLOUT_MAXRL), ("both-maxrl", BOTH_MAXRL))
-        for name, memory in MEMORIES.items()),
     "The paper's settings": tuple(
         Row(f"paper-{mode}", {"mode": mode, **PAPER}, "paper-grpo", THREE, range(4))
         for mode in ("grpo", "prompt", "rollout")),
-    LONGER: tuple(
-        Row(f"{row}-300", {**flags, "steps": 300, "eval_every": 25}, against, HALF, range(4))
-        for row, flags, against in (
-            ("grpo", {"mode": "grpo"}, "grpo-300"), ("maxrl", MAXRL, "grpo-300"),
-            ("rollout", {"mode": "rollout"}, "grpo-300"), ("rollout-maxrl", ROLLOUT_MAXRL, "maxrl-300"))),
     FRESH: tuple(
         Row(f"{row}-fresh", flags, "maxrl-fresh", BEST, range(8, 16))
         for row, flags in (
             ("maxrl", MAXRL), ("rank-maxrl", RANK_MAXRL),
             ("rank-weights-maxrl", {**RANK_MAXRL, "allocation": "weights"}), ("rollout-maxrl", ROLLOUT_MAXRL))),
-    ASKED_AGAIN: tuple(  # base 0 raised this question, so it does not answer it
-        Row(f"{row}-long", {**flags, "steps": 300}, f"{against}-long", TWO, range(1, 8))
-        for row, flags, against in (
-            ("maxrl", MAXRL, "grpo"), ("rollout-maxrl", ROLLOUT_MAXRL, "maxrl"),
-            ("weights-maxrl", WEIGHTS_MAXRL, "maxrl"), ("grpo", {"mode": "grpo"}, "grpo"))),
     "Rivals": (
         at_best("dr-grpo", {"mode": "grpo", "rule": "dr_grpo"}),
         *(at_best(f"rollout-{utility}{suffix}", {"mode": "rollout", "rule": rule, "rollout_utility": utility}, against,

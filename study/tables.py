@@ -10,44 +10,22 @@ import numpy as np
 from metrics import headline_k, markdown, whole_lines
 from study import cost, logs
 from study.logs import Missing, Run, headline, mean_success, study, sweeps
-from study.rows import BOTH_TASKS, HALF, PARTS, SHAPE, SHAPES, WAY, Row, written
+from study.rows import BOTH_TASKS, METHODS, PARTS, SHAPE, SHAPES, WAY, Row, written
 
 NOTE = """All {runs} runs took {hours:.0f} hours in sum, one thread each. Figures are of the end of training, in
 percent, on 600 held-out problems answered 16 times each; differences in points, paired by base model, the pairs of both
 tasks together where no task is named, with 95% t-intervals over pairs. docs/study.md explains rows and rates."""
-RAREST = 3  # of the kinds of a task, which come from the most to the least often worked
 Pair = tuple[str, str]  # a row and the one that it is held against
 # What was asked before its rows ran, by table: is the first row of a pair better? Holm adjusts the p of a table.
 QUESTIONS: dict[str, tuple[Pair, ...]] = {
     "The questions": (("rollout-maxrl", "maxrl"), ("rollout-maxrl", "weights-maxrl"), ("prompt", "tilt"),
                       ("maxrl", "grpo")),
-    "The questions at 300 steps": (("rollout-maxrl-long", "maxrl-long"), ("rollout-maxrl-long", "weights-maxrl-long")),
     "The questions on fresh bases": (("rank-maxrl-fresh", "maxrl-fresh"),
                                      ("rank-maxrl-fresh", "rank-weights-maxrl-fresh"),
                                      ("rollout-maxrl-fresh", "maxrl-fresh")),
 }
 # What was asked of the way there, before its bases were trained: does the first row of a pair cost less?
 COSTS: tuple[Pair, ...] = (("moved-way", "maxrl-way"), ("moved-way", "weights-way"), ("maxrl-way", "grpo-way"))
-# What development compares, at half the rate: moving where both have the usual shape and where each has its best, the
-# rule likewise, and choices that stand near each other.
-SHAPE_PAIRS: tuple[Pair, ...] = (
-    ("rank-maxrl-64x4", "maxrl-64x4"), ("rank-maxrl-32x8", "maxrl-16x16"), ("maxrl-16x16", "grpo-16x16"),
-    ("maxrl-16x16", "maxrl-32x8"), ("rank-maxrl-32x8", "rank-maxrl-16x16"), ("rank-maxrl-32x8", "rollout-maxrl-32x8"))
-# What README shows: line -> the pairs whose differences it takes together
-README: dict[str, list[Pair]] = {
-    "maxrl - grpo": [("maxrl", "grpo")],
-    "rank with maxrl - maxrl": [("rank-maxrl-fresh", "maxrl-fresh")],
-    "rank with maxrl - its counts as weights": [("rank-maxrl-fresh", "rank-weights-maxrl-fresh")],
-    "gain with maxrl - maxrl": [("rollout-maxrl", "maxrl"), ("rollout-maxrl-fresh", "maxrl-fresh")],
-    "Prompt-GDRO - tilt": [("prompt", "tilt")],
-    "rank with maxrl - gain with maxrl": [("rank-maxrl-fresh", "rollout-maxrl-fresh")],
-    "the paper's settings: Prompt-GDRO - GRPO": [("paper-prompt", "paper-grpo")],
-    "the paper's settings: Rollout-GDRO - GRPO": [("paper-rollout", "paper-grpo")],
-}
-
-
-def rarest_kinds(evaluation: dict) -> float:
-    return float(np.mean([kind[2] for kind in list(evaluation["by_kind"].values())[-RAREST:]]))
 
 
 def difference(task: str, pair: Pair, figure: Callable[[dict], float]) -> np.ndarray:
@@ -60,9 +38,9 @@ def difference(task: str, pair: Pair, figure: Callable[[dict], float]) -> np.nda
     return logs.paired(ours, theirs, figure)
 
 
-def pooled(pairs: Iterable[Pair], figure: Callable[[dict], float] = headline) -> np.ndarray:
-    """Their differences on all bases of both tasks."""
-    return np.concatenate([difference(task, pair, figure) for pair in pairs for task in BOTH_TASKS])
+def pooled(pair: Pair, figure: Callable[[dict], float] = headline) -> np.ndarray:
+    """The same on all bases of both tasks."""
+    return np.concatenate([difference(task, pair, figure) for task in BOTH_TASKS])
 
 
 def spread(values: np.ndarray) -> str:
@@ -76,16 +54,11 @@ def percent(values: Iterable[float]) -> str:
     return f"{100 * np.mean(list(values)):.1f}"
 
 
-def cells(*pairs: Pair) -> dict[str, str]:
+def compared(pair: Pair) -> dict[str, str]:
     """What tables say of a comparison: column -> cell."""
-    return {"pairs": str(len(pooled(pairs))), "pass@8": spread(pooled(pairs)),
-            "pass@1": spread(pooled(pairs, mean_success))}
-
-
-def detailed(pair: Pair) -> dict[str, str]:
-    """The same with pass@8 by task and of rare kinds."""
-    return {**cells(pair), **{f"pass@8, {task}": spread(difference(task, pair, headline)) for task in BOTH_TASKS},
-            "pass@8, three rarest kinds": spread(pooled([pair], rarest_kinds))}
+    return {"pairs": str(len(pooled(pair))), "pass@8": spread(pooled(pair)),
+            "pass@1": spread(pooled(pair, mean_success)),
+            **{f"pass@8, {task}": spread(difference(task, pair, headline)) for task in BOTH_TASKS}}
 
 
 def table(title: str, lines: list[dict[str, str]]) -> str:
@@ -94,28 +67,10 @@ def table(title: str, lines: list[dict[str, str]]) -> str:
     return f"**{title}**\n\n{markdown(head, [[line.get(column, '') for column in head] for line in lines])}"
 
 
-def adjusted() -> dict[Pair, float]:
-    """p of each pair of QUESTIONS, by Holm over those of its table."""
-    out: dict[Pair, float] = {}
-    for pairs in QUESTIONS.values():
-        out |= zip(pairs, logs.holm([logs.p_value(pooled([pair])) for pair in pairs]), strict=True)
-    return out
-
-
-def readme_table() -> str:
-    """p is Holm's where the line is one question, else that of its own t-test."""
-    lines, holms = [], adjusted()
-    for name, pairs in README.items():
-        plain = f"{logs.p_value(pooled(pairs)):.2g}, unadjusted"
-        p = f"{holms[pairs[0]]:.2g}" if len(pairs) == 1 and pairs[0] in holms else plain
-        lines.append({"rows": name, **cells(*pairs), "p": p})
-    return table("README", lines)
-
-
-def question_tables() -> list[str]:
-    p = adjusted()
-    return [table(title, [{"rows": " - ".join(pair), **detailed(pair), "p (Holm)": f"{p[pair]:.2g}"} for pair in pairs])
-            for title, pairs in QUESTIONS.items()]
+def question_table(title: str, pairs: tuple[Pair, ...]) -> str:
+    p = logs.holm([logs.p_value(pooled(pair)) for pair in pairs])
+    return table(title, [{"rows": " - ".join(pair), **compared(pair), "p (Holm)": f"{adjusted:.2g}"}
+                         for pair, adjusted in zip(pairs, p, strict=True)])
 
 
 def outcome_table(title: str, rows: tuple[Row, ...], against: str = "") -> str:
@@ -128,66 +83,52 @@ def outcome_table(title: str, rows: tuple[Row, ...], against: str = "") -> str:
             line |= {f"{task}: rates": ", ".join(f"{written(rate)} ({rates[rate]})" for rate in sorted(rates)),
                      f"{task}: pass@8": percent(headline(r.last()) for r in runs),
                      f"{task}: pass@1": percent(mean_success(r.last()) for r in runs)}
-        lines.append({**line, "minus": pair[1], **detailed(pair)} if row.name not in (pair[1], "base") else line)
+        lines.append({**line, "minus": pair[1], **compared(pair)} if row.name not in (pair[1], "base") else line)
     return table(title, lines)
+
+
+def runs_at(task: str, row: str, which: int = 0) -> list[Run]:
+    """All runs of a row at the lowest of its rates, or at another; none where it has not run."""
+    rates = list(sweeps().get(task, {}).get(row, {}).values())
+    return rates[which] if rates else []
 
 
 def shape_levels(task: str) -> dict[int, float]:
     """Number of a base -> the one level that all rows and shapes are measured by: where GRPO ends there at half the
-    rate, in the mean over the shapes. Of bases on which it ran at all of them."""
-    rate, rows = HALF[task][0], [f"grpo-{shape}" for shape in SHAPES]
-    ends = logs.by_base([run for row in rows for run in sweeps().get(task, {}).get(row, {}).get(rate, [])])
-    return {base: cost.level(runs) for base, runs in ends.items() if len(runs) == len(rows)}
+    rate, in the mean over the shapes."""
+    ends = logs.by_base([run for shape in SHAPES for run in runs_at(task, f"grpo-{shape}")])
+    return {base: cost.level(runs) for base, runs in ends.items()}
 
 
 def shape_table() -> str:
     """By row, shape and rate: the share of its rollouts that a run needs to the level (geometric means over bases), how
     many runs stand there by the first evaluation or never do, pass@8 at the end. The least share over both tasks is
     what a row is asked about at."""
-    lines, rates = [], ("half", "full")
+    lines = []
     for row, which in ((r, i) for r in PARTS[SHAPE] for i in range(len(r.rates["arithmetic"]))):
-        line, both = {"row": row.name, "rate": rates[which]}, []
+        line, shares = {"row": row.name, "rate": ("half", "full")[which]}, []
         for task in BOTH_TASKS:
-            levels, rate = shape_levels(task), row.rates[task][which]
-            runs = [run for run in sweeps().get(task, {}).get(row.name, {}).get(rate, []) if run.base in levels]
-            if runs:
-                here = {run.base: levels[run.base] for run in runs}
-                both.append(cost.log_costs(runs, here) - np.log(cost.spent(runs[0])[-1]))
-                line |= {f"{task}: share": percent([np.exp(both[-1].mean())]),
-                         f"{task}: first, never": "{}, {}".format(*cost.at_bounds(runs, here)),
-                         f"{task}: pass@8": percent(headline(run.last()) for run in runs)}
-        lines.append({**line, "share": percent([np.exp(np.concatenate(both).mean())]) if both else "",
-                      "runs": str(sum(map(len, both)))})
+            runs, levels = runs_at(task, row.name, which), shape_levels(task)
+            shares.append(cost.log_costs(runs, levels) - np.log(cost.spent(runs[0])[-1]))
+            line |= {f"{task}: share": percent([np.exp(shares[-1].mean())]),
+                     f"{task}: first, never": "{}, {}".format(*cost.at_bounds(runs, levels)),
+                     f"{task}: pass@8": percent(headline(run.last()) for run in runs)}
+        lines.append({**line, "share": percent([np.exp(np.mean(shares))])})
     return table("What a level costs, by the shape of the batch", lines)
 
 
-def shape_ratios() -> str:
-    """Ratios of costs of SHAPE_PAIRS, with intervals by the bootstrap over the bases of both tasks, unadjusted."""
-
-    def log_costs(row: str) -> np.ndarray:
-        return np.concatenate([cost.log_costs(sweeps()[task][row][HALF[task][0]], shape_levels(task))
-                               for task in BOTH_TASKS])
-
-    return table("Shapes compared", [{"rows": " / ".join((a, b)), "rollouts": share(log_costs(a) - log_costs(b))}
-                                     for a, b in SHAPE_PAIRS])
+def measured(task: str, row: str, *, swapped: bool = False) -> tuple[list[Run], dict[int, float]]:
+    """A row's runs, and by base the level at which GRPO's second run from there ends, or its first if `swapped`. The
+    run that sets the level is not among GRPO's own."""
+    setting = [run for run in runs_at(task, "grpo-way") if (run.seed == run.base) == swapped]
+    return [run for run in runs_at(task, row) if run not in setting], {r.base: cost.level([r]) for r in setting}
 
 
-def way(task: str, row: str) -> list[Run]:
-    """A row's runs, which have one rate."""
-    return next(iter(sweeps().get(task, {}).get(row, {}).values()), [])
-
-
-def way_costs(task: str, row: str, *, swapped: bool = False, **how) -> np.ndarray:
-    """Log costs by base, (S,), of the level at which GRPO's second run from that base ends, or its first if `swapped`;
-    the run that sets the level has no part in GRPO's own cost."""
-    setting = [run for run in way(task, "grpo-way") if (run.seed == run.base) == swapped]
-    runs = [run for run in way(task, row) if run not in setting]
-    return cost.log_costs(runs, {run.base: cost.level([run]) for run in setting}, **how)
-
-
-def cheaper(pair: Pair, tasks: tuple[str, ...] = BOTH_TASKS, **how) -> np.ndarray:
+def cheaper(pair: Pair, tasks: tuple[str, ...] = BOTH_TASKS, *, swapped: bool = False, **how) -> np.ndarray:
     """Differences in log cost of two rows, on all bases of the tasks."""
-    return np.concatenate([way_costs(t, pair[0], **how) - way_costs(t, pair[1], **how) for t in tasks])
+    ours, theirs = (np.concatenate([cost.log_costs(*measured(task, row, swapped=swapped), **how) for task in tasks])
+                    for row in pair)
+    return ours - theirs
 
 
 def share(difference_S: np.ndarray) -> str:
@@ -209,24 +150,41 @@ def cost_table() -> str:
 
 def way_is_whole() -> bool:
     """Whether all its runs are there: nobody looks before."""
-    return all(len(way(task, row.name)) == len(row.bases) * row.seeds for row in PARTS[WAY] for task in BOTH_TASKS)
+    return all(len(runs_at(task, row.name)) == len(row.bases) * row.seeds for row in PARTS[WAY] for task in BOTH_TASKS)
+
+
+def readme_table() -> str:
+    """README's: what share of GRPO's rollouts each row of the way needs to get where GRPO ends, and where it ends
+    itself when it has spent as many."""
+    lines = []
+    for row in PARTS[WAY]:
+        last = [run.last() for task in BOTH_TASKS for run in runs_at(task, row.name)]
+        lines.append({"method": METHODS[row.name], "prompts x rollouts": row.shape,
+                      "rollouts to GRPO's end": share(cheaper((row.name, "grpo-way"))),
+                      "pass@8 at GRPO's budget": percent(map(headline, last)),
+                      "pass@1": percent(map(mean_success, last))})
+    return table("README", lines)
 
 
 def way_table() -> str:
-    """By row: its cost as a share of GRPO's, runs at either bound, the mean of the fitted curve, where it ends at
-    temperature 1 and as the paper decodes, and how many of the ten kinds end with a pass@8 of half or more."""
+    """By row: runs that stand at the level by the first evaluation or never do, the mean of the fitted curve, where it
+    ends as the paper decodes, and how many of the ten kinds end with a pass@8 of half or more."""
     lines = []
-    for row in dict.fromkeys(row for pair in COSTS[::-1] for row in pair[::-1]):
-        runs = [run for task in BOTH_TASKS for run in way(task, row)]
+    for row in (row.name for row in PARTS[WAY]):
+        runs = [run for task in BOTH_TASKS for run in runs_at(task, row)]
+        bounds = np.sum([cost.at_bounds(*measured(task, row)) for task in BOTH_TASKS], axis=0)
         last, decoded = [run.last() for run in runs], [run.decoded for run in runs]
         lines.append({
-            "row": row, "runs": str(len(runs)), "share of GRPO's rollouts": share(cheaper((row, "grpo-way"))),
+            "row": row, "first, never": "{}, {}".format(*bounds),
             "mean of the curve": f"{np.mean([cost.fitted(run).mean() for run in runs]):.1f}",
-            "pass@8": percent(map(headline, last)), "pass@1": percent(map(mean_success, last)),
-            "pass@8, decoded": percent(d["pass@8"][0] for d in decoded),
-            "pass@1, decoded": percent(d["pass@1"][0] for d in decoded),
-            "kinds found": f"{np.mean([sum(k[2] >= 0.5 for k in e['by_kind'].values()) for e in last]):.1f}"})
+            "kinds found": f"{np.mean([found_kinds(e) for e in last]):.1f}",
+            **{f"{name}, decoded": percent(d[name][0] for d in decoded) for name in ("pass@8", "pass@1")},
+            "kinds found, decoded": f"{np.mean([found_kinds(d) for d in decoded]):.1f}"})
     return table("The way, row by row", lines)
+
+
+def found_kinds(evaluation: dict) -> int:
+    return sum(kind[2] >= 0.5 for kind in evaluation["by_kind"].values())
 
 
 def weight_table() -> str:
@@ -243,28 +201,15 @@ def weight_table() -> str:
     return table("Weights", lines)
 
 
-def allocation_table() -> str:
-    """(33) of what Rollout-GDRO gave each bin, against uniform counts on the same prompts."""
-    lines = []
-    for task, row in ((task, row) for row in ("rollout", "rollout-variance") for task in BOTH_TASKS):
-        runs = study()[task][row]
-        sigma, n_bar = np.nan_to_num(logs.bin_sigma(runs)), runs[0].config["rollouts_per_prompt"]
-        ours = [logs.wse(r.share, sigma, r.bins("rollouts")).sum() for r in runs]
-        even = [logs.wse(r.share, sigma, np.full_like(r.share, n_bar)).sum() for r in runs]
-        change = np.mean(np.divide(ours, even)) - 1
-        lines.append({"row": f"{row}, {task}", "WSE (33)": f"{100 * change:+.1f}%"})
-    return table("Allocations", lines)
-
-
 def tables() -> str:
     """All of the study, as results/TABLES.md holds it."""
     runs = [run for rows in sweeps().values() for sweep in rows.values() for group in sweep.values() for run in group]
     note = NOTE.format(runs=len(runs), hours=sum(run.config.get("seconds", 0) for run in runs) / 3600)
-    parts = [outcome_table("The arena against grpo", PARTS["The arena"], "grpo"),
-             *(outcome_table(part, rows) for part, rows in PARTS.items() if part != WAY)]
-    answers = [cost_table(), way_table()] if way_is_whole() else []
-    return "\n\n".join([note, readme_table(), *question_tables(), *answers, shape_table(), shape_ratios(), *parts,
-                        weight_table(), allocation_table()])
+    answers = [readme_table(), cost_table(), way_table()] if way_is_whole() else []
+    questions = [question_table(title, pairs) for title, pairs in QUESTIONS.items()]
+    against_grpo = outcome_table("The arena against grpo", PARTS["The arena"], "grpo")
+    parts = [outcome_table(part, rows) for part, rows in PARTS.items() if part not in (SHAPE, WAY)]
+    return "\n\n".join([note, *answers, shape_table(), *questions, against_grpo, *parts, weight_table()])
 
 
 # ------------------------------------------------------------------------------------------------ any runs

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_cost import planted
 from test_logs import a_run, folder_of, from_base
 from test_tables import sample
 
@@ -77,15 +78,19 @@ def test_the_figure_of_rates_draws_the_mean_over_bases_at_every_rate():
     plots.plt.close("all")
 
 
-def test_the_figure_of_curves_draws_every_evaluation_of_the_longer_runs():
-    rows = {row: [a_run("grpo", s) for s in range(2)] for row in ("grpo", "grpo-300", "maxrl-300")}
-    for run in rows["maxrl-300"]:
-        run.evaluations[-1]["mean"] += 0.125
-    eight, one = figures.figure_curves({"made-up": rows}).axes
-    steps = [e["step"] for e in rows["grpo"][0].evaluations]
-    assert [line.get_xdata().tolist() for line in eight.get_lines()] == [steps, steps]
-    low, high = values_of(one)
-    assert (high - low)[-1] == pytest.approx(12.5) and not (high - low)[:-1].any()
+def test_the_figure_of_the_way_draws_a_base_s_seeds_in_the_mean_and_where_grpo_ends():
+    curves = {"grpo-way": [20, 40, 70], "maxrl-way": [20, 60, 80], "moved-way": [20, 70, 80],
+              "weights-way": [20, 65, 80]}
+    rows = {row: {1e-4: [planted(curve, base) for base in range(16, 24)]} for row, curve in curves.items()}
+    rows["grpo-way"][1e-4] += [planted([20, 50, 74], base, seed=100) for base in range(16, 24)]
+    (ax,) = figures.figure_way({"made-up": rows}).axes
+    grpo, maxrl, _, _, end = ax.get_lines()
+    assert grpo.get_xdata() == pytest.approx([0, 6.4, 12.8]) and grpo.get_ydata() == pytest.approx([20, 45, 72])
+    assert maxrl.get_ydata() == pytest.approx([20, 60, 80]) and list(end.get_ydata()) == pytest.approx([72, 72])
+    assert ax.get_legend_handles_labels()[1][0] == "GRPO, 16 x 16"
+    rows["maxrl-way"][1e-4].pop()
+    with pytest.raises(logs.Missing, match="maxrl-way"):
+        figures.figure_way({"made-up": rows})
     plots.plt.close("all")
 
 

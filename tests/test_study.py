@@ -43,14 +43,13 @@ def test_every_trial_is_a_run_that_train_accepts_from_its_base_at_its_rate_and_d
             assert all(getattr(cfg, k) != getattr(grpo, k) for k in set(flags) - {"mode", "rule"})
 
 
-
 def test_rows_of_a_task_train_on_equally_many_rollouts_as_the_preset_has():
     for trial in TRIALS:
         cfg, row = config(trial), trial.row.name
         on_the_way = {"grpo-way": "16x16", "maxrl-way": "16x16", "moved-way": "32x8", "weights-way": "32x8"}
         shape = rows.SHAPES.get(on_the_way.get(row, row.rpartition("-")[2]))
-        steps = 300 if row.endswith(("-300", "-long")) else PRESETS[trial.task][1]["steps"]
-        assert cfg.steps == (0 if row == "base" else rows.LENGTH[trial.task] if shape else steps)
+        usual = 0 if row == "base" else PRESETS[trial.task][1]["steps"]
+        assert cfg.steps == (rows.LENGTH[trial.task] if shape else usual)
         assert (cfg.prompts_per_step, cfg.rollouts_per_prompt) == (shape or (64, 4))
         assert cfg.prompts_per_step * cfg.rollouts_per_prompt == 256
         assert cfg.minibatch_prompts * 4 == cfg.prompts_per_step
