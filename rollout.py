@@ -12,7 +12,6 @@ import hashlib
 import importlib
 import logging
 import os
-import random
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -127,7 +126,7 @@ def _vllm_problem(device: torch.device) -> str | None:
 
 def _import_vllm() -> type:
     """vLLM's LLM class. Its environment is read at the first import, which must therefore happen here."""
-    # It warns of what is meant: no tokenizer, eager and without Triton on CPU, reseeding (undone below), ...
+    # It warns of what is meant: no tokenizer, eager and without Triton on CPU, reseeding, ...
     logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR"))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine stays in this process: weights pass by reference
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # it knows no seeds, and the engine dies where it isn't
@@ -149,31 +148,25 @@ def _bar(total: int, unit: str, shown: bool) -> tqdm:
 def _process_state_kept():
     """Undo what vLLM does to the process it runs in.
 
-    Its start-up reseeds the three global generators, overwrites torchrun's LOCAL_WORLD_SIZE, extends the LD_PRELOAD
-    that children inherit, takes all threads but one from inductor and, on CPU, replaces torch.set_num_threads by a
-    function that does nothing.
-    There, sampling also draws from torch's global generator, though every request has its own seed.
+    Its start-up overwrites torchrun's LOCAL_WORLD_SIZE, extends the LD_PRELOAD that children inherit, takes all threads
+    but one from inductor and, on CPU, replaces torch.set_num_threads by a function that does nothing.
     And there it would move this process's memory, the trainer's too, to one NUMA node and bind it there for good.
+    The global generators, which it reseeds, nothing here draws from.
     """
     names = ("LOCAL_WORLD_SIZE", "LD_PRELOAD", "TORCHINDUCTOR_COMPILE_THREADS")
     environment = {name: os.environ.get(name) for name in names}
-    python_state, numpy_state = random.getstate(), np.random.get_state()
     threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     torch.ops._C.init_cpu_memory_env = lambda nodes: None
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-            del torch.ops._C.init_cpu_memory_env
-            torch.set_num_threads = set_num_threads
-            torch.set_num_threads(threads)
-            for name, value in environment.items():
-                os.environ.pop(name, None)
-                if value is not None:
-                    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del torch.ops._C.init_cpu_memory_env
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
+        for name, value in environment.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 class VLLMEngine:
@@ -191,7 +184,6 @@ class VLLMEngine:
 
         self.on_cpu = current_platform.device_type == "cpu"
         self.dtype, self.share = dtype, gpu_memory_utilization
-        self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
         max_tokens = max_prompt_tokens + max_response_tokens
         running = min(max_rollouts, MAX_RUNNING)
         if self.on_cpu:
@@ -224,19 +216,14 @@ class VLLMEngine:
         """Draw n_P[p] responses (0 is allowed) to each of the P token-id prompts, with a progress bar if asked.
 
         Rollout i of prompt p, counted from `first` on, draws from seed_P[p] + i. Returns R = sum(n_P) rollouts,
-        prompt-major. Raises RuntimeError when the weights are gone (`sleep` without `load_weights`), ValueError for
-        what the engine wasn't sized for.
+        prompt-major. Raises RuntimeError when the weights are gone (`sleep` without `load_weights`).
         """
         from vllm import SamplingParams
 
         if self.needs_weights:
             raise RuntimeError("the engine has no weights: call load_weights() after sleep() and before generate()")
-        if sampling.max_tokens > self.max_response_tokens:
-            raise ValueError(f"max_tokens {sampling.max_tokens} > max_response_tokens {self.max_response_tokens}")
         requests, params = [], []
         for prompt, n, seed in zip(prompts, n_P, seed_P, strict=True):
-            if not 0 < len(prompt) <= self.max_prompt_tokens:
-                raise ValueError(f"a prompt has {len(prompt)} tokens; from 1 to {self.max_prompt_tokens} are allowed")
             if n == 0:
                 continue
             requests.append({"prompt_token_ids": list(prompt)})
@@ -245,7 +232,7 @@ class VLLMEngine:
                 top_p=sampling.top_p, top_k=sampling.top_k, stop_token_ids=list(sampling.stop_ids), ignore_eos=True,
                 logprobs=0, flat_logprobs=True, detokenize=False))  # logprobs=0: of the drawn token alone
         done, before = {}, self.llm.request_counter.counter  # vLLM numbers its requests
-        with _process_state_kept(), _bar(len(requests), "prompt", bar) as shown:
+        with _bar(len(requests), "prompt", bar) as shown:
             if requests:
                 self.llm.enqueue(requests, params, use_tqdm=False)
             while self.llm.llm_engine.has_unfinished_requests():
