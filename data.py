@@ -126,11 +126,10 @@ def _read_file(path: Path) -> tuple[list[tuple[str, dict]], dict]:
 def _json(text: str, where: str):
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
-    except (RecursionError, ValueError) as error:  # lists in lists; more digits than Python reads
+    except (RecursionError, ValueError) as error:  # no JSON; lists in lists; more digits than Python reads
         why = str(error).partition(";")[0]
-        raise ValueError(f"{where}: {why}; give such a number as text, such nesting flat, or remove the row") from error
+        raise ValueError(f"{where}: broken JSON ({why}); mend it, give a long number as text and deep nesting flat, or "
+                         "remove it") from error
 
 
 def _read_hub(source: str, revision: str | None) -> tuple[list[tuple[str, dict]], dict]:
@@ -161,19 +160,19 @@ def _problem(row: dict, where: str) -> Problem:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: must be an object, it is a {type(row).__name__}")
     if CHOICE_COLUMNS[1] in row:
-        return _multiple_choice(row, where)
+        row = _shuffled(row, where)
     prompt, messages = _asked(_column(row, PROMPT_COLUMNS, where), where)
     (answer, style), own = _gold(row, where), _text(row.get("style"))
-    options = next((row[c] for c in OPTION_COLUMNS if row.get(c)), None)
-    if options and own in ("", "choice"):
-        prompt, answer = _choice(prompt, answer, None if messages else options, where)
-        style = "choice"
     style = own or style
     if style not in STYLES:
         raise ValueError(f"{where}: unknown answer style {style!r}; there are {', '.join(STYLES)}")
     for field, value in ("prompt", prompt), ("answer", answer):
         if not value:
             raise ValueError(f"{where}: the {field} is empty or not text; write it as text or remove the row")
+    options = next((row[c] for c in OPTION_COLUMNS if row.get(c)), None)
+    if options and own in ("", "choice"):
+        prompt, answer = _choice(prompt, answer, None if messages else options, where)
+        style = "choice"
     return _with_rest(row, Problem("", prompt, answer, style, _kind(row), messages))
 
 
@@ -214,20 +213,12 @@ def _nested(value, where: str):
     return _json(value, f"{where}, answer") if isinstance(value, str) and NESTED.match(value) else value
 
 
-def _multiple_choice(row: dict, where: str) -> Problem:
-    """A GPQA row: the four options behind the question, in an order that only the question's text decides."""
-    question, *options = (_text(_column(row, (name,), where)).strip() for name in CHOICE_COLUMNS)
-    if not question or not all(options):
-        raise ValueError(f"{where}: one of {', '.join(CHOICE_COLUMNS)} is empty; fill it in or remove the row")
-    seed = int.from_bytes(hashlib.blake2b(question.encode(), digest_size=8).digest(), "big")
-    order = np.random.default_rng(seed).permutation(4)  # place -> option; option 0 is the right one
-    prompt = _with_options(question, [options[option] for option in order])
-    return _with_rest(row, Problem("", prompt, LETTERS[list(order).index(0)], "choice", _kind(row)))
-
-
-def _with_options(question: str, options: list[str]) -> str:
-    lines = [f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)]
-    return "\n".join([question, "", *lines, "", "Answer with the letter of the right option."])
+def _shuffled(row: dict, where: str) -> dict:
+    """A GPQA row with its four options as `choices`, in an order that only the question's text decides."""
+    question, *options = (_column(row, (name,), where) for name in CHOICE_COLUMNS)
+    seed = int.from_bytes(hashlib.blake2b(_text(question).strip().encode(), digest_size=8).digest(), "big")
+    order = np.random.default_rng(seed).permutation(4).tolist()  # place -> option; option 0 is the right one
+    return {**row, "question": question, "choices": [options[i] for i in order], "answer": LETTERS[order.index(0)]}
 
 
 def _choice(question: str, gold: str, options: object, where: str) -> tuple[str, str]:
@@ -239,7 +230,8 @@ def _choice(question: str, gold: str, options: object, where: str) -> tuple[str,
         raise ValueError(f"{where}: which of the options is {gold!r}? They must be a list of at most {len(LETTERS)} "
                          "texts beside one message, the answer a letter or a place from 0, and none of the texts; or "
                          "write them into the prompt and give the row a `style`")
-    return _with_options(question, texts), places[gold]
+    lines = [f"({letter}) {text}" for letter, text in zip(LETTERS, texts, strict=False)]
+    return "\n".join([question, "", *lines, "", "Answer with the letter of the right option."]), places[gold]
 
 
 def key(problem: Problem) -> str:
