@@ -459,16 +459,11 @@ class Part:
 
     def exchange(self, ranks: Ranks) -> Batch:
         """The batch as all ranks drew it. Collective."""
-        length_R, truncated_R = np.zeros(len(self.owner_R), np.int64), np.zeros(len(self.owner_R), bool)
-        for r, rollout in zip(self.mine_R, self.rollouts, strict=True):
-            length_R[r], truncated_R[r] = len(rollout.tokens), rollout.truncated
-        length_R, truncated_R = ranks.merge(length_R), ranks.merge(truncated_R)
-        offsets = np.concatenate(([0], length_R.cumsum()))
-        tokens, logp = np.zeros(offsets[-1], np.int64), np.zeros(offsets[-1], np.float32)
-        for r, rollout in zip(self.mine_R, self.rollouts, strict=True):
-            place = slice(offsets[r], offsets[r + 1])
-            tokens[place], logp[place] = rollout.tokens, rollout.logprobs
-        return Batch(self.prompts, self.owner_R, offsets, ranks.merge(tokens), ranks.merge(logp), truncated_R)
+        drawn = sum(ranks.from_all(list(zip(self.mine_R, self.rollouts, strict=True))), [])
+        rollouts = [rollout for _, rollout in sorted(drawn, key=lambda pair: pair[0])]
+        return Batch(self.prompts, self.owner_R, np.cumsum([0, *(len(r.tokens) for r in rollouts)]),
+                     np.concatenate([r.tokens for r in rollouts]).astype(np.int64),
+                     np.concatenate([r.logprobs for r in rollouts]), np.array([r.truncated for r in rollouts]))
 
 
 def draw_part(engine, ranks: Ranks, prompts: list[list[int]], n_P, seed_P: list[int], sampling: Sampling, *,
