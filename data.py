@@ -270,18 +270,17 @@ def _merge(found: list[tuple[str, Problem]], name: str) -> tuple[list[Problem], 
     """One problem a prompt; rows == problems + merged + conflicting. Two answers to one prompt cannot both be right."""
     rows_of: dict[str, tuple[str, str]] = {}  # id -> (what is asked, where)
     answers: dict[str, set[str]] = {}  # what is asked -> its answers
+    first_of: dict[str, Problem] = {}  # what is asked -> the first row that asks it
     for where, problem in found:
         asked, first = rows_of.setdefault(problem.id, (key(problem), where))
         if asked != key(problem):
             raise ValueError(f"{name}: {first} and {where} have the id {problem.id!r} and different prompts; "
                              "make the ids unique or drop the id column")
         answers.setdefault(key(problem), set()).add(problem.answer)
-    consistent = [problem for _, problem in found if len(answers[key(problem)]) == 1]
-    first_of: dict[str, Problem] = {}
-    for problem in consistent:
         first_of.setdefault(key(problem), problem)
-    problems = list(first_of.values())
-    counts = {"merged": len(consistent) - len(problems), "conflicting": len(found) - len(consistent)}
+    problems = [problem for asked, problem in first_of.items() if len(answers[asked]) == 1]
+    conflicting = sum(len(answers[key(problem)]) > 1 for _, problem in found)
+    counts = {"merged": len(found) - conflicting - len(problems), "conflicting": conflicting}
     if any(counts.values()):
         log.warning("%s: %d repeated rows merged, %d rows dropped whose prompt has several answers",
                     name, counts["merged"], counts["conflicting"])

@@ -374,19 +374,16 @@ class _Decoding:
 
     def _begin(self, free: torch.Tensor) -> None:
         """Puts the next rollouts into free slots, (n,), as many as there are, or as PREFILL_TOKENS of prompts serve."""
-        prompts, source, tokens, last = [], [], 0, None  # one prefill serves all rollouts of a prompt
-        for p in self.owner_R[self.begun : self.begun + len(free)]:
-            if p != last and tokens >= TorchEngine.PREFILL_TOKENS:
-                break
-            if p != last:
-                prompts.append(torch.tensor(self.prompts[p]))
-                tokens, last = tokens + len(prompts[-1]), p
-            source.append(len(prompts) - 1)
-        lengths, device = torch.tensor([len(x) for x in prompts]), free.device
-        cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0))).to(device)
-        packed = PackedAttention(cu_seqlens, int(lengths.max()), keep_kv=True)
+        device, owners = free.device, self.owner_R[self.begun : self.begun + len(free)]
+        prompt, source = np.unique(owners, return_inverse=True)  # one prefill serves all rollouts of a prompt
+        ends = np.cumsum([0, *(len(self.prompts[p]) for p in prompt)])
+        served = prompt[ends[:-1] < TorchEngine.PREFILL_TOKENS]  # the first in any case
+        prompts = [torch.tensor(self.prompts[p]) for p in served]
+        cu_seqlens = torch.from_numpy(ends[: len(served) + 1]).to(device)
+        packed = PackedAttention(cu_seqlens, max(map(len, prompts)), keep_kv=True)
         hidden = self.model(torch.cat(prompts).to(device), packed)  # (T, D)
-        slots, source = free[: len(source)], torch.tensor(source, device=device)
+        source = torch.from_numpy(source[source < len(served)]).to(device)
+        slots = free[: len(source)]
         self.cache.fill(slots, source, packed)
         self.logits[slots] = self.model.logits(hidden[cu_seqlens[1:] - 1])[source]
         self.rollout_S[slots] = torch.arange(self.begun, self.begun + len(slots), device=device)
