@@ -153,11 +153,12 @@ def _problem(row: dict, where: str) -> Problem:
     for field, value in ("prompt", prompt), ("answer", answer):
         if not value:
             raise ValueError(f"{where}: the {field} is empty or not text; write it as text or remove the row")
+    kind = _text(next((row[c] for c in KIND_COLUMNS if c in row), "")).strip()
     options = next((row[c] for c in OPTION_COLUMNS if row.get(c)), None)
     if options and own in ("", "choice"):
         prompt, answer = _choice(prompt, answer, None if messages else options, where)
         style = "choice"
-    return _with_rest(row, Problem("", prompt, answer, style, _kind(row), messages))
+    return _with_rest(row, Problem("", prompt, answer, style, kind, messages))
 
 
 def _asked(value, where: str) -> tuple[str, tuple[dict[str, str], ...]]:
@@ -244,10 +245,6 @@ def _as_json(value):
         return [_as_json(part) for part in value]
     finite = math.isfinite(value) if isinstance(value, float) else isinstance(value, str | int)
     return value if finite else None
-
-
-def _kind(row: dict) -> str:
-    return next((_text(row[c]).strip() for c in KIND_COLUMNS if c in row), "")
 
 
 def _column(row: dict, accepted: tuple[str, ...], where: str):

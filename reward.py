@@ -18,7 +18,6 @@ import math
 import multiprocessing.connection
 import re
 import resource
-import signal
 import subprocess
 import sys
 import traceback
@@ -402,8 +401,6 @@ def _decide(function: Callable | None, jobs: list) -> list[float] | str:
 def _serve(pipe: multiprocessing.connection.Connection) -> None:
     """Worker program. In comes what to do, a _Source or null, then lists of jobs; out goes null when it is ready, then
     what `_decide` says of each list."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to the whole process group; the trainer ends us
     end_with_parent()  # beyond Linux what is not computing ends with its pipe, which the parent closes
     source = json.loads(pipe.recv_bytes())
     function = _Source(*source).define() if source else None
@@ -424,8 +421,9 @@ class _Worker:
     def __init__(self, source: _Source | None):
         self.pipe, theirs = multiprocessing.Pipe()
         with theirs:  # ours must be the only other end, or neither side would ever see end-of-file
-            self.process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], stdin=subprocess.DEVNULL,
-                                            pass_fds=[theirs.fileno()])  # a new program: never a fork with a GPU
+            self.process = subprocess.Popen(  # a new program: never a fork with a GPU
+                [sys.executable, __file__, str(theirs.fileno())], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
+                start_new_session=True)  # Ctrl-C and torchrun's SIGTERM go to a whole group; the trainer ends this one
         self.ask(source, seconds=120)  # imports from a slow disk
 
     def ask(self, message: object, seconds: float) -> list[float] | str | None:

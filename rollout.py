@@ -147,7 +147,7 @@ def _process_state_kept():
     The global generators, which it reseeds, nothing here draws from.
     """
     names = ("LOCAL_WORLD_SIZE", "LD_PRELOAD", "TORCHINDUCTOR_COMPILE_THREADS")
-    environment = {name: os.environ.get(name) for name in names}
+    kept = {name: os.environ[name] for name in names if name in os.environ}
     threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
     torch.ops._C.init_cpu_memory_env = lambda nodes: None
     try:
@@ -156,10 +156,9 @@ def _process_state_kept():
         del torch.ops._C.init_cpu_memory_env
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
-        for name, value in environment.items():
+        for name in names:
             os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+        os.environ.update(kept)
 
 
 class VLLMEngine:
