@@ -158,7 +158,12 @@ def _problem(row: dict, where: str) -> Problem:
     if options and own in ("", "choice"):
         prompt, answer = _choice(prompt, answer, None if messages else options, where)
         style = "choice"
-    return _with_rest(row, Problem("", prompt, answer, style, kind, messages))
+    problem = Problem("", prompt, answer, style, kind, messages)
+    own_id = next((c for c in ID_COLUMNS if row.get(c) not in (None, "")), None)
+    taken = [next((c for c in names if c in row), "") for names in (PROMPT_COLUMNS, ANSWER_COLUMNS, KIND_COLUMNS)]
+    taken = {own_id, "style", *taken, *CHOICE_COLUMNS, *(OPTION_COLUMNS if style == "choice" else ())}
+    others = {name: _as_json(value) for name, value in row.items() if name not in taken}
+    return dataclasses.replace(problem, id=str(row[own_id]) if own_id else _hash(problem), columns=others)
 
 
 def _asked(value, where: str) -> tuple[str, tuple[dict[str, str], ...]]:
@@ -226,15 +231,6 @@ def key(problem: Problem) -> str:
 
 def _hash(problem: Problem) -> str:
     return hashlib.blake2b(key(problem).encode(), digest_size=8).hexdigest()
-
-
-def _with_rest(row: dict, problem: Problem) -> Problem:
-    """With its id and with the columns that were not taken for anything else."""
-    own = next((c for c in ID_COLUMNS if row.get(c) not in (None, "")), None)
-    taken = [next((c for c in names if c in row), "") for names in (PROMPT_COLUMNS, ANSWER_COLUMNS, KIND_COLUMNS)]
-    taken = {own, "style", *taken, *CHOICE_COLUMNS, *(OPTION_COLUMNS if problem.style == "choice" else ())}
-    others = {name: _as_json(value) for name, value in row.items() if name not in taken}
-    return dataclasses.replace(problem, id=str(row[own]) if own else _hash(problem), columns=others)
 
 
 def _as_json(value):

@@ -285,9 +285,8 @@ def _to_rollout(response) -> Rollout:
     """One of vLLM's CompletionOutputs as a Rollout. Raises RuntimeError when it didn't end by itself."""
     if response.finish_reason not in ("stop", "length"):
         raise RuntimeError(f"vLLM ended a rollout with finish_reason {response.finish_reason!r}")
-    tokens = np.array(response.token_ids, dtype=np.int32)              # (L,)
-    logprobs = np.array(response.logprobs.logprobs, dtype=np.float32)  # (L,)
-    return Rollout(tokens, logprobs, truncated=response.finish_reason == "length")
+    tokens, logprobs = response.token_ids, response.logprobs.logprobs  # L each
+    return Rollout(np.array(tokens, np.int32), np.array(logprobs, np.float32), response.finish_reason == "length")
 
 
 class TorchEngine:
