@@ -19,16 +19,16 @@ from reward import STYLES, Problem, boxed
 log = logging.getLogger(__name__)
 
 BUILT_IN = ("arithmetic", "permutations")  # the keys of tasks.TASKS, for what must not import tasks
-# short name -> (repository, config, split); the ids of the paper's training set and benchmarks
+# short name -> owner/name[:config[:split]]; the ids of the paper's training set and benchmarks
 HUB_SETS = {
-    "dapo": ("open-r1/DAPO-Math-17k-Processed", "en", "train"),
-    "math500": ("HuggingFaceH4/MATH-500", None, "test"),
-    "aime24": ("HuggingFaceH4/aime_2024", None, "train"),
-    "aime25": ("MathArena/aime_2025", None, "train"),
-    "amc23": ("math-ai/amc23", None, "test"),
-    "minerva": ("math-ai/minervamath", None, "test"),
-    "olympiad": ("math-ai/olympiadbench", None, "test"),
-    "gpqa": ("Idavidrein/gpqa", "gpqa_diamond", "train"),
+    "dapo": "open-r1/DAPO-Math-17k-Processed:en",
+    "math500": "HuggingFaceH4/MATH-500::test",
+    "aime24": "HuggingFaceH4/aime_2024",
+    "aime25": "MathArena/aime_2025",
+    "amc23": "math-ai/amc23::test",
+    "minerva": "math-ai/minervamath::test",
+    "olympiad": "math-ai/olympiadbench::test",
+    "gpqa": "Idavidrein/gpqa:gpqa_diamond",
 }
 # the first column present is taken; `solution` last, as MATH-500 has both a worked solution and an answer
 PROMPT_COLUMNS = ("problem", "question", "prompt")
@@ -117,13 +117,10 @@ def _json(text: str, where: str):
 
 
 def _read_hub(source: str, revision: str | None) -> tuple[list[tuple[str, dict]], dict]:
-    if source in HUB_SETS:
-        repo, config, split = HUB_SETS[source]
-    else:
-        repo, config, split = (source.removeprefix("hub:").split(":") + ["", ""])[:3]
-        config, split = config or None, split or "train"
-        if repo.count("/") != 1 or source.count(":") > 3:
-            raise ValueError(f"{source!r} is not of the form hub:owner/name[:config[:split]]")
+    repo, config, split, *more = HUB_SETS.get(source, source.removeprefix("hub:")).split(":") + ["", ""]
+    config, split = config or None, split or "train"
+    if repo.count("/") != 1 or any(more):
+        raise ValueError(f"{source!r} is not of the form hub:owner/name[:config[:split]]")
     import datasets
     import huggingface_hub
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # HTTPError: the root of all its refusals
