@@ -201,17 +201,19 @@ class VLLMEngine:
                 **options,
             )
         logging.getLogger("vllm.utils.jit_monitor").setLevel(logging.ERROR)  # it takes our kernels for vLLM's
-        self.asleep = False
+        self.needs_weights = False
 
     def generate(self, prompts: Sequence[list[int]], n_P: Sequence[int], seed_P: Sequence[int],
                  sampling: Sampling, bar: bool = False, first: int = 0) -> list[Rollout]:
         """Draw n_P[p] responses (0 is allowed) to each of the P token-id prompts, with a progress bar if asked.
 
         Rollout i of prompt p, counted from `first` on, draws from seed_P[p] + i. Returns R = sum(n_P) rollouts,
-        prompt-major.
+        prompt-major. Raises RuntimeError when the weights are gone (`sleep` without `load_weights`).
         """
         from vllm import SamplingParams
 
+        if self.needs_weights:
+            raise RuntimeError("the engine has no weights: call load_weights() after sleep() and before generate()")
         requests, params = [], []
         for prompt, n, seed in zip(prompts, n_P, seed_P, strict=True):
             if n == 0:
@@ -238,7 +240,9 @@ class VLLMEngine:
 
         A tied model yields no lm_head.weight. Raises RuntimeError if old keys and values would outlive the old weights.
         """
-        if self.asleep:
+        wake = self.needs_weights and not self.on_cpu
+        self.needs_weights = True  # until all of them are in
+        if wake:
             torch.cuda.empty_cache()  # what the trainer only keeps in store is free, too
             self.llm.wake_up(["weights"])
         cast = ((name, tensor.detach().to(self.dtype)) for name, tensor in named_tensors)
@@ -246,18 +250,18 @@ class VLLMEngine:
         # What the output layer derives from its weight, on CPU a packed copy. Reloading passes a tied head over, for it
         # has no tensor of its own: the copy would stay at the first weights.
         self.llm.apply_model(lambda model: model.lm_head.quant_method.process_weights_after_loading(model.lm_head))
-        if self.asleep:
+        if wake:
             torch.cuda.empty_cache()
             self.llm.wake_up(["kv_cache"])
-            self.asleep = False
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: keys and values of the old weights would be reused")
+        self.needs_weights = False
 
     def sleep(self) -> None:
         """Give the GPU's memory to the trainer; weights and cache are dropped, so `load_weights` must follow."""
-        if not self.on_cpu and not self.asleep:
+        if not self.on_cpu and not self.needs_weights:
             self.llm.sleep(level=2)  # level 1 would copy to the host weights that are about to change
-            self.asleep = True
+        self.needs_weights = True
 
     def close(self) -> None:
         """End the engine and with it the run's process group, which no sharded model may outlive: `Ranks.leave` calls

@@ -132,7 +132,7 @@ def test_what_vllm_runs_on_cuda_draws_loads_and_repeats_on_the_cpu_too():
     below, in a process of its own."""
     environment = {"VLLM_TEST_CASE": "tied", "VLLM_TEST_CUDAS_PATH": "1", "TRITON_INTERPRET": "1",
                    "VLLM_USE_V2_MODEL_RUNNER": "1"}
-    cases = "variable_n or seeds_alone or loaded_weights"
+    cases = "variable_n or seeds_alone or (whole_weights and asleep)"
     ended = subprocess.run([sys.executable, "-m", "pytest", __file__, "-k", cases], env={**os.environ, **environment},
                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT)
     assert ended.returncode == 0 and "3 passed" in ended.stdout, ended.stdout
@@ -199,6 +199,25 @@ def test_a_prefix_cache_of_old_weights_is_refused(setup, monkeypatch):
         patch.setattr(engine.llm, "reset_prefix_cache", lambda: False)
         engine.load_weights(named_tensors(policy))
     engine.load_weights(named_tensors(policy))
+
+
+@pytest.mark.parametrize("how", ["asleep", "half loaded"])
+def test_an_engine_without_whole_weights_does_not_sample(setup, how):
+    engine, policy, _ = setup
+
+    def breaks_off():
+        yield next(named_tensors(policy))
+        raise KeyError("trainer")
+
+    if how == "asleep":
+        engine.sleep()
+    else:
+        with pytest.raises(KeyError):
+            engine.load_weights(breaks_off())
+    with pytest.raises(RuntimeError, match="load_weights"):
+        engine.generate(PROMPTS, N_P, SEED_P, WARM)
+    engine.load_weights(named_tensors(policy))
+    assert mismatch(policy, engine.generate(PROMPTS, N_P, SEED_P, WARM)) < RIGHT
 
 
 def test_engine_choice_says_why():
