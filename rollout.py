@@ -23,7 +23,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from model import KVCache, PackedAttention, Transformer
-from ranks import Ranks, deal, say
+from ranks import Ranks, RunError, deal, say
 from watchdog import progress
 
 CPU_CACHE_BYTES = 2 << 30  # keys and values on CPU; 40,000 tokens of a 135M model in float32
@@ -175,7 +175,7 @@ class VLLMEngine:
         from vllm.platforms import current_platform
 
         self.on_cpu = current_platform.device_type == "cpu"
-        self.dtype = dtype
+        self.dtype, self.share = dtype, gpu_memory_utilization
         max_tokens = max_prompt_tokens + max_response_tokens
         running = min(max_rollouts, MAX_RUNNING)
         if self.on_cpu:
@@ -243,16 +243,14 @@ class VLLMEngine:
         wake = self.needs_weights and not self.on_cpu
         self.needs_weights = True  # until all of them are in
         if wake:
-            torch.cuda.empty_cache()  # what the trainer only keeps in store is free, too
-            self.llm.wake_up(["weights"])
+            self._wake_up("weights")
         cast = ((name, tensor.detach().to(self.dtype)) for name, tensor in named_tensors)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": cast})
         # What the output layer derives from its weight, on CPU a packed copy. Reloading passes a tied head over, for it
         # has no tensor of its own: the copy would stay at the first weights.
         self.llm.apply_model(lambda model: model.lm_head.quant_method.process_weights_after_loading(model.lm_head))
         if wake:
-            torch.cuda.empty_cache()
-            self.llm.wake_up(["kv_cache"])
+            self._wake_up("kv_cache")
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: keys and values of the old weights would be reused")
         self.needs_weights = False
@@ -262,6 +260,20 @@ class VLLMEngine:
         if not self.on_cpu and not self.needs_weights:
             self.llm.sleep(level=2)  # level 1 would copy to the host weights that are about to change
         self.needs_weights = True
+
+    def _wake_up(self, what: str) -> None:
+        """Take memory again for "weights" or "kv_cache". Raises RunError where there is too little."""
+        torch.cuda.empty_cache()  # what the trainer only keeps in store is free, too
+        free, total = torch.cuda.mem_get_info()
+        try:
+            self.llm.wake_up([what])
+        except RuntimeError as error:  # of vLLM's allocator, which has no type for it, or torch.OutOfMemoryError
+            if "out of memory" not in str(error):
+                raise
+            raise RunError(
+                f"out of memory when vLLM woke up ({what}): {free / 2**30:.1f} GiB were free for this part of its "
+                f"--gpu_memory_utilization {self.share}, {self.share * total / 2**30:.1f} GiB. --resume with a lower "
+                "one or on more GPUs; nvidia-smi shows other processes that hold memory") from error
 
     def close(self) -> None:
         """End the engine and with it the run's process group, which no sharded model may outlive: `Ranks.leave` calls

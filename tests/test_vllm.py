@@ -37,6 +37,7 @@ if CUDAS_PATH := "VLLM_TEST_CUDAS_PATH" in os.environ:
 transformers = pytest.importorskip("transformers", reason="transformers makes the reference model")
 
 import rollout  # noqa: E402  (after the skips)
+from ranks import RunError  # noqa: E402
 from rollout import Sampling, VLLMEngine, choose_engine, make_engine, rollout_seed  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -256,6 +257,7 @@ def on_cuda(monkeypatch):
 
     monkeypatch.setattr(rollout, "_import_vllm", lambda: Recorded)
     monkeypatch.setattr(current_platform, "device_type", "cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 << 30, 80 << 30))
     return VLLMEngine("folder", **{**SIZES, "dtype": torch.bfloat16})
 
 
@@ -270,6 +272,21 @@ def test_weights_wake_before_they_are_loaded_and_the_cache_after(on_cuda):
     on_cuda.load_weights(weights)
     assert on_cuda.llm.calls == [("sleep", 2), ("wake_up", ["weights"]), *loading, ("wake_up", ["kv_cache"]),
                                  ("reset_prefix_cache",)]
+
+
+@pytest.mark.parametrize("error, message", [
+    (RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp:120"),  # of vLLM's allocator
+     r"\(weights\): 10.0 GiB were free .* --gpu_memory_utilization 0.1, 8.0 GiB\. --resume .*nvidia-smi"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried"), r"\(weights\): 10.0 GiB were free"),
+    (RuntimeError("CUDA Error: invalid argument"), "^CUDA Error: invalid argument$")])
+def test_too_little_memory_to_wake_up_says_how_much_there_was_and_what_to_do(on_cuda, error, message):
+    def wake_up(tags):
+        raise error
+
+    on_cuda.sleep()
+    on_cuda.llm.wake_up = wake_up
+    with pytest.raises(RunError if "out of" in str(error) else RuntimeError, match=message):
+        on_cuda.load_weights([])
 
 
 def test_start_up_is_announced(on_cuda, capsys):
