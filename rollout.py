@@ -7,6 +7,7 @@ sampler in plain PyTorch for small models, for machines without vLLM, and for ru
 The log-probabilities are those of the distribution a token was drawn from, so the trainer's recomputed ones must agree
 with them up to rounding: stale weights or a stale cache show there first, and `train.py` compares them on every batch.
 """
+import atexit
 import hashlib
 import importlib
 import logging
@@ -251,6 +252,7 @@ class VLLMEngine:
         self.llm.apply_model(lambda model: model.lm_head.quant_method.process_weights_after_loading(model.lm_head))
         if wake:
             self._wake_up("kv_cache")
+            atexit.unregister(_end_at_once)
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: keys and values of the old weights would be reused")
         self.needs_weights = False
@@ -259,6 +261,7 @@ class VLLMEngine:
         """Give the GPU's memory to the trainer; weights and cache are dropped, so `load_weights` must follow."""
         if not self.on_cpu and not self.needs_weights:
             self.llm.sleep(level=2)  # level 1 would copy to the host weights that are about to change
+            atexit.register(_end_at_once, self)
         self.needs_weights = True
 
     def _wake_up(self, what: str) -> None:
@@ -279,6 +282,13 @@ class VLLMEngine:
         """End the engine and with it the run's process group, which no sharded model may outlive: `Ranks.leave` calls
         this in time. Nothing collective may follow."""
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def _end_at_once(engine: VLLMEngine) -> None:
+    """Ends a process whose engine (kept until here) sleeps: an error ended the run, whose words stand there by now.
+    Its memory is mapped to nothing, and the interpreter's end, which frees it, would bury them under CUDA's errors."""
+    print(end="", flush=True)  # what is printed, which os._exit would lose
+    os._exit(1)
 
 
 def _to_rollout(response) -> Rollout:

@@ -258,6 +258,7 @@ def on_cuda(monkeypatch):
     monkeypatch.setattr(rollout, "_import_vllm", lambda: Recorded)
     monkeypatch.setattr(current_platform, "device_type", "cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 << 30, 80 << 30))
+    monkeypatch.setattr(rollout, "atexit", Recorded())
     return VLLMEngine("folder", **{**SIZES, "dtype": torch.bfloat16})
 
 
@@ -267,11 +268,13 @@ def test_weights_wake_before_they_are_loaded_and_the_cache_after(on_cuda):
     on_cuda.load_weights(weights)  # awake, as after the start
     assert on_cuda.llm.calls == [*loading, ("reset_prefix_cache",)]
     on_cuda.llm.calls.clear()
+    assert not rollout.atexit.calls
     on_cuda.sleep()
     on_cuda.sleep()  # a second time is none
     on_cuda.load_weights(weights)
     assert on_cuda.llm.calls == [("sleep", 2), ("wake_up", ["weights"]), *loading, ("wake_up", ["kv_cache"]),
                                  ("reset_prefix_cache",)]
+    assert [name for name, *_ in rollout.atexit.calls] == ["register", "unregister"]
 
 
 @pytest.mark.parametrize("error, message", [
@@ -287,6 +290,18 @@ def test_too_little_memory_to_wake_up_says_how_much_there_was_and_what_to_do(on_
     on_cuda.llm.wake_up = wake_up
     with pytest.raises(RunError if "out of" in str(error) else RuntimeError, match=message):
         on_cuda.load_weights([])
+    assert [name for name, *_ in rollout.atexit.calls] == ["register"]  # it sleeps on
+
+
+def test_a_process_that_ends_while_the_engine_sleeps_says_why_and_nothing_after(tmp_path):
+    script = """
+import atexit, sys, rollout
+atexit.register(print, "CUDA Error")
+atexit.register(rollout._end_at_once, None)
+print("log", end="")
+sys.exit("train.py: why")"""
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (1, "log") and ended.stderr.endswith("train.py: why\n")
 
 
 def test_start_up_is_announced(on_cuda, capsys):
