@@ -5,11 +5,13 @@ The order of prompts is a function of (seed, step), so a resumed run needs no sa
 """
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import logging
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -56,30 +58,44 @@ def load_problems(source: str, *, revision: str | None = None) -> tuple[list[Pro
     revision: it, and wins over what `source` says; a full commit sha needs no network if the set is cached.
     Returns the problems in file order, and {source, counts: {rows, merged, conflicting}} with {repo, config, split,
     revision: the commit sha} or {sha256}: no absolute path, so it can be published and compared.
-    Raises ValueError for any content that cannot be trained on, with file, row and remedy; FileNotFoundError for what
-    is neither a file nor known; ConnectionError for a hub set that cannot be had.
+    Raises ValueError for any content that cannot be trained on, with file, row and remedy; FileNotFoundError for a
+    missing file; ConnectionError for a hub set that cannot be had.
     """
     name, _, named = source.partition("@")
     if name in HUB_SETS or name.startswith("hub:"):
         rows, record = _read_hub(name, revision or named or None)
-    elif Path(source).is_file():
-        rows, record = _read_file(Path(source))
+    elif source and (Path(source).suffix or "/" in source or Path(source).exists()):
+        rows, record = _read_file(_local(source))
         name = Path(source).name
     else:
-        raise FileNotFoundError(
-            f"no file and unknown problem set {source!r}. Give a local {', '.join(SUFFIXES)} file, one of "
-            f"{', '.join((*BUILT_IN, *HUB_SETS))}, or hub:owner/name[:config[:split]], and behind a hub set @revision "
-            "where it matters")
+        known = (*BUILT_IN, *HUB_SETS)
+        raise ValueError(f"unknown problem set {source!r}{_meant(name, known)} Give a local {', '.join(SUFFIXES)} "
+                         f"file, one of {', '.join(known)}, or hub:owner/name[:config[:split]], and behind a hub set "
+                         "@revision where it matters")
     if not rows:
         raise ValueError(f"{name} has no rows")
     problems, counts = _merge([(where, _problem(row, f"{name}, {where}")) for where, row in rows], name)
     return problems, {"source": name, **record, "counts": {"rows": len(rows), **counts}}
 
 
+def _local(source: str) -> Path:
+    path = Path(source)
+    if not path.exists():
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        hub = f" On the hub it would be hub:{source}" if not path.suffix and source.count("/") == 1 else ""
+        raise FileNotFoundError(f"no file {source}{_meant(path.name, beside)}{hub}")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{source} is none of the files that can be read: {', '.join(SUFFIXES)}")
+    return path
+
+
+def _meant(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, names)
+    return f"; is it {' or '.join(near)}?" if near else "."
+
+
 def _read_file(path: Path) -> tuple[list[tuple[str, dict]], dict]:
     """Rows, each with how to find it: "line 3" (1-based) in a .jsonl, "row 3" (1-based) elsewhere."""
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path} is none of the files that can be read: {', '.join(SUFFIXES)}")
     content = path.read_bytes()
     record = {"sha256": hashlib.sha256(content).hexdigest()}
     if path.suffix == ".parquet":

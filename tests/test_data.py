@@ -123,14 +123,18 @@ def test_bad_files_are_named(tmp_path, name, content, message):
 
 
 @pytest.mark.parametrize("source, error, message", [
-    *((name, FileNotFoundError, rf"^no file and .* set '{name}'\. .*\.jsonl.*dapo, math500.*hub:owner/name")
-      for name in ("math-500", "", "data", "data/0.jsonl", "owner/name")),
+    ("math-500", ValueError, r"set 'math-500'; is it math500\?.*\.jsonl.*dapo.*hub:owner/name"),
+    ("aime23", ValueError, "is it aime25 or aime24 or amc23"), ("", ValueError, r"set ''\."),
     ("hub:name", ValueError, "not of the form"), ("hub:a/b:c:d:e", ValueError, "not of the form"),
+    ("data/gsm_tran.jsonl", FileNotFoundError, r"^no file data/gsm_tran.jsonl; is it gsm_train.jsonl or gsm_test.json"),
+    ("data/0.jsonl", FileNotFoundError, r"^no file data/0.jsonl\.$"),
+    ("dat/gsm_train.jsonl", FileNotFoundError, r"^no file dat/gsm_train.jsonl\.$"),
+    ("owner/name", FileNotFoundError, r"^no file owner/name\. On the hub it would be hub:owner/name$"),
     *((name, ValueError, rf"{name} is none of .*: \.jsonl, \.json, \.parquet") for name in ("set", "data/set.csv")),
 ])
-def test_a_source_that_is_none_is_named_with_what_there_is(tmp_path, monkeypatch, source, error, message):
+def test_a_source_that_is_none_is_named_beside_what_was_meant(tmp_path, monkeypatch, source, error, message):
     (tmp_path / "data").mkdir()
-    for name in "data/set.csv", "set":
+    for name in "data/gsm_train.jsonl", "data/gsm_test.jsonl", "data/set.csv", "set":
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=message):
