@@ -7,7 +7,8 @@ time nothing bounds (`9^{9^{9^9}}`): `Grader` asks it in worker processes that c
 look at (letters, subscripts, units) must agree before it is asked: a false match is what training would find.
 
 A worker is this very file run as a program: it starts in a second whatever the trainer has imported, shares no memory
-with CUDA or vLLM, and gets its work through a pipe as JSON, parsed and never unpickled.
+with CUDA or vLLM, and gets its work through a pipe as JSON, parsed and never unpickled. The work is done in a fork of
+it, and where that must be killed the next one has all imports from its first millisecond.
 """
 
 import contextlib
@@ -16,8 +17,11 @@ import json
 import logging
 import math
 import multiprocessing.connection
+import multiprocessing.reduction
+import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import traceback
@@ -398,14 +402,33 @@ def _decide(function: Callable | None, jobs: list) -> list[float] | str:
         return traceback.format_exc()
 
 
-def _serve(pipe: multiprocessing.connection.Connection) -> None:
-    """Worker program. In comes what to do, a _Source or null, then lists of jobs; out goes null when it is ready, then
-    what `_decide` says of each list."""
+def _fork_for_each(control: multiprocessing.connection.Connection) -> multiprocessing.connection.Connection:
+    """Worker program. Takes pipes out of `control`: for each it kills the fork that it has and makes one that returns
+    with the pipe. It has one thread and runs nothing of a user's: threads and a GPU bear no fork."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to the whole process group; the trainer ends us
     end_with_parent()  # beyond Linux what is not computing ends with its pipe, which the parent closes
+    ask_math_verify("x", "y")  # pays for the imports, once
+    fork = None
+    with contextlib.suppress(EOFError):  # the trainer is gone
+        while True:
+            pipe = multiprocessing.connection.Connection(multiprocessing.reduction.recv_handle(control))
+            if fork:
+                os.kill(fork, signal.SIGKILL)
+                os.waitpid(fork, 0)
+            fork = os.fork()
+            if not fork:
+                return pipe
+            pipe.close()
+    sys.exit()
+
+
+def _serve(pipe: multiprocessing.connection.Connection) -> None:
+    """The fork. In comes what to do, a _Source or null, then lists of jobs; out goes null when it is ready, then what
+    `_decide` says of each list."""
+    end_with_parent()
     source = json.loads(pipe.recv_bytes())
     function = _Source(*source).define() if source else None
-    if function is None:
-        ask_math_verify("x", "y")  # pays for the imports, once
     if sys.platform == "linux":
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + WORKER_BYTES, mapped + WORKER_BYTES))
@@ -416,25 +439,34 @@ def _serve(pipe: multiprocessing.connection.Connection) -> None:
 
 
 class _Worker:
-    """A process that decides a list of jobs at a time and can be killed."""
+    """A process that decides a list of jobs at a time, in a fork of it that can be killed."""
 
     def __init__(self, source: _Source | None):
+        self.source, self.process = source, None
+        self.start()
+
+    def start(self) -> None:
+        """A fork in the place of the one before, which is killed; of a new process where that is gone."""
+        if self.process is None or self.process.poll() is not None:
+            self.control, theirs = multiprocessing.Pipe()
+            self.process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], stdin=subprocess.DEVNULL,
+                                            pass_fds=[theirs.fileno()])  # a new program: never a fork with a GPU
+            theirs.close()  # ours must be the only other end, or neither side would ever see end-of-file
         self.pipe, theirs = multiprocessing.Pipe()
-        with theirs:  # ours must be the only other end, or neither side would ever see end-of-file
-            self.process = subprocess.Popen(  # a new program: never a fork with a GPU
-                [sys.executable, __file__, str(theirs.fileno())], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
-                start_new_session=True)  # Ctrl-C and torchrun's SIGTERM go to a whole group; the trainer ends this one
-        self.ask(source, seconds=120)  # imports from a slow disk
+        with theirs:
+            multiprocessing.reduction.send_handle(self.control, theirs.fileno(), self.process.pid)
+        self.ask(self.source, seconds=120)  # imports from a slow disk
 
     def ask(self, message: object, seconds: float) -> list[float] | str | None:
-        """Its reply. TimeoutError after so many seconds, EOFError or another OSError if it died: then it is killed."""
+        """Its reply. TimeoutError after so many seconds, EOFError or another OSError if it died: then `start` is next.
+        """
         try:
             self.pipe.send_bytes(json.dumps(message, default=asdict).encode())
             if not self.pipe.poll(seconds):
                 raise TimeoutError
             reply = json.loads(self.pipe.recv_bytes())
         except BaseException:
-            self.kill()
+            self.pipe.close()
             raise
         progress()
         return reply
@@ -443,6 +475,7 @@ class _Worker:
         self.process.kill()
         self.process.wait()
         self.pipe.close()
+        self.control.close()
 
 
 class Grade(NamedTuple):
@@ -506,13 +539,15 @@ class Grader(contextlib.AbstractContextManager):
             except IndexError:
                 worker = _Worker(self.source)
             try:
-                reply = worker.ask(jobs, seconds)
+                return worker.ask(jobs, seconds)
             except TimeoutError:
                 return None
             except (OSError, EOFError):
                 continue
-            self._workers.append(worker)
-            return reply
+            finally:
+                if worker.pipe.closed:
+                    worker.start()
+                self._workers.append(worker)
         return None
 
     def close(self, *exc) -> None:
@@ -549,4 +584,4 @@ def check_golds(problems: Sequence[Problem], grader: Grader, *, allowed: float, 
 
 
 if __name__ == "__main__":
-    _serve(multiprocessing.connection.Connection(int(sys.argv[1])))
+    _serve(_fork_for_each(multiprocessing.connection.Connection(int(sys.argv[1]))))

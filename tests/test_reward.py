@@ -538,6 +538,16 @@ def test_a_reward_is_held_to_the_deadline_and_the_others_get_theirs(tmp_path, ca
     assert grades == [Grade(-1.0, None, timed_out=True), *(Grade(1.0, c) for c in "12345")] and not caplog.records
 
 
+def test_a_killed_worker_costs_its_job_and_not_the_start_of_another(tmp_path):
+    spec = write_reward(tmp_path / "r.py", "time.sleep(60)", "import time")
+    with Grader(workers=1, timeout=0.1, reward=spec) as grader:
+        start = time.monotonic()
+        assert all(g.timed_out for g in grader.grade([str(i) for i in range(20)], problems_of("1" * 20)))
+        assert time.monotonic() - start < 8  # 2 of them deadlines; each worker's imports would take most of a second
+        threads = Path(f"/proc/{grader._workers[0].process.pid}/task")
+        assert not threads.exists() or len(list(threads.iterdir())) == 1  # no other would live on in a fork
+
+
 def test_a_worker_that_takes_the_place_of_another_runs_the_file_as_it_was(tmp_path):
     spec = write_reward(tmp_path / "r.py", "return 0.5")
     with Grader(workers=1, timeout=20, reward=spec) as grader:
@@ -633,12 +643,14 @@ def test_workers_die_with_a_parent_killed_by_9(tmp_path):
     script = tmp_path / "train.py"
     script.write_text("""
 import json, sys
+from pathlib import Path
 from reward import Grader, Problem
 if __name__ == "__main__":
     grader = Grader(workers=2, timeout=60)
     grades = grader.grade([r"\\boxed{\\sqrt{8}}", r"\\boxed{\\sqrt{7}}"], [Problem("", "", r"2\\sqrt{2}")] * 2)
     print(grades, file=sys.stderr)
-    print(json.dumps([w.process.pid for w in grader._workers]), flush=True)
+    forks = [Path(f"/proc/{w.process.pid}/task/{w.process.pid}/children").read_text() for w in grader._workers]
+    print(json.dumps([*(w.process.pid for w in grader._workers), *map(int, forks)]), flush=True)
     grader.grade([r"\\boxed{9^{9^{9^9}}}"], [Problem("", "", r"\\sqrt{2}")])  # one worker computes, the other waits
 """)
     parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE,
@@ -658,7 +670,7 @@ if __name__ == "__main__":
 
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert len(pids) == 2 and not any(map(alive, pids))
+    assert len(pids) == 4 and not any(map(alive, pids))
 
 
 def test_importing_reward_imports_nothing_heavy():
