@@ -21,16 +21,16 @@ from reward import STYLES, Problem, boxed
 log = logging.getLogger(__name__)
 
 BUILT_IN = ("arithmetic", "permutations")  # the keys of tasks.TASKS, for what must not import tasks
-# short name -> (repository, config, split); the ids of the paper's training set and benchmarks
+# short name -> owner/name[:config[:split]]; the ids of the paper's training set and benchmarks
 HUB_SETS = {
-    "dapo": ("open-r1/DAPO-Math-17k-Processed", "en", "train"),
-    "math500": ("HuggingFaceH4/MATH-500", None, "test"),
-    "aime24": ("HuggingFaceH4/aime_2024", None, "train"),
-    "aime25": ("MathArena/aime_2025", None, "train"),
-    "amc23": ("math-ai/amc23", None, "test"),
-    "minerva": ("math-ai/minervamath", None, "test"),
-    "olympiad": ("math-ai/olympiadbench", None, "test"),
-    "gpqa": ("Idavidrein/gpqa", "gpqa_diamond", "train"),
+    "dapo": "open-r1/DAPO-Math-17k-Processed:en",
+    "math500": "HuggingFaceH4/MATH-500::test",
+    "aime24": "HuggingFaceH4/aime_2024",
+    "aime25": "MathArena/aime_2025",
+    "amc23": "math-ai/amc23::test",
+    "minerva": "math-ai/minervamath::test",
+    "olympiad": "math-ai/olympiadbench::test",
+    "gpqa": "Idavidrein/gpqa:gpqa_diamond",
 }
 # the first column present is taken; `solution` last, as MATH-500 has both a worked solution and an answer
 PROMPT_COLUMNS = ("problem", "question", "prompt")
@@ -126,21 +126,17 @@ def _read_file(path: Path) -> tuple[list[tuple[str, dict]], dict]:
 def _json(text: str, where: str):
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
-    except (RecursionError, ValueError) as error:  # lists in lists; more digits than Python reads
+    except (RecursionError, ValueError) as error:  # no JSON; lists in lists; more digits than Python reads
         why = str(error).partition(";")[0]
-        raise ValueError(f"{where}: {why}; give such a number as text, such nesting flat, or remove the row") from error
+        raise ValueError(f"{where}: broken JSON ({why}); mend it, give a long number as text and deep nesting flat, or "
+                         "remove it") from error
 
 
 def _read_hub(source: str, revision: str | None) -> tuple[list[tuple[str, dict]], dict]:
-    if source in HUB_SETS:
-        repo, config, split = HUB_SETS[source]
-    else:
-        repo, config, split = (source.removeprefix("hub:").split(":") + ["", ""])[:3]
-        config, split = config or None, split or "train"
-        if repo.count("/") != 1 or source.count(":") > 3:
-            raise ValueError(f"{source!r} is not of the form hub:owner/name[:config[:split]]")
+    repo, config, split, *more = HUB_SETS.get(source, source.removeprefix("hub:")).split(":") + ["", ""]
+    config, split = config or None, split or "train"
+    if repo.count("/") != 1 or any(more):
+        raise ValueError(f"{source!r} is not of the form hub:owner/name[:config[:split]]")
     import datasets
     import huggingface_hub
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # HTTPError: the root of all its refusals
@@ -161,20 +157,26 @@ def _problem(row: dict, where: str) -> Problem:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: must be an object, it is a {type(row).__name__}")
     if CHOICE_COLUMNS[1] in row:
-        return _multiple_choice(row, where)
+        row = _shuffled(row, where)
     prompt, messages = _asked(_column(row, PROMPT_COLUMNS, where), where)
     (answer, style), own = _gold(row, where), _text(row.get("style"))
-    options = next((row[c] for c in OPTION_COLUMNS if row.get(c)), None)
-    if options and own in ("", "choice"):
-        prompt, answer = _choice(prompt, answer, None if messages else options, where)
-        style = "choice"
     style = own or style
     if style not in STYLES:
         raise ValueError(f"{where}: unknown answer style {style!r}; there are {', '.join(STYLES)}")
     for field, value in ("prompt", prompt), ("answer", answer):
         if not value:
             raise ValueError(f"{where}: the {field} is empty or not text; write it as text or remove the row")
-    return _with_rest(row, Problem("", prompt, answer, style, _kind(row), messages))
+    kind = _text(next((row[c] for c in KIND_COLUMNS if c in row), "")).strip()
+    options = next((row[c] for c in OPTION_COLUMNS if row.get(c)), None)
+    if options and own in ("", "choice"):
+        prompt, answer = _choice(prompt, answer, None if messages else options, where)
+        style = "choice"
+    problem = Problem("", prompt, answer, style, kind, messages)
+    own_id = next((c for c in ID_COLUMNS if row.get(c) not in (None, "")), None)
+    taken = [next((c for c in names if c in row), "") for names in (PROMPT_COLUMNS, ANSWER_COLUMNS, KIND_COLUMNS)]
+    taken = {own_id, "style", *taken, *CHOICE_COLUMNS, *(OPTION_COLUMNS if style == "choice" else ())}
+    others = {name: _as_json(value) for name, value in row.items() if name not in taken}
+    return dataclasses.replace(problem, id=str(row[own_id]) if own_id else _hash(problem), columns=others)
 
 
 def _asked(value, where: str) -> tuple[str, tuple[dict[str, str], ...]]:
@@ -214,20 +216,12 @@ def _nested(value, where: str):
     return _json(value, f"{where}, answer") if isinstance(value, str) and NESTED.match(value) else value
 
 
-def _multiple_choice(row: dict, where: str) -> Problem:
-    """A GPQA row: the four options behind the question, in an order that only the question's text decides."""
-    question, *options = (_text(_column(row, (name,), where)).strip() for name in CHOICE_COLUMNS)
-    if not question or not all(options):
-        raise ValueError(f"{where}: one of {', '.join(CHOICE_COLUMNS)} is empty; fill it in or remove the row")
-    seed = int.from_bytes(hashlib.blake2b(question.encode(), digest_size=8).digest(), "big")
-    order = np.random.default_rng(seed).permutation(4)  # place -> option; option 0 is the right one
-    prompt = _with_options(question, [options[option] for option in order])
-    return _with_rest(row, Problem("", prompt, LETTERS[list(order).index(0)], "choice", _kind(row)))
-
-
-def _with_options(question: str, options: list[str]) -> str:
-    lines = [f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)]
-    return "\n".join([question, "", *lines, "", "Answer with the letter of the right option."])
+def _shuffled(row: dict, where: str) -> dict:
+    """A GPQA row with its four options as `choices`, in an order that only the question's text decides."""
+    question, *options = (_column(row, (name,), where) for name in CHOICE_COLUMNS)
+    seed = int.from_bytes(hashlib.blake2b(_text(question).strip().encode(), digest_size=8).digest(), "big")
+    order = np.random.default_rng(seed).permutation(4).tolist()  # place -> option; option 0 is the right one
+    return {**row, "question": question, "choices": [options[i] for i in order], "answer": LETTERS[order.index(0)]}
 
 
 def _choice(question: str, gold: str, options: object, where: str) -> tuple[str, str]:
@@ -239,7 +233,8 @@ def _choice(question: str, gold: str, options: object, where: str) -> tuple[str,
         raise ValueError(f"{where}: which of the options is {gold!r}? They must be a list of at most {len(LETTERS)} "
                          "texts beside one message, the answer a letter or a place from 0, and none of the texts; or "
                          "write them into the prompt and give the row a `style`")
-    return _with_options(question, texts), places[gold]
+    lines = [f"({letter}) {text}" for letter, text in zip(LETTERS, texts, strict=False)]
+    return "\n".join([question, "", *lines, "", "Answer with the letter of the right option."]), places[gold]
 
 
 def key(problem: Problem) -> str:
@@ -251,15 +246,6 @@ def _hash(problem: Problem) -> str:
     return hashlib.blake2b(key(problem).encode(), digest_size=8).hexdigest()
 
 
-def _with_rest(row: dict, problem: Problem) -> Problem:
-    """With its id and with the columns that were not taken for anything else."""
-    own = next((c for c in ID_COLUMNS if row.get(c) not in (None, "")), None)
-    taken = [next((c for c in names if c in row), "") for names in (PROMPT_COLUMNS, ANSWER_COLUMNS, KIND_COLUMNS)]
-    taken = {own, "style", *taken, *CHOICE_COLUMNS, *(OPTION_COLUMNS if problem.style == "choice" else ())}
-    others = {name: _as_json(value) for name, value in row.items() if name not in taken}
-    return dataclasses.replace(problem, id=str(row[own]) if own else _hash(problem), columns=others)
-
-
 def _as_json(value):
     """Text, numbers, and lists and objects of them as they are; null for what JSON has not: nan, dates, images."""
     if isinstance(value, dict):
@@ -268,10 +254,6 @@ def _as_json(value):
         return [_as_json(part) for part in value]
     finite = math.isfinite(value) if isinstance(value, float) else isinstance(value, str | int)
     return value if finite else None
-
-
-def _kind(row: dict) -> str:
-    return next((_text(row[c]).strip() for c in KIND_COLUMNS if c in row), "")
 
 
 def _column(row: dict, accepted: tuple[str, ...], where: str):
@@ -294,18 +276,17 @@ def _merge(found: list[tuple[str, Problem]], name: str) -> tuple[list[Problem], 
     """One problem a prompt; rows == problems + merged + conflicting. Two answers to one prompt cannot both be right."""
     rows_of: dict[str, tuple[str, str]] = {}  # id -> (what is asked, where)
     answers: dict[str, set[str]] = {}  # what is asked -> its answers
+    first_of: dict[str, Problem] = {}  # what is asked -> the first row that asks it
     for where, problem in found:
         asked, first = rows_of.setdefault(problem.id, (key(problem), where))
         if asked != key(problem):
             raise ValueError(f"{name}: {first} and {where} have the id {problem.id!r} and different prompts; "
                              "make the ids unique or drop the id column")
         answers.setdefault(key(problem), set()).add(problem.answer)
-    consistent = [problem for _, problem in found if len(answers[key(problem)]) == 1]
-    first_of: dict[str, Problem] = {}
-    for problem in consistent:
         first_of.setdefault(key(problem), problem)
-    problems = list(first_of.values())
-    counts = {"merged": len(consistent) - len(problems), "conflicting": len(found) - len(consistent)}
+    problems = [problem for asked, problem in first_of.items() if len(answers[asked]) == 1]
+    conflicting = sum(len(answers[key(problem)]) > 1 for _, problem in found)
+    counts = {"merged": len(found) - conflicting - len(problems), "conflicting": conflicting}
     if any(counts.values()):
         log.warning("%s: %d repeated rows merged, %d rows dropped whose prompt has several answers",
                     name, counts["merged"], counts["conflicting"])

@@ -21,19 +21,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
-from config import (
-    ASKED,
-    EVAL_FLAGS,
-    PROMPT_SUFFIX,
-    Config,
-    check_bounds,
-    eval_flag,
-    eval_flags,
-    given_flags,
-    of_run,
-)
+from config import ASKED, EVAL_FLAGS, PROMPT_SUFFIX, Config, check_bounds, eval_flag, eval_flags, given_flags, of_run
 
 if __name__ == "__main__":
     given_flags(eval_flags(__doc__))  # answers --help and wrong flags before the seconds that torch takes to import
@@ -239,11 +228,7 @@ class TrainedRun:
 
 # ------------------------------------------------------------------------------------------------ drawing
 
-
-class Question(NamedTuple):
-    benchmark: str
-    problem: Problem
-    tokens: list[int]  # its prompt, encoded
+Question = tuple[str, Problem, list[int]]  # benchmark, problem, its prompt encoded
 
 
 def load_benchmarks(args: argparse.Namespace, cfg: Config, policy: Policy,
@@ -279,7 +264,7 @@ def load_benchmarks(args: argparse.Namespace, cfg: Config, policy: Policy,
         asked = json.dumps([(p.answer, p.style, ids) for p, ids in zip(problems, prompts, strict=True)])
         records[label] = {"problems": len(problems), **record, "prompt_suffix": suffix, "encoded": counts,
                           "asked": hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()}
-        questions += [Question(label, problem, tokens) for problem, tokens in zip(problems, prompts, strict=True)]
+        questions += [(label, problem, tokens) for problem, tokens in zip(problems, prompts, strict=True)]
     return questions, records
 
 
@@ -303,14 +288,14 @@ def draw_samples(questions: list[Question], path: Path, engine, ranks: Ranks, to
     bar = tqdm(total=len(questions) * k, initial=finished, unit="response", desc="evaluating", disable=ranks.rank > 0)
     for part, first, end in [work[w] for w in np.flatnonzero(ends > finished)]:
         n = end - first
-        mine = draw_part(engine, ranks, [q.tokens for q in part], [n] * len(part),
-                         [rollout_seed(seed, -1, q.problem.id) for q in part], sampling, first=first)
+        mine = draw_part(engine, ranks, [tokens for *_, tokens in part], [n] * len(part),
+                         [rollout_seed(seed, -1, p.id) for _, p, _ in part], sampling, first=first)
         texts = to_text(tokenizer, [rollout.tokens for rollout in mine.rollouts])
-        drawn = [Sample(part[r // n].benchmark, p.id, p.prompt, p.answer, p.style, p.kind, first + int(r % n), text,
+        drawn = [Sample(benchmark, p.id, p.prompt, p.answer, p.style, p.kind, first + int(r % n), text,
                         len(rollout.tokens), "length" if rollout.truncated else "stop", messages=p.messages,
                         columns=p.columns)
                  for r, text, rollout in zip(mine.mine_R, texts, mine.rollouts, strict=True)
-                 for p in [part[r // n].problem]]
+                 for benchmark, p, _ in [part[r // n]]]
         drawn = sum(ranks.from_all(list(zip(mine.mine_R, grade(drawn, grader), strict=True))), [])  # of all ranks
         lock.check()
         if ranks.rank == 0:

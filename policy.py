@@ -54,8 +54,7 @@ class Policy:
         digest = hashlib.blake2b(digest_size=8)
         for path in sorted(self.folder.glob("*.safetensors")):
             with open(path, "rb") as file:
-                while chunk := file.read(1 << 24):
-                    digest.update(chunk)
+                hashlib.file_digest(file, lambda: digest)  # in chunks, on top of what it is of already
         return digest.hexdigest()
 
     def save(self, model: Transformer, path: Path, *, write: bool = True) -> None:

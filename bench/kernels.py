@@ -134,16 +134,11 @@ def both(call: Callable, arguments: tuple, grad: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(call(*arguments), [x for x in arguments if x.requires_grad], grad)
 
 
-def synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
 def milliseconds(call: Callable[[], object]) -> float:
-    synchronize()
+    torch.get_device_module().synchronize()
     begun = time.perf_counter()
     call()
-    synchronize()
+    torch.get_device_module().synchronize()
     return 1000 * (time.perf_counter() - begun)
 
 

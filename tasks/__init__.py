@@ -202,11 +202,9 @@ def _line(task: Task, settings: BaseSettings, rng: np.random.Generator, held_bac
     kind, textbook = kinds[n], rng.random() < 0.5
     disguised = textbook and rng.random() < settings.disguised
     sign = kinds[rng.integers(len(kinds))].sign if disguised else kind.sign
-    while True:
+    left, right = task.draw(rng)
+    while (question := f"{left}{sign}{right}=") in held_back:
         left, right = task.draw(rng)
-        question = f"{left}{sign}{right}="
-        if question not in held_back:
-            break
     steps, answer = kind.method(left, right)
     worked = f"{steps}:{answer}"
     if textbook:
