@@ -6,6 +6,7 @@ kernels    CUDA, minutes: every kernel beside plain torch, torch.compile and the
            CPU, one minute: the torch reference beside whole logits, seconds and memory
 update     CUDA, four minutes: log-probs and update of Qwen3-1.7B and 4B with random weights, 16 rollouts of 4,096
            tokens: seconds, MFU and memory beside what `train.py --plan` says
+way        CPU, minutes: the training of each row of the study's "What the way costs" from its first base, by phase
 trl        CPU, --trl PYTHON, three minutes: a step of the arithmetic preset beside TRL's GRPOTrainer
 """
 
@@ -35,6 +36,7 @@ from model import ModelConfig, Transformer
 from ranks import Ranks, fill, shard
 from rollout import Batch
 from runfolder import environment
+from study.rows import BOTH_TASKS, LENGTH, PARTS, WAY, Trial
 from train import GRAD_CLIP, WEIGHT_DECAY, Step, Trainer
 
 PEAK_FLOPS = plan.CARDS["H100"].flops  # bf16 operations a second of an H100 or H200, for MFU
@@ -61,10 +63,10 @@ def bench_adversary() -> list[dict]:
     return rows
 
 
-def our_steps(mode: str, steps: int) -> list[dict]:
-    """Lines of the log of the arithmetic preset's first steps, with all that a step took in `seconds`: as wall time in
-    `total`, of the process alone in `CPU`."""
-    cfg = parse_args(["--preset", "arithmetic", "--mode", mode, "--engine", "torch"])[0]
+def our_steps(flags: list[str], steps: int) -> list[dict]:
+    """Lines of the log of the first steps of a run with these flags, with all that a step took in `seconds`: as wall
+    time in `total`, of the process alone in `CPU`."""
+    cfg = parse_args([*flags, "--engine", "torch"])[0]
     torch.set_num_threads(cfg.threads)
     trainer, lines = Trainer(cfg, Ranks()), []
     with trainer.grader:
@@ -80,10 +82,21 @@ def bench_step(steps: int = 6) -> list[dict]:
     """Median seconds by phase over `steps` steps, after one to warm up."""
     rows = []
     for mode in ("grpo", "prompt", "rollout", "both"):
-        lines = our_steps(mode, 1 + steps)[1:]
+        lines = our_steps(["--preset", "arithmetic", "--mode", mode], 1 + steps)[1:]
         rows.append({"what": mode, **{phase: statistics.median(x["seconds"][phase] for x in lines)
                                       for phase in lines[0]["seconds"]},
                      "tokens_generated": statistics.median(x["tokens_generated"] for x in lines)})
+    return rows
+
+
+def bench_way() -> list[dict]:
+    """Seconds of a whole training by phase, evaluations left out."""
+    rows = []
+    for row, task in itertools.product(PARTS[WAY], BOTH_TASKS):
+        lines = our_steps(Trial(task, row, row.rates[task][0], row.bases[0]).flags(), LENGTH[task])
+        rows.append({"what": f"{task}/{row.name}", **{phase: sum(line["seconds"][phase] for line in lines)
+                                                      for phase in lines[0]["seconds"]},
+                     "tokens_generated": sum(line["tokens_generated"] for line in lines)})
     return rows
 
 
@@ -178,7 +191,8 @@ def bench_trl(python: str, steps: int = 10, warm: int = 10) -> list[dict]:
     """Medians over `steps` steps after `warm`, by default one pass over the problems, before which bins know nothing.
     CPU seconds say more than the total where others want the cores too."""
     count, rows = warm + steps, []
-    runs = {"ours, grpo": our_steps("grpo", count), "ours, both": our_steps("both", count),
+    runs = {**{f"ours, {mode}": our_steps(["--preset", "arithmetic", "--mode", mode], count)
+               for mode in ("grpo", "both")},
             "TRL": trl_steps(python, count, False), "TRL, compiled": trl_steps(python, count, True)}
     for name, lines in runs.items():
         late = lines[warm:]
@@ -200,7 +214,7 @@ def markdown_table(title: str, rows: list[dict]) -> str:
 
 
 BENCHES = {"adversary": bench_adversary, "step": bench_step, "kernels": bench_kernels, "update": bench_update,
-           "trl": bench_trl}
+           "way": bench_way, "trl": bench_trl}
 
 
 def main() -> None:
