@@ -3,7 +3,8 @@
 `python train.py --plan` prints `report`, without a GPU, and `check_memory` refuses by the same numbers what cannot fit.
 The trainer's bytes follow from what autograd and FSDP2 keep; tests compare them with what both allocate on fake tensors
 and with the peaks of a lone H200, which they hit within 1%, or overshoot by up to 10% where blocks are compiled. vLLM's
-bytes and all seconds rest on the constants below, two of them measured there. Nothing was measured on several GPUs.
+bytes and all seconds rest on the constants below, two of them measured there. Nothing was measured on several GPUs, and
+what they send each other is left out of the seconds: it runs beside computing and is done before it, see docs/speed.md.
 
 P parameters are sharded over the N ranks of a node (several nodes hold copies): b of them in each block, r in the root,
 which is embedding, head and last norm. A forward pass takes `width` bytes a number.
@@ -38,7 +39,6 @@ Tokens = tuple[float, float]  # of a prompt and of a response, in the mean
 GRADING = 0.003  # seconds for text and grade of a rollout of MEAN_RESPONSE tokens
 # Of a card's peak: operations, operations, bandwidth. The first two: the least that one H200 had (docs/speed.md).
 TRAIN_SHARE, LOGPROB_SHARE, DECODE_SHARE = 0.46, 0.48, 0.6
-LINK_SHARE, INFINIBAND = 1 / 3, 40e9  # what is had of links inside a node; bytes a second of one GPU between nodes
 CPU_PARAMETERS = 200e6  # of the largest model for which a CPU is timed
 
 
@@ -46,45 +46,42 @@ class Card(NamedTuple):
     memory: tuple[int, int]  # bytes free and in all, as torch.cuda.mem_get_info gives them in a process of its own
     flops: float  # dense bf16 operations a second at most
     bandwidth: float  # bytes a second of its memory at most
-    link: float  # bytes a second to the others of its node at most, both directions together
     step: float = 0.003  # seconds of a decoding step that depend on no model: scheduler, launches, drawing
     awakening: float = 2.0  # seconds of a training step for sleep and wake-up of the sampler
 
 
-def card(gib: float, tflops: float, bandwidth: float, link: float) -> Card:
-    """Of GiB in all, as torch sees them, TFLOP/s and twice GB/s."""
-    return Card((int((gib - 0.5) * GIB), int(gib * GIB)), tflops * 1e12, bandwidth * 1e9, link * 1e9)
+def card(gib: float, tflops: float, bandwidth: float) -> Card:
+    """Of GiB in all, as torch sees them, TFLOP/s and GB/s."""
+    return Card((int((gib - 0.5) * GIB), int(gib * GIB)), tflops * 1e12, bandwidth * 1e9)
 
 
-# The vendor's data sheets, SXM where there is a choice; GiB as torch reports them. No NVLink on 4090 and L40S: PCIe 4.
-CARDS = {"4090": card(23.6, 165, 1008, 64), "A100-40": card(39.4, 312, 1555, 600),
-         "A100-80": card(79.2, 312, 2039, 600), "L40S": card(44.4, 362, 864, 64),
-         "H100": card(79.2, 989, 3350, 900), "H200": card(139.8, 989, 4800, 900), "B200": card(178, 2250, 7700, 1800)}
+# The vendor's data sheets, SXM where there is a choice; GiB as torch reports them.
+CARDS = {"4090": card(23.6, 165, 1008), "A100-40": card(39.4, 312, 1555), "A100-80": card(79.2, 312, 2039),
+         "L40S": card(44.4, 362, 864), "H100": card(79.2, 989, 3350), "H200": card(139.8, 989, 4800),
+         "B200": card(178, 2250, 7700)}
 SHOWN = ("4090", *(f"{world}x{name}" for name in ("H100", "H200") for world in (1, 2, 4, 8, 16)))
 # What --plan knows without the hub: hidden size, inner size, layers, heads, whether embedding and head are one.
-QWEN3 = {"Qwen/Qwen3-0.6B-Base": (1024, 3072, 28, 16, True), "Qwen/Qwen3-1.7B-Base": (2048, 6144, 28, 16, True),
-         "Qwen/Qwen3-4B-Base": (2560, 9728, 36, 32, True), "Qwen/Qwen3-8B-Base": (4096, 12288, 36, 32, False)}
+SHAPES = {"0.6B": (1024, 3072, 28, 16, True), "1.7B": (2048, 6144, 28, 16, True), "4B": (2560, 9728, 36, 32, True),
+          "8B": (4096, 12288, 36, 32, False)}
+QWEN3 = {f"Qwen/Qwen3-{size}-Base": ModelConfig(
+    "qwen3", 151936, *shape, num_key_value_heads=8, head_dim=128, rope_theta=1e6, rms_norm_eps=1e-6,
+    tie_word_embeddings=tied, max_position_embeddings=32768) for size, (*shape, tied) in SHAPES.items()}
 
 
 def known_model(name: str) -> ModelConfig | None:
     """The numbers of a key of QWEN3, at whatever revision (`name@revision`), or None."""
-    if (known := QWEN3.get(name.partition("@")[0])) is None:
-        return None
-    hidden, inner, layers, heads, tied = known
-    return ModelConfig("qwen3", 151936, hidden, inner, layers, heads, num_key_value_heads=8, head_dim=128,
-                       rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=tied, max_position_embeddings=32768)
+    return QWEN3.get(name.partition("@")[0])
 
 
 def machine(text: str) -> tuple[int, str, Card]:
-    """`4xA100-40`, `h200` or `8x96GiB@500TFLOPS` -> how many of which card. Bandwidth and link of the last one are
-    assumed to be to its peak as an H100's. Raises ValueError for what it does not know."""
-    count, _, name = text.lower().rpartition("x")
-    known = {name.lower(): (name, found) for name, found in CARDS.items()}
+    """`4xA100-40`, `h200` or `8x96GiB@500TFLOPS` -> how many of which card. Bandwidth of the last one is assumed to be
+    to its peak as an H100's. Raises ValueError for what it does not know."""
+    count, name = re.match(r"(?:([1-9]\d*)x)?(.*)", text.lower()).groups()
+    world, known = int(count or 1), {name.lower(): (name, found) for name, found in CARDS.items()}
     if own := re.fullmatch(r"(\d+(?:\.\d+)?)gib@(\d+(?:\.\d+)?)tflops", name):
         gib, tflops = map(float, own.groups())
-        known[name] = f"{gib:g}GiB@{tflops:g}TFLOPS", card(gib, tflops, 3350 / 989 * tflops, 900 / 989 * tflops)
-    world = int(count or 1) if count.isdecimal() or not count else 0
-    if name not in known or not world or (world > PER_NODE and world % PER_NODE):
+        known[name] = f"{gib:g}GiB@{tflops:g}TFLOPS", card(gib, tflops, 3350 / 989 * tflops)
+    if name not in known or (world > PER_NODE and world % PER_NODE):
         raise ValueError(f"--plan {text}: known cards are {', '.join(CARDS)}, as in 4xA100-40; of others give memory "
                          "and dense bf16 peak, as in 8x96GiB@500TFLOPS; above 8 they are whole nodes of 8")
     return world, *known[name]
@@ -115,52 +112,43 @@ def cache_bytes(model: ModelConfig, width: int) -> int:
     return 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * width
 
 
-def activations(model: ModelConfig, tokens: int, *, checkpointing: float, width: int = 2) -> int:
-    """Bytes of a row of tokens on top of weights and their gradients when they are most: in backward of the last
+def activations(model: ModelConfig, cfg: Config) -> int:
+    """Bytes of the longest row on top of weights and their gradients when they are most: in backward of the last
     block's MLP or, where rows are short, of the head. Kernels as on CUDA: flash attention, norms that keep their
     input."""
-    D, inner, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
+    D, inner, L, w = model.hidden_size, model.intermediate_size, model.num_hidden_layers, width(cfg)
+    tokens, recomputed = row_tokens(model, cfg), round(cfg.gradient_checkpointing * model.num_hidden_layers)
     H, Hkv, norm = model.num_attention_heads, model.num_key_value_heads, QK_NORM[model.model_type]
     # Of a block: its input, both normed inputs and the sum between them (D each); q and k (before and after the norm),
     # v and what attention gave; gate, its silu, up and their product; in float32 lse and 1/rms.
-    kept = width * (4 * D + (2 + norm) * (H + Hkv) * model.head_dim + 4 * inner) + 4 * (2 + H + norm * (H + Hkv))
-    recomputed = round(checkpointing * L)
-    layers = recomputed * width * D + (L - recomputed) * kept
-    mlp = (kept if recomputed == L else width * D) + width * 2 * inner  # a block again; the gradients of silu and up
-    columns = min(model.vocab_size, max(1024, (MAX_EXTRA_BYTES // tokens - 4 * D) // width))  # of a slice of logits
-    head = width * 5 * D + 4 * D + width * columns
+    kept = w * (4 * D + (2 + norm) * (H + Hkv) * model.head_dim + 4 * inner) + 4 * (2 + H + norm * (H + Hkv))
+    layers = recomputed * w * D + (L - recomputed) * kept
+    mlp = (kept if recomputed == L else w * D) + w * 2 * inner  # a block again; the gradients of silu and up
+    columns = min(model.vocab_size, max(1024, (MAX_EXTRA_BYTES // tokens - 4 * D) // w))  # of a slice of logits
+    head = w * 5 * D + 4 * D + w * columns
     return tokens * (layers + max(mlp, head))
 
 
-def _largest(*moments: dict[str, float]) -> dict[str, float]:
-    return max(moments, key=lambda parts: sum(parts.values()))
-
-
-def phases(model: ModelConfig, cfg: Config, world: int, per_node: int, total: int) -> dict[str, dict[str, float]]:
-    """Bytes on one GPU of `total` bytes, by phase and by part: the parts are there at once, at the phase's peak."""
+def phases(model: ModelConfig, cfg: Config, world: int, per_node: int, total: int) -> dict[str, float]:
+    """Bytes on one GPU of `total` bytes when they are most, by phase."""
     (P, root, block), N, w = sizes(model), min(world, per_node), width(cfg)
-    table, tokens, tied = model.vocab_size * model.hidden_size, row_tokens(model, cfg), model.tie_word_embeddings
-    state = {"masters": 4 * P / N, "moments": 8 * P / N} | ({"reference": w * P / N} if cfg.kl_beta else {})
-    awake, asleep = {"vLLM": cfg.gpu_memory_utilization * total}, {"vLLM": VLLM_ASLEEP}
+    D, inner, table = model.hidden_size, model.intermediate_size, model.vocab_size * model.hidden_size
+    tokens, tied, models = row_tokens(model, cfg), model.tie_word_embeddings, 2 if cfg.kl_beta else 1
+    state = (12 + w * (models - 1)) * P / N  # masters, both moments and the reference
+    awake, asleep = cfg.gpu_memory_utilization * total, VLLM_ASLEEP
     if cfg.engine == "torch":  # keeps its weights; its cache takes half of what is free, and one rollout at least
-        awake = {"sampler": w * P + sum(limits(model, cfg)) * cache_bytes(model, w)}
-        asleep = {"sampler": w * P}
+        awake, asleep = w * P + sum(limits(model, cfg)) * cache_bytes(model, w), w * P
     # A block's weights are there twice, as they arrived and in place; so are the root's until those of a block come.
-    models = 2 if cfg.kl_beta else 1
-    forward = _largest(
-        {"gathered": w * (models * root + 2 * block),
-         "activations": tokens * w * 3 * (model.hidden_size + model.intermediate_size)},
-        {"gathered": w * ((models + 1) * root + 2 * block), "activations": tokens * w * model.hidden_size})
+    forward = max(w * (models * root + 2 * block) + w * 3 * (D + inner) * tokens,
+                  w * ((models + 1) * root + 2 * block) + w * D * tokens)
     # Gradients of a block are on their way in float32; the head's wait for the root's end, where an embedding's of its
     # own joins them, or one that is the same matrix, and then their sum. A lone rank copies more.
-    backward = _largest(
-        {"gathered": w * (root + 2 * block),
-         "unsharded gradients": w * (table + model.hidden_size * model.intermediate_size) + 4 * block,
-         "activations": activations(model, tokens, checkpointing=cfg.gradient_checkpointing, width=w)},
-        {"root's end": max((9 - tied) * (N == 1), w * (3 + tied)) * root + 4 * block})
-    return {"sampling": state | awake, "log-probs": state | asleep | forward,
-            "training": state | asleep | {"gradients": 4 * P / N} | backward,
-            "saving": state | awake | {"a whole matrix": (4 + w) * table}}  # as gathered, and cast
+    gathered, gradients = w * (root + 2 * block), w * (table + D * inner) + 4 * block
+    roots_end = max((9 - tied) * (N == 1), w * (3 + tied)) * root + 4 * block
+    backward = max(gathered + gradients + activations(model, cfg), roots_end)
+    return {"sampling": state + awake, "log-probs": state + asleep + forward,
+            "training": state + asleep + 4 * P / N + backward,
+            "saving": state + awake + (4 + w) * table}  # with the largest matrix whole, as gathered and cast
 
 
 def cache_tokens(model: ModelConfig, cfg: Config, total: int) -> int:
@@ -176,8 +164,8 @@ def cache_tokens(model: ModelConfig, cfg: Config, total: int) -> int:
 def over(model: ModelConfig, cfg: Config, world: int, per_node: int, memory: tuple[int, int]) -> dict[str, str]:
     """What does not fit: phase -> what it needs; empty where all fits. memory: bytes free and in all."""
     free, total = memory
-    peaks = {phase: sum(parts.values()) for phase, parts in phases(model, cfg, world, per_node, total).items()}
-    found = {phase: f"{peak / GIB:.1f} GiB" for phase, peak in peaks.items() if peak > USABLE * free}
+    found = {phase: f"{peak / GIB:.1f} GiB" for phase, peak in phases(model, cfg, world, per_node, total).items()
+             if peak > USABLE * free}
     longest, room = sum(limits(model, cfg)), max(0, cache_tokens(model, cfg, total))
     if cfg.engine != "torch" and room < longest:
         found["vLLM's KV cache"] = (f"{longest} tokens for one rollout and gets {room} (--gpu_memory_utilization above "
@@ -244,20 +232,13 @@ def token_flops(model: ModelConfig, tokens: int) -> float:
 
 
 def step_seconds(model: ModelConfig, cfg: Config, world: int, card: Card, tokens: Tokens) -> dict[str, float]:
-    """A step by phase. Sending runs beside computing: what takes longer counts."""
-    (P, root, _), N, w, link = sizes(model), min(world, PER_NODE), width(cfg), LINK_SHARE * card.link
+    """A step by phase."""
     rollouts, length = cfg.prompts_per_step * cfg.rollouts_per_prompt / world, sum(tokens)
-    models, minibatches = 2 if cfg.kl_beta else 1, cfg.prompts_per_step / cfg.minibatch_prompts
-    forward, row = rollouts * length * token_flops(model, length), row_tokens(model, cfg)
-    # A row gathers all weights, those of the blocks again in backward, and sends gradients; nodes add up theirs.
-    others, gathered = (N - 1) / N, models * ceil(rollouts * length / row) * (N - 1) / N * w * P
-    rows = ceil(minibatches) * ceil(rollouts * length / minibatches / row)
-    inside, between = rows * others * (w * (2 * P - root) + 4 * P), rows * 8 * (1 - N / world) * P / N
+    forward = rollouts * length * token_flops(model, length)
     return {"sampling": decoding(model, cfg, tokens, rollouts, card),
-            "log-probs": max(models * forward / (LOGPROB_SHARE * card.flops), gathered / link),
-            "training": max((3 + cfg.gradient_checkpointing) * forward / (TRAIN_SHARE * card.flops),
-                            inside / link + between / INFINIBAND),
-            "the rest": card.awakening + GRADING * rollouts * tokens[1] / MEAN_RESPONSE + others * 4 * P / link}
+            "log-probs": (2 if cfg.kl_beta else 1) * forward / (LOGPROB_SHARE * card.flops),
+            "training": (3 + cfg.gradient_checkpointing) * forward / (TRAIN_SHARE * card.flops),
+            "the rest": card.awakening + GRADING * rollouts * tokens[1] / MEAN_RESPONSE}
 
 
 def this_cpu(model: ModelConfig, cfg: Config, tokens: Tokens, slots: int) -> Card:
@@ -275,14 +256,15 @@ def this_cpu(model: ModelConfig, cfg: Config, tokens: Tokens, slots: int) -> Car
     cache.length, cache.longest = torch.full((slots,), length // 2), length // 2  # halfway; a copy of it moves on
     with torch.inference_mode():
         calls, took = timeit.Timer(lambda: net.decode(row[:1].expand(slots), copy.copy(cache))).autorange()
-    return Card((1 << 50, 1 << 50), flops / TRAIN_SHARE, inf, inf, step=took / calls, awakening=0.0)
+    return Card((1 << 50, 1 << 50), flops / TRAIN_SHARE, inf, step=took / calls, awakening=0.0)
 
 
 def table_row(model: ModelConfig, cfg: Config, world: int, name: str, card: Card, tokens: Tokens) -> list[str]:
     """Of the table that --plan prints."""
-    peaks = [sum(parts.values()) / GIB for parts in phases(model, cfg, world, PER_NODE, card.memory[1]).values()]
-    room = max(0, cache_tokens(model, cfg, card.memory[1]))
-    cells = [f"{world} x {name}", f"{room:,} ({room // sum(limits(model, cfg))})", *(f"{x:.1f}" for x in peaks)]
+    free, total = card.memory
+    peaks, room = phases(model, cfg, world, PER_NODE, total).values(), max(0, cache_tokens(model, cfg, total))
+    cells = [f"{world} x {name}", f"{room:,} ({room // sum(limits(model, cfg))})",
+             *(f"{x / GIB:.1f}" for x in (*peaks, USABLE * free))]
     if found := over(model, cfg, world, PER_NODE, card.memory):
         return [*cells, "over: " + ", ".join(found), "", "", ""]
     seconds = step_seconds(model, cfg, world, card, tokens)
@@ -293,33 +275,44 @@ def table_row(model: ModelConfig, cfg: Config, world: int, name: str, card: Card
             f"{run / 3600:.1f} h" if run >= 3600 else f"{run / 60:.1f} min"]
 
 
-def report(cfg: Config, model: ModelConfig, cards: str = "all") -> str:
+def command(gpus: int, given: str) -> str:
+    """What starts train.py with these flags on so many GPUs."""
+    nodes = f"--nnodes {gpus // PER_NODE} --rdzv_backend c10d --rdzv_endpoint HOST:29500 " * (gpus > PER_NODE)
+    start = "python" if gpus == 1 else f"torchrun {nodes}--nproc_per_node {min(gpus, PER_NODE)}"
+    return f"{start} train.py {given}"
+
+
+def report(cfg: Config, model: ModelConfig, cards: str = "all", given: str = "") -> str:
     """What --plan prints, in Markdown. model: the numbers of cfg.model. cards: what `machine` reads, or "all": SHOWN,
-    and where there is no GPU and the model is small this machine's CPU."""
+    and where there is no GPU and the model is small this machine's CPU. given: flags that the command to paste has."""
     path, P, note = Path(cfg.out_dir, "metrics.jsonl"), sizes(model)[0], ""
     log = whole_lines(path) if path.exists() else []
     tokens = mean_tokens(model, cfg, log)
     machines = [machine(text) for text in (SHOWN if cards == "all" else [cards])]
     rows, (world, name, card) = [table_row(model, cfg, *one, tokens) for one in machines], machines[0]
-    if cards == "all" and P <= CPU_PARAMETERS and not torch.cuda.is_available():
-        slots = min(cfg.max_rollouts, cfg.prompts_per_step * cfg.rollouts_per_prompt)
-        cpu, as_timed = this_cpu(model, cfg, tokens, slots), dataclasses.replace(cfg, max_rollouts=slots)
-        rows.append(["this CPU, timed", *[""] * 6, *table_row(model, as_timed, 1, "", cpu, tokens)[7:]])
-    elif cards != "all" and over(model, cfg, world, PER_NODE, card.memory):
-        note = f"\n\nNeither settings nor {PER_NODE} of these cards are enough: --kl_beta 0, or a smaller model"
-        if enough := remedy(model, cfg, world, card.memory):
-            rows.append(table_row(model, enough[1], enough[0], name, card, tokens))
-            flags = [f" --{flag} {x}" for flag, x in vars(enough[1]).items() if x != getattr(cfg, flag)]
-            note = f"\n\nThe least change that fits, the second row: `--plan {enough[0]}x{name}{''.join(flags)}`"
+    if cards == "all":
+        if P <= CPU_PARAMETERS and not torch.cuda.is_available():
+            slots = min(cfg.max_rollouts, cfg.prompts_per_step * cfg.rollouts_per_prompt)
+            cpu, as_timed = this_cpu(model, cfg, tokens, slots), dataclasses.replace(cfg, max_rollouts=slots)
+            rows.append(["this CPU, timed", *[""] * 7, *table_row(model, as_timed, 1, "", cpu, tokens)[8:]])
+    elif enough := remedy(model, cfg, world, card.memory):
+        gpus, changed = enough
+        if enough != (world, cfg):
+            rows.append(table_row(model, changed, gpus, name, card, tokens))
+        flags = [f" --{flag} {x}" for flag, x in vars(changed).items() if x != getattr(cfg, flag)]
+        note = (f"To run {'the second row, with the least change that fits' if rows[1:] else 'it'}"
+                f"{', on each node' * (gpus > PER_NODE)}: `{command(gpus, given + ''.join(flags))}`")
+    else:
+        note = f"Neither settings nor {PER_NODE} of these cards are enough: --kl_beta 0, or a smaller model"
     return "\n".join([
         f"{cfg.model}: {P / 1e6:,.1f}M parameters. All that follows is an estimate: see plan.py.", "",
         f"**Memory**, GiB of each GPU: rows of {row_tokens(model, cfg):,} tokens, rollouts of up to "
         f"{sum(limits(model, cfg)):,}, --gpu_memory_utilization {cfg.gpu_memory_utilization}, --gradient_checkpointing "
         f"{cfg.gradient_checkpointing}. KV cache: tokens that vLLM holds, in brackets rollouts of full length. Then "
-        f"the peak of each phase, which must fit {USABLE:.0%} of what is free.", "",
+        f"the peak of each phase, which must fit what is usable, {USABLE:.0%} of what is free.", "",
         f"**Time** where it fits: a step draws {cfg.prompts_per_step} prompts x {cfg.rollouts_per_prompt} rollouts of "
         f"{tokens[0]:.0f} + {tokens[1]:.0f} tokens, {f'the latter as in {path}' if log else 'as assumed'}, and trains "
         f"on all; in brackets sampling, log-probs, training and the rest. The run: {cfg.steps} steps, evaluations of "
         f"{evaluated(cfg)} problems x {cfg.eval_rollouts} responses.", "",
-        markdown(["GPUs", "KV cache", *phases(model, cfg, 1, 1, 0), "fits", "step s", "evaluation s", "run"],
-                 rows)]) + note
+        markdown(["GPUs", "KV cache", *phases(model, cfg, 1, 1, 0), "usable", "fits", "step s", "evaluation s", "run"],
+                 rows), *(["", note] if note else [])])

@@ -18,6 +18,8 @@ Left out, because the method does not need it, and where it would go:
 import dataclasses
 import hashlib
 import os
+import re
+import shlex
 import signal
 import sys
 import time
@@ -764,7 +766,9 @@ def main() -> None:
     try:
         cfg, command = parse_args()
         if command.plan is not None:
-            print(plan.report(cfg, plan.known_model(cfg.model) or tasks.model_config(cfg.model), command.plan))
+            given = re.sub(r"--plan[= ]\S+ ?", "", shlex.join(sys.argv[1:])).strip()
+            given = given if "--preset" in given else f"--preset {command.preset} {given}".strip()
+            print(plan.report(cfg, plan.known_model(cfg.model) or tasks.model_config(cfg.model), command.plan, given))
             return
     except (ValueError, OSError, RunError) as error:
         sys.exit(f"train.py: {error}")
