@@ -4,7 +4,7 @@
 The trainer's bytes follow from what autograd and FSDP2 keep; tests compare them with what both allocate on fake tensors
 and with the peaks of a lone H200, which they hit within 1%, or overshoot by up to 10% where blocks are compiled. vLLM's
 bytes and all seconds rest on the constants below, two of them measured there. Nothing was measured on several GPUs, and
-what they send each other is left out of the seconds: it runs beside computing and is done before it, see docs/speed.md.
+what they send each other is left out of the seconds: it runs beside computing (docs/speed.md).
 
 P parameters are sharded over the N ranks of a node (several nodes hold copies): b of them in each block, r in the root,
 which is embedding, head and last norm. A forward pass takes `width` bytes a number.

@@ -276,8 +276,18 @@ def curve(ax, run: Run, *, key: str, scale: float = 1) -> None:
         ax.set_ylim(-0.04 * top, 1.1 * top)  # so that a line at 0 is seen
 
 
+def lengths(ax, run: Run) -> None:
+    """Mean response length and, on an axis of its own, the share of responses that were cut."""
+    cut = 100 * run.series("truncated_frac")
+    curve(ax, run, key="response_tokens_mean")
+    right = ax.twinx()
+    right.plot(run.steps, cut, ":", color=COLOURS["uniform"])
+    right.set_ylim(-4, 110)
+    right.spines["right"].set_visible(True)
+
+
 def held_out(ax, run: Run) -> None:
-    """pass@k of every evaluation and, where eval.json has it, the 95% interval."""
+    """pass@k of every evaluation and, where eval.json has it, the 95% interval over its problems."""
     if not run.evaluations:
         raise Missing("no evaluation yet")
     steps, name = [e["step"] for e in run.evaluations], f"pass@{headline_k(run.last()['rollouts'])}"
@@ -303,12 +313,12 @@ PHASES = {"generate": "#56B4E9", "reward": "#E69F00", "logprob": "#CC79A7", "upd
 CURVES: dict[str, Callable] = {  # title -> what draws it. Does it learn, what does it write, is it sound?
     "mean reward": partial(curve, key="reward_mean"), "held-out pass@k": held_out,
     "groups without advantage, %": partial(curve, key="zero_std_frac", scale=100),
-    "response length, tokens": partial(curve, key="response_tokens_mean"),
-    "responses cut, %": partial(curve, key="truncated_frac", scale=100), "entropy, nats": partial(curve, key="entropy"),
-    "gradient norm": partial(curve, key="grad_norm"), "mismatch, nats a token": partial(curve, key="mismatch/mean"),
-    "seconds a step": phases}
-ACTING = {"grpo": (), "prompt": ("share", "reward", "weight"), "rollout": ("share", "reward", "rollouts"),
-          "both": ("reward", "weight", "rollouts")}  # what is shown by bin, where adversaries act
+    "response tokens (dotted: cut, %)": lengths, "entropy, nats": partial(curve, key="entropy"),
+    "gradient norm": partial(curve, key="grad_norm"),
+    "mismatch |sampler - trainer|, nats": partial(curve, key="mismatch/mean"), "seconds a step": phases}
+ACTING = {"grpo": ("share",), "prompt": ("share", "reward", "weight", "tokens"),
+          "rollout": ("share", "reward", "rollouts", "tokens"),
+          "both": ("share", "reward", "weight", "rollouts")}  # what is shown by bin
 
 
 def figure_overview(run: Run):
@@ -328,7 +338,7 @@ def figure_overview(run: Run):
     last = max([0, *run.steps, *(e["step"] for e in run.evaluations)])
     axes[0, 0].xaxis.set_major_locator(STEPS())
     axes[0, 0].set_xlim(-max(0.5, last / 50), last + max(0.5, last / 50))
-    figure.supxlabel("step (hatched: bin absent)" if ACTING[mode] else "step", fontsize=8)
+    figure.supxlabel("step (bars: 95% over held-out problems; hatched: bin absent)", fontsize=8)
     figure.suptitle(f"{run.name}: {run.subject}, mode {run.mode}, seed {run.seed}", x=0.01, ha="left", fontsize=9)
     return figure
 

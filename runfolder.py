@@ -366,7 +366,7 @@ class Tracker:
         evaluation, due = line["eval"], line["step"] % TEXTS_EVERY == 0
         texts = {f"samples/{i}": as_text(sample) for i, sample in enumerate(samples[:2]) if due}
         try:
-            self.write = self.write or self._open()
+            self.write = self.write or self._open(line["step"])
             self.write(dict(scalars({**line, "eval": None})) | texts, line["step"])
             if evaluation:  # behind the line: wandb takes no step after a later one
                 self.write(dict(scalars({"eval": evaluation})), evaluation["step"])
@@ -374,11 +374,12 @@ class Tracker:
             say(f"WARNING: {self.kind} failed ({error}) and gets nothing more; metrics.jsonl goes on")
             self.kind = "none"
 
-    def _open(self) -> Callable[[dict, int], object]:
+    def _open(self, step: int) -> Callable[[dict, int], object]:
+        """`step`: the first, from which on TensorBoard is to forget what it has of steps that are done again."""
         if self.kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(self.folder / "tensorboard"))
+            writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step)
             add = {True: writer.add_text, False: writer.add_scalar}
             return lambda values, step: [add[isinstance(v, str)](k, v, step) for k, v in values.items()]
         import wandb

@@ -660,6 +660,9 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
     trainer.stop.listen(folder)
     tracker = Tracker(cfg.tracker if first else "none", folder.path)
 
+    def logged(evaluation: Evaluation) -> dict:
+        return {k: v for k, v in dataclasses.asdict(evaluation).items() if k != "by_kind"}
+
     def evaluate() -> dict | None:
         latest = trainer.evaluate(trainer.next_step)
         if latest is None:
@@ -672,11 +675,12 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
             if first:
                 write_json(folder.path / "best" / "evaluation.json", dataclasses.asdict(latest))
         say(latest.line())
-        return {k: v for k, v in dataclasses.asdict(latest).items() if k != "by_kind"}
+        return logged(latest)
 
-    # of the base, or one that a stop left out
-    if cfg.due(trainer.next_step) and trainer.next_step not in [e.step for e in evaluations]:
-        tracker.log({"step": trainer.next_step, "eval": evaluate()})
+    # of the base, one that a stop left out, or one that the tracker forgets with the steps after it
+    known = [logged(e) for e in evaluations if e.step == trainer.next_step]
+    if known or cfg.due(trainer.next_step):
+        tracker.log({"step": trainer.next_step, "eval": known[0] if known else evaluate()})
     bar = tqdm(total=cfg.steps, initial=trainer.next_step, desc=f"{cfg.mode} seed {cfg.seed}", unit="step",
                disable=not first)
     begun, recent, warned, stopping = [], [], False, trainer.stop()
