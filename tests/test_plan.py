@@ -19,7 +19,7 @@ import plan
 import train
 from config import parse_args
 from model import ModelConfig, Transformer
-from plan import CARDS, GIB, QWEN3, cache_tokens, check_memory, known_model, over, phases, report, sizes, step_seconds
+from plan import CARDS, GIB, QWEN3, cache_tokens, check_memory, known_model, over, phases, report, step_seconds
 from ranks import shard
 
 
@@ -108,15 +108,15 @@ def test_what_is_planned_is_what_is_allocated_beside_the_shards(allocated, size,
     model = model_of(size, num_hidden_layers=layers)
     cfg = config("--microbatch_tokens", str(tokens), "--max_prompt_tokens", "500", "--max_response_tokens", "500",
                  "--kl_beta", "0", "--gradient_checkpointing", str(checkpointing))
-    shards = (8 if grad else 4) * sizes(model)[0] / world  # masters and gradients; no optimiser and no vLLM is there
-    planned = phases(model, cfg, world, 8, 0)["training" if grad else "log-probs"] - plan.VLLM_ASLEEP
-    moments = 8 * sizes(model)[0] / world
-    assert planned - moments - shards == pytest.approx(
+    of_rank = 4 * plan.parameters(model) / world
+    shards, absent = of_rank * (1 + grad), 2 * of_rank + plan.VLLM_ASLEEP  # neither an optimiser nor vLLM is there
+    planned = phases(model, cfg, world, 8, 0)["training" if grad else "log-probs"]
+    assert planned - absent - shards == pytest.approx(
         allocated(model, tokens, world, checkpointing=checkpointing, grad=grad) - shards, rel=0.1)
 
 
 def test_parameters_are_those_of_the_models_names():
-    counts = [sizes(known_model(name))[0] / 1e9 for name in QWEN3]
+    counts = [plan.parameters(known_model(name)) / 1e9 for name in QWEN3]
     assert counts == pytest.approx([0.596, 1.721, 4.022, 8.191], abs=1e-3)
     assert known_model("Qwen/Qwen3-4B-Base@3b2c") == known_model("Qwen/Qwen3-4B-Base") and known_model("a/b") is None
 
@@ -249,7 +249,7 @@ def test_seconds_are_those_of_the_operations_in_the_books():
     """8B, 8 GPUs: 2 N operations a token forward, 8 N with checkpointing, and attention."""
     model, cfg, card = model_of("8B"), config(), CARDS["H100"]
     seconds = step_seconds(model, cfg, 8, card, (150, 1200))
-    tokens, N = 256 * 4 * 1350 / 8, sizes(model)[0] - 151936 * 4096
+    tokens, N = 256 * 4 * 1350 / 8, plan.parameters(model) - 151936 * 4096
     forward = 2 * N * tokens / card.flops
     assert seconds["log-probs"] == pytest.approx(2 * forward / plan.LOGPROB_SHARE, rel=0.05)  # policy and reference
     assert seconds["training"] == pytest.approx(4 * forward / plan.TRAIN_SHARE, rel=0.05)
