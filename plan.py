@@ -10,7 +10,6 @@ P parameters are sharded over the N ranks of a node (several nodes hold copies):
 which is embedding, head and last norm. A forward pass takes `width` bytes a number.
 """
 
-import copy
 import dataclasses
 import functools
 import itertools
@@ -26,7 +25,7 @@ import tasks
 from config import Config
 from kernels.linear_logprob import MAX_EXTRA_BYTES
 from metrics import markdown, whole_lines
-from model import QK_NORM, KVCache, ModelConfig, Transformer
+from model import QK_NORM, ModelConfig, Transformer
 
 GIB = 2**30
 USABLE = 0.95  # of what is free: the rest is for NCCL's buffers and for what the allocator cannot use
@@ -49,6 +48,7 @@ class Card(NamedTuple):
     bandwidth: float  # bytes a second of its memory at most
     step: float = 0.003  # seconds of a decoding step that depend on no model: scheduler, launches, drawing
     awakening: float = 2.0  # seconds of a training step for sleep and wake-up of the sampler
+    token: float = 0.0  # seconds of a drawn token, where not reading but computing takes them
 
 
 def card(gib: float, tflops: float, bandwidth: float) -> Card:
@@ -220,7 +220,7 @@ def decoding(model: ModelConfig, cfg: Config, tokens: Tokens, rollouts: float, c
     slots = min(cfg.max_rollouts, max(1, int(cache_tokens(model, cfg, card.memory[1]) // (prompt + response))))
     steps = response * max(0.0, rollouts / slots - 1) + s.response  # one of the last runs to the limit
     read = steps * s.width * s.P + rollouts * response * (prompt + response / 2) * s.cache
-    return steps * card.step + read / (DECODE_SHARE * card.bandwidth)
+    return steps * card.step + read / (DECODE_SHARE * card.bandwidth) + rollouts * response * card.token
 
 
 def token_flops(model: ModelConfig, tokens: int) -> float:
@@ -240,9 +240,9 @@ def step_seconds(model: ModelConfig, cfg: Config, world: int, card: Card, tokens
             "the rest": card.awakening + GRADING * rollouts * tokens[1] / MEAN_RESPONSE}
 
 
-def this_cpu(model: ModelConfig, cfg: Config, tokens: Tokens, slots: int) -> Card:
+def this_cpu(model: ModelConfig, cfg: Config, tokens: Tokens) -> Card:
     """One that takes as long as this machine's CPU, in float32 with random weights, by about a second of training on a
-    packed row and one of decoding in so many slots, without drawing."""
+    packed row: to draw a token is taken for two thirds of the work, as it is for the built-in tasks."""
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     net, length = Transformer(model), ceil(sum(tokens))
     net.init_weights(torch.Generator())  # of others numbers come that are too small for a CPU to be fast
@@ -250,12 +250,8 @@ def this_cpu(model: ModelConfig, cfg: Config, tokens: Tokens, slots: int) -> Car
     row, borders = torch.randint(model.vocab_size, (rollouts * length,)), torch.arange(rollouts + 1) * length
     calls, took = timeit.Timer(
         lambda: net.logprobs(row, borders, length, torch.arange(1, len(row))).sum().backward()).autorange()
-    flops = 3 * calls * len(row) * token_flops(model, length) / took
-    cache = KVCache(model, slots, length, dtype=torch.float32, device=torch.device("cpu"))
-    cache.length, cache.longest = torch.full((slots,), length // 2), length // 2  # halfway; a copy of it moves on
-    with torch.inference_mode():
-        calls, took = timeit.Timer(lambda: net.decode(row[:1].expand(slots), copy.copy(cache))).autorange()
-    return Card((1 << 50, 1 << 50), flops / TRAIN_SHARE, inf, step=took / calls, awakening=0.0)
+    token = took / (calls * len(row))
+    return Card((1 << 50, 1 << 50), 3 * token_flops(model, length) / token / TRAIN_SHARE, inf, 0.0, 0.0, 2 / 3 * token)
 
 
 def table_row(model: ModelConfig, cfg: Config, world: int, name: str, card: Card, tokens: Tokens) -> list[str]:
@@ -291,9 +287,8 @@ def report(cfg: Config, model: ModelConfig, cards: str = "all", given: str = "")
     rows, (world, name, card) = [table_row(model, cfg, *one, tokens) for one in machines], machines[0]
     if cards == "all":
         if s.P <= CPU_PARAMETERS and not torch.cuda.is_available():
-            slots = min(cfg.max_rollouts, cfg.prompts_per_step * cfg.rollouts_per_prompt)
-            cpu, as_timed = this_cpu(model, cfg, tokens, slots), dataclasses.replace(cfg, max_rollouts=slots)
-            rows.append(["this CPU, timed", *[""] * 7, *table_row(model, as_timed, 1, "", cpu, tokens)[8:]])
+            row = table_row(model, cfg, 1, "", this_cpu(model, cfg, tokens), tokens)
+            rows.append(["this CPU, timed", *[""] * 7, *row[8:]])
     elif enough := remedy(model, cfg, world, card.memory):
         gpus, changed = enough
         if enough != (world, cfg):
