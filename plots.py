@@ -161,9 +161,8 @@ def benchmarks(ax, name: str, modes: dict[str, list[Run]]) -> None:
 
 def bars(ax, values: list[np.ndarray], colour: str, start: float = 0) -> None:
     """Mean over seeds by bin as bars from `start`, the seeds as dots; an absent bin has neither."""
-    stack = np.stack(values)
-    with np.errstate(invalid="ignore"):  # 0 / 0
-        mean = np.nansum(stack, axis=0) / np.isfinite(stack).sum(axis=0)
+    stack = np.ma.masked_invalid(np.stack(values))
+    mean = stack.mean(axis=0).filled(np.nan)
     ax.bar(range(len(mean)), mean - start, bottom=start, color=colour, alpha=0.75)
     if len(values) > 1:
         ax.plot(np.tile(range(len(mean)), len(values)), stack.ravel(), ".", color="black", markersize=2)

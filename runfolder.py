@@ -135,12 +135,6 @@ PATIENCE = 60.0  # seconds after which every rank sees a new file: NFS may keep 
 FILES = ("model", "train_data", "eval_data", "reward")  # settings that may be files: compared by content, not by path
 
 
-def identity(loaded: dict) -> dict:
-    """Of a record of what was loaded, what must be the same when a run goes on: contents, not names."""
-    names = {"name", "folder", "source"} if {"sha256", "head"} & loaded.keys() else set()
-    return {k: v for k, v in loaded.items() if k not in names}
-
-
 class RunFolder:
     """One run on disk."""
 
@@ -187,13 +181,14 @@ class RunFolder:
 
     def refuse_other(self, record: dict) -> None:
         """Raises ValueError where a run would go on with other data, or another model, reward or engine."""
-        records = self.saved.get("loaded", record), record
+        records, names = (self.saved.get("loaded", record), record), {"name", "folder", "source"}
         for what in {**records[0], **record}:
             both = [of if isinstance(of := r.get(what), dict) else {"name": of} for r in records]
-            was, now = map(identity, both)
+            was, now = ({k: v for k, v in of.items() if k not in names or not {"sha256", "head"} & of.keys()}
+                        for of in both)  # contents, where the record has them, not names
             if differing := [k for k in {**was, **now} if was.get(k) != now.get(k)]:
-                names = [r.get("name", r.get("source", f"a file for {what}")) for r in both]
-                raise ValueError(f"--resume with another {what}: it was {names[0]}, now it is {names[1]}, other in "
+                said = [r.get("name", r.get("source", f"a file for {what}")) for r in both]
+                raise ValueError(f"--resume with another {what}: it was {said[0]}, now it is {said[1]}, other in "
                                  f"{', '.join(differing)}")
 
     def record_change(self, step: int) -> None:
