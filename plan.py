@@ -270,13 +270,6 @@ def table_row(model: ModelConfig, cfg: Config, world: int, name: str, card: Card
             f"{run / 3600:.1f} h" if run >= 3600 else f"{run / 60:.1f} min"]
 
 
-def command(gpus: int, given: str) -> str:
-    """What starts train.py with these flags on so many GPUs."""
-    nodes = f"--nnodes {gpus // PER_NODE} --rdzv_backend c10d --rdzv_endpoint HOST:29500 " * (gpus > PER_NODE)
-    start = "python" if gpus == 1 else f"torchrun {nodes}--nproc_per_node {min(gpus, PER_NODE)}"
-    return f"{start} train.py {given}"
-
-
 def report(cfg: Config, model: ModelConfig, cards: str = "all", given: str = "") -> str:
     """What --plan prints, in Markdown. model: the numbers of cfg.model. cards: what `machine` reads, or "all": SHOWN,
     and where there is no GPU and the model is small this machine's CPU. given: flags that the command to paste has."""
@@ -294,8 +287,10 @@ def report(cfg: Config, model: ModelConfig, cards: str = "all", given: str = "")
         if enough != (world, cfg):
             rows.append(table_row(model, changed, gpus, name, card, tokens))
         flags = [f" --{flag} {x}" for flag, x in vars(changed).items() if x != getattr(cfg, flag)]
+        nodes = f"--nnodes {gpus // PER_NODE} --rdzv_backend c10d --rdzv_endpoint HOST:29500 " * (gpus > PER_NODE)
+        start = "python" if gpus == 1 else f"torchrun {nodes}--nproc_per_node {min(gpus, PER_NODE)}"
         note = (f"To run {'the second row, with the least change that fits' if rows[1:] else 'it'}"
-                f"{', on each node' * (gpus > PER_NODE)}: `{command(gpus, given + ''.join(flags))}`")
+                f"{', on each node' * (gpus > PER_NODE)}: `{start} train.py {given}{''.join(flags)}`")
     else:
         note = f"Neither settings nor {PER_NODE} of these cards are enough: --kl_beta 0, or a smaller model"
     return "\n".join([

@@ -98,20 +98,19 @@ class FolderLock(AbstractContextManager):
         """Makes the folder and takes its lock. Raises RunError where another process has it or
         there are no locks, OSError where there can be no such folder."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.path, self.ranks = folder / "lock", ranks
-        self._end_if(self._take() if ranks.rank == 0 else None)
-
-    def _take(self) -> str | None:
-        """Takes the lock; what is in the way, None if nothing is."""
+        self.path, self.ranks, problem = folder / "lock", ranks, None
         try:
-            self.file = open(self.path, "a")  # what stands in it must outlive the attempts of others
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            if ranks.rank == 0:
+                self.file = open(self.path, "a")  # what stands in it must outlive the attempts of others
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         except BlockingIOError:
-            return (f"{self.path.parent} is in use: {self.path.read_text() or 'another process'} writes there. Wait "
-                    "until it is done or end it, then start this again")
+            problem = (f"{folder} is in use: {self.path.read_text() or 'another process'} writes there. Wait until it "
+                       "is done or end it, then start this again")
         except OSError as error:  # ENOLCK, ENOSYS: some NFS, Lustre and FUSE mounts have no locks
-            return f"{self.path} cannot be locked: {error}. If its file system has no locks, choose a folder on another"
+            problem = (f"{self.path} cannot be locked: {error}. If its file system has no locks, choose a folder on "
+                       "another")
+        self._end_if(problem)
 
     def check(self) -> None:
         """Raises RunError where the file is gone or another one, which somebody else may lock."""

@@ -313,7 +313,7 @@ class Trainer:
                 ("advantage", self.advantages),  # (3)
                 ("logprob", self.behaviour),  # what (4) and (6) compare with
                 ("update", self.update),  # (4)-(7), with the weight of (16)
-                ("sync", self.sync),
+                ("sync", lambda s: self.engine.load_weights(self.weights())),
                 ("adversary", self.learn)):  # (10)-(13), (17)-(18), (21)
             progress(phase)
             start = time.perf_counter()
@@ -416,7 +416,7 @@ class Trainer:
     def update(self, s: Step) -> None:
         """The optimiser steps of one batch, one a mini-batch of prompts; every weight is fixed before any split."""
         cfg, batch, P = self.cfg, s.batch, len(s.n_P)
-        weight_R = s.weight_P[batch.owner]
+        weight_R, put = s.weight_P[batch.owner], partial(torch.tensor, dtype=torch.float32, device=self.device)
         s.surrogate_R, s.kl_R = np.zeros(len(weight_R)), np.zeros(len(weight_R))  # 0 of what is left out
         losses, norms, clipped, active = [], [], 0, 0
         for start in range(0, P, cfg.minibatch_prompts):
@@ -427,9 +427,9 @@ class Trainer:
                 logp = self.logprobs(self.model, micro)
                 logp.retain_grad()  # to count the tokens that move nothing
                 loss, surrogate_S, kl_S, cut = grpo_loss(
-                    logp, self.put(s.old_N[places]), self.put(s.ref_N[places]), self.put(s.advantage_R[mine]),
-                    self.put(weight_R[mine]), self.put(token_weight_R[mine]), micro.offsets,
-                    eps_low=cfg.eps_low, eps_high=cfg.eps_high, beta=cfg.kl_beta)
+                    logp, put(s.old_N[places]), put(s.ref_N[places]), put(s.advantage_R[mine]), put(weight_R[mine]),
+                    put(token_weight_R[mine]), micro.offsets, eps_low=cfg.eps_low, eps_high=cfg.eps_high,
+                    beta=cfg.kl_beta)
                 loss.backward()
                 loss_sum += loss.item()
                 s.surrogate_R[mine], s.kl_R[mine] = surrogate_S.cpu().numpy(), kl_S.cpu().numpy()
@@ -458,10 +458,6 @@ class Trainer:
         self.optimizer.zero_grad()  # freed: vLLM wants the memory
         self.optimizer_steps += 1
         return norm
-
-    def sync(self, s: Step) -> None:
-        """The engine takes the new weights."""
-        self.engine.load_weights(self.weights())
 
     def learn(self, s: Step) -> None:
         """The one place where adversaries and bins change; the same on every rank, which is checked."""
@@ -515,9 +511,6 @@ class Trainer:
             "prompt": s.problems[p].prompt, "response": texts[p]} for p, r in enumerate(first_P)])
 
     # -- what a step calls
-
-    def put(self, x: np.ndarray) -> Tensor:
-        return torch.from_numpy(x.astype(np.float32)).to(self.device)
 
     def logprobs(self, model: Transformer, micro: Micro, *, entropy: bool = False):
         progress()
