@@ -8,8 +8,8 @@
     python plots.py --table RUN ...    one line a run
     python plots.py --samples RUN ...  rollouts to read, of the start, middle and end of training
 
-Numbers of figures are the paper's: PAPER_FIGURES says what draws which. The values come from study/logs.py, the study's
-own figures from study/figures.py, tables and samples from study/tables.py.
+Numbers of figures are the paper's. Values come from study/logs.py, the study's own figures from study/figures.py,
+tables and samples from study/tables.py.
 """
 
 import argparse

@@ -280,23 +280,21 @@ class Trainer:
                 f"response: {text[:160]!r}{f' ... {text[160:][-160:]!r}' if text[160:] else ''}\n"
                 f"{found}the answer is {problem.answer!r}: reward {s.reward_R[r]:+g}; {s.batch.lengths[r]} tokens, "
                 f"{'cut' if s.batch.truncated[r] else 'ended by itself'}")
-        say(ungraded(len(s.reward_R), s.timeouts, s.failures) + self.drawing_time(s))
-
-    def drawing_time(self, s: Step) -> str:
-        """An estimate: the responses of `s` are as long as others, and the speed is that of as many as are decoded at
-        once, of which only the first tokens are drawn. Collective."""
-        cfg, limit, mean = self.cfg, self.cfg.max_response_tokens, s.batch.lengths.mean()
+        # An estimate: others are as long as these, and the speed is that of as many as are decoded at once, of which
+        # only the first tokens are drawn, and nothing ends them.
+        limit, mean = cfg.max_response_tokens, s.batch.lengths.mean()
+        evaluation = len(self.eval_set[0]) * cfg.eval_rollouts
         n_P = np.full(len(s.n_P), max(1, cfg.max_rollouts * self.ranks.world // len(s.n_P)))
-        few, start = Sampling(min(16, limit), cfg.temperature), time.perf_counter()  # and nothing ends them
+        few, start = Sampling(min(16, limit), cfg.temperature), time.perf_counter()
         self.draw(Step(**{**vars(s), "n_P": n_P, "sampling": few}))
         speed = n_P.sum() * few.max_tokens / max(self.ranks.from_all(time.perf_counter() - start))
-        evaluation = len(self.eval_set[0]) * cfg.eval_rollouts
         run = (cfg.steps * cfg.prompts_per_step * cfg.rollouts_per_prompt
                + evaluation * sum(map(cfg.due, range(cfg.steps + 1))))
         times = [timedelta(seconds=round(rollouts * mean / speed)) for rollouts in (evaluation, run)]
-        return (f"\nestimate (h:mm:ss): an evaluation draws for {times[0]}, the run for {times[1]} in all, at "
-                f"{speed:,.0f} tokens a second and {mean:.0f} a response, as above; {limit / mean:.1f} times as long "
-                f"if all reached {limit}. Grading and training come on top: the bar tells after a step\n")
+        say(f"{ungraded(len(s.reward_R), s.timeouts, s.failures)}\nestimate (h:mm:ss): an evaluation draws for "
+            f"{times[0]}, the run for {times[1]} in all, at {speed:,.0f} tokens a second and {mean:.0f} a response, "
+            f"as above; {limit / mean:.1f} times as long if all reached {limit}. Grading and training come on top: the "
+            "bar tells after a step\n")
 
     # -- one step
 
