@@ -83,15 +83,11 @@ class Ranks:
             dist.init_process_group(self.backend, timeout=timedelta(seconds=patience))
             dist.all_reduce(torch.zeros(1, device=self.device))  # what is wrong between the GPUs shows now
 
-    def check_work(self, prompts: int, minibatch_rollouts: int) -> None:
-        """Raises RunError for more ranks than prompts of a step, which deal out sampling; warns of more than rollouts
-        of a mini-batch, which deal out training."""
+    def check_work(self, prompts: int) -> None:
+        """Raises RunError for more ranks than prompts of a step, by which sampling is dealt out."""
         if self.world > prompts:
             raise RunError(f"{self.world} ranks and --prompts_per_step {prompts}: some would never sample. Take more "
                            "prompts or fewer ranks")
-        if self.world > minibatch_rollouts:
-            say(f"WARNING: {self.world} ranks share the {minibatch_rollouts} rollouts of a mini-batch: some have "
-                "nothing to train on. Take a larger --minibatch_prompts, or fewer ranks")
 
     @functools.cached_property  # each new one opens process groups, and each group communicators
     def mesh(self) -> DeviceMesh:

@@ -613,7 +613,7 @@ def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, 
         torch.set_num_threads(cfg.threads)
     # Collectives outlast the watchdog, which says more than they do when a rank is missing.
     ranks, folder = Ranks(max(900, 2 * cfg.stall_seconds)), RunFolder(cfg)
-    ranks.check_work(cfg.prompts_per_step, cfg.minibatch_prompts * cfg.rollouts_per_prompt)
+    ranks.check_work(cfg.prompts_per_step)
     folder.lock = FolderLock(folder.path, ranks)
     loaded = folder.loaded_before(resume)
     folder.check_shared(ranks)
