@@ -15,6 +15,7 @@ import functools
 import itertools
 import re
 import timeit
+from collections import namedtuple
 from math import ceil, inf
 from pathlib import Path
 from typing import NamedTuple
@@ -88,21 +89,13 @@ def machine(text: str) -> tuple[int, str, Card]:
     return world, *known[name]
 
 
-class Sizes(NamedTuple):
-    """What a model and settings come to."""
-
-    P: int  # parameters, of them
-    root: int  # r
-    block: int  # b
-    width: int  # bytes of a number in a forward pass
-    cache: int  # bytes of the keys and values of one token
-    response: int  # tokens at most, the same with its prompt, and in a packed row: a rollout longer than
-    longest: int   # --microbatch_tokens has a row of its own
-    row: int
+Sizes = namedtuple("Sizes", "P root block width cache response longest row")
 
 
 @functools.cache
 def sizes(model: ModelConfig, cfg: Config) -> Sizes:
+    """P, r and b; bytes of a number in a forward pass, and of the keys and values of a token; tokens at most of a
+    response, of one with its prompt, and of a packed row: one longer than --microbatch_tokens has a row of its own."""
     P, width = parameters(model), 4 if cfg.dtype == "float32" else 2
     root = model.hidden_size * (model.vocab_size * (2 - model.tie_word_embeddings) + 1)
     prompt, response = model.limits(cfg.max_prompt_tokens, cfg.max_response_tokens)
