@@ -32,6 +32,7 @@ from study.logs import MODES, Missing, Run, headline, stages, tail
 from study.tables import run_table, sample_page, tables
 
 FIGURES = Path(__file__).parent / "figures"
+SUFFIXES, CREATOR = ("png", "pdf"), "group-dro plots.py"  # what is written, and the mark by which it is known again
 
 # ------------------------------------------------------------------------------------------------ runs
 
@@ -358,15 +359,16 @@ def save(figure, name: str, folder: Path) -> None:
     if entries:
         figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=4)
     folder.mkdir(parents=True, exist_ok=True)
-    for suffix, metadata in (("png", {}), ("pdf", {"CreationDate": None})):  # the same logs, the same bytes
-        figure.savefig(folder / f"{name}.{suffix}", dpi=200, metadata=metadata)
+    for suffix in SUFFIXES:
+        undated = {"CreationDate": None} if suffix == "pdf" else {}  # the same logs, the same bytes
+        figure.savefig(folder / f"{name}.{suffix}", dpi=200, metadata={"Creator": CREATOR, **undated})
     plt.close(figure)
     print(folder / f"{name}.png")
 
 
 def draw(functions: dict[str, Callable], data, folder: Path) -> None:
-    """Draws what the logs have data for, and says of the rest what is missing. Raises ValueError if nothing could be
-    drawn."""
+    """Draws what the logs have data for, and says of the rest what is missing; what was drawn of it before goes. Raises
+    ValueError if nothing could be drawn."""
     left_out = 0
     for name, function in functions.items():
         try:
@@ -375,6 +377,9 @@ def draw(functions: dict[str, Callable], data, folder: Path) -> None:
             plt.close("all")
             left_out += 1
             print(f"figure {name} left out: {missing}", file=sys.stderr)
+            for old in (folder / f"figure_{name}.{suffix}" for suffix in SUFFIXES):
+                if old.exists() and CREATOR.encode() in old.read_bytes():
+                    old.unlink()
     if left_out == len(functions):
         raise ValueError("nothing could be drawn of these runs; --live shows each as it stands")
 

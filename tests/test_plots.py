@@ -273,10 +273,19 @@ def test_runs_of_one_name_have_figures_of_their_own():
     assert re.fullmatch(r"run\+2-[0-9a-f]{6}", plots.label(runs))
 
 
-def test_where_nothing_can_be_drawn_it_is_said_what_can(tmp_path):
+def test_a_figure_that_is_no_longer_drawn_goes_but_none_of_others(tmp_path, capsys):
+    def draw(mode: str) -> None:
+        plots.draw({"5": plots.PAPER_FIGURES["5"]}, plots.by_model([a_run(mode)]), tmp_path)
+
+    draw("both")
+    assert {path.name for path in tmp_path.iterdir()} == {"figure_5.png", "figure_5.pdf"}
     with pytest.raises(ValueError, match="nothing could be drawn of these runs; --live"):
-        plots.draw({"5": plots.PAPER_FIGURES["5"]}, plots.by_model([a_run("rollout")]), tmp_path)
+        draw("rollout")
     assert not list(tmp_path.iterdir())
+    (tmp_path / "figure_5.png").write_bytes(b"somebody's own")
+    with pytest.raises(ValueError, match="nothing could be drawn"):
+        draw("rollout")
+    assert [path.name for path in tmp_path.iterdir()] == ["figure_5.png"]
 
 
 def test_the_command_prints_tables_and_samples_of_runs_and_names_what_they_lack(tmp_path, command, capsys):
