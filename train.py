@@ -8,16 +8,14 @@ With torchrun every rank knows the whole batch and holds a shard of the model (r
 rollouts to train on) is dealt out by tokens, and results meet as sums of arrays in which each rank filled its own
 places. Suffixes name axes: P prompts of a batch, R rollouts, N response tokens, B bins.
 
-Left out, because the method does not need it, and where it would go:
-- sampling one step ahead of training: `step`, which would draw the next batch before `update`; the ratio (4) is there
-- LoRA: `Policy.save` and `Trainer.weights`, which would merge, and the parameters that the optimiser is given
-- tensor parallelism: `ranks.shard` spreads the model's state; vLLM has a whole model on every GPU
-- another optimiser, a schedule of its rate: `Trainer.__init__` makes it, `optimizer_step` moves it
+Left out is what the method does not need; README says where LoRA, a schedule or sampling one step ahead would go.
 """
 
 import dataclasses
 import hashlib
 import os
+import re
+import shlex
 import signal
 import sys
 import time
@@ -282,23 +280,21 @@ class Trainer:
                 f"response: {text[:160]!r}{f' ... {text[160:][-160:]!r}' if text[160:] else ''}\n"
                 f"{found}the answer is {problem.answer!r}: reward {s.reward_R[r]:+g}; {s.batch.lengths[r]} tokens, "
                 f"{'cut' if s.batch.truncated[r] else 'ended by itself'}")
-        say(ungraded(len(s.reward_R), s.timeouts, s.failures) + self.drawing_time(s))
-
-    def drawing_time(self, s: Step) -> str:
-        """An estimate: the responses of `s` are as long as others, and the speed is that of as many as are decoded at
-        once, of which only the first tokens are drawn. Collective."""
-        cfg, limit, mean = self.cfg, self.cfg.max_response_tokens, s.batch.lengths.mean()
+        # An estimate: others are as long as these, and the speed is that of as many as are decoded at once, of which
+        # only the first tokens are drawn, and nothing ends them.
+        limit, mean = cfg.max_response_tokens, s.batch.lengths.mean()
+        evaluation = len(self.eval_set[0]) * cfg.eval_rollouts
         n_P = np.full(len(s.n_P), max(1, cfg.max_rollouts * self.ranks.world // len(s.n_P)))
-        few, start = Sampling(min(16, limit), cfg.temperature), time.perf_counter()  # and nothing ends them
+        few, start = Sampling(min(16, limit), cfg.temperature), time.perf_counter()
         self.draw(Step(**{**vars(s), "n_P": n_P, "sampling": few}))
         speed = n_P.sum() * few.max_tokens / max(self.ranks.from_all(time.perf_counter() - start))
-        evaluation = len(self.eval_set[0]) * cfg.eval_rollouts
         run = (cfg.steps * cfg.prompts_per_step * cfg.rollouts_per_prompt
                + evaluation * sum(map(cfg.due, range(cfg.steps + 1))))
         times = [timedelta(seconds=round(rollouts * mean / speed)) for rollouts in (evaluation, run)]
-        return (f"\nestimate (h:mm:ss): an evaluation draws for {times[0]}, the run for {times[1]} in all, at "
-                f"{speed:,.0f} tokens a second and {mean:.0f} a response, as above; {limit / mean:.1f} times as long "
-                f"if all reached {limit}. Grading and training come on top: the bar tells after a step\n")
+        say(f"{ungraded(len(s.reward_R), s.timeouts, s.failures)}\nestimate (h:mm:ss): an evaluation draws for "
+            f"{times[0]}, the run for {times[1]} in all, at {speed:,.0f} tokens a second and {mean:.0f} a response, "
+            f"as above; {limit / mean:.1f} times as long if all reached {limit}. Grading and training come on top: the "
+            "bar tells after a step\n")
 
     # -- one step
 
@@ -315,7 +311,7 @@ class Trainer:
                 ("advantage", self.advantages),  # (3)
                 ("logprob", self.behaviour),  # what (4) and (6) compare with
                 ("update", self.update),  # (4)-(7), with the weight of (16)
-                ("sync", self.sync),
+                ("sync", lambda s: self.engine.load_weights(self.weights())),
                 ("adversary", self.learn)):  # (10)-(13), (17)-(18), (21)
             progress(phase)
             start = time.perf_counter()
@@ -418,7 +414,7 @@ class Trainer:
     def update(self, s: Step) -> None:
         """The optimiser steps of one batch, one a mini-batch of prompts; every weight is fixed before any split."""
         cfg, batch, P = self.cfg, s.batch, len(s.n_P)
-        weight_R = s.weight_P[batch.owner]
+        weight_R, put = s.weight_P[batch.owner], partial(torch.tensor, dtype=torch.float32, device=self.device)
         s.surrogate_R, s.kl_R = np.zeros(len(weight_R)), np.zeros(len(weight_R))  # 0 of what is left out
         losses, norms, clipped, active = [], [], 0, 0
         for start in range(0, P, cfg.minibatch_prompts):
@@ -429,9 +425,9 @@ class Trainer:
                 logp = self.logprobs(self.model, micro)
                 logp.retain_grad()  # to count the tokens that move nothing
                 loss, surrogate_S, kl_S, cut = grpo_loss(
-                    logp, self.put(s.old_N[places]), self.put(s.ref_N[places]), self.put(s.advantage_R[mine]),
-                    self.put(weight_R[mine]), self.put(token_weight_R[mine]), micro.offsets,
-                    eps_low=cfg.eps_low, eps_high=cfg.eps_high, beta=cfg.kl_beta)
+                    logp, put(s.old_N[places]), put(s.ref_N[places]), put(s.advantage_R[mine]), put(weight_R[mine]),
+                    put(token_weight_R[mine]), micro.offsets, eps_low=cfg.eps_low, eps_high=cfg.eps_high,
+                    beta=cfg.kl_beta)
                 loss.backward()
                 loss_sum += loss.item()
                 s.surrogate_R[mine], s.kl_R[mine] = surrogate_S.cpu().numpy(), kl_S.cpu().numpy()
@@ -460,10 +456,6 @@ class Trainer:
         self.optimizer.zero_grad()  # freed: vLLM wants the memory
         self.optimizer_steps += 1
         return norm
-
-    def sync(self, s: Step) -> None:
-        """The engine takes the new weights."""
-        self.engine.load_weights(self.weights())
 
     def learn(self, s: Step) -> None:
         """The one place where adversaries and bins change; the same on every rank, which is checked."""
@@ -517,9 +509,6 @@ class Trainer:
             "prompt": s.problems[p].prompt, "response": texts[p]} for p, r in enumerate(first_P)])
 
     # -- what a step calls
-
-    def put(self, x: np.ndarray) -> Tensor:
-        return torch.from_numpy(x.astype(np.float32)).to(self.device)
 
     def logprobs(self, model: Transformer, micro: Micro, *, entropy: bool = False):
         progress()
@@ -624,7 +613,7 @@ def set_up(cfg: Config, preset: str, resume: bool) -> tuple[Trainer, RunFolder, 
         torch.set_num_threads(cfg.threads)
     # Collectives outlast the watchdog, which says more than they do when a rank is missing.
     ranks, folder = Ranks(max(900, 2 * cfg.stall_seconds)), RunFolder(cfg)
-    ranks.check_work(cfg.prompts_per_step, cfg.minibatch_prompts * cfg.rollouts_per_prompt)
+    ranks.check_work(cfg.prompts_per_step)
     folder.lock = FolderLock(folder.path, ranks)
     loaded = folder.loaded_before(resume)
     folder.check_shared(ranks)
@@ -658,6 +647,9 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
     trainer.stop.listen(folder)
     tracker = Tracker(cfg.tracker if first else "none", folder.path)
 
+    def logged(evaluation: Evaluation) -> dict:
+        return {k: v for k, v in dataclasses.asdict(evaluation).items() if k != "by_kind"}
+
     def evaluate() -> dict | None:
         latest = trainer.evaluate(trainer.next_step)
         if latest is None:
@@ -670,11 +662,12 @@ def train(trainer: Trainer, folder: RunFolder, evaluations: list[Evaluation]) ->
             if first:
                 write_json(folder.path / "best" / "evaluation.json", dataclasses.asdict(latest))
         say(latest.line())
-        return {k: v for k, v in dataclasses.asdict(latest).items() if k != "by_kind"}
+        return logged(latest)
 
-    # of the base, or one that a stop left out
-    if cfg.due(trainer.next_step) and trainer.next_step not in [e.step for e in evaluations]:
-        tracker.log({"step": trainer.next_step, "eval": evaluate()})
+    # of the base, one that a stop left out, or one that the tracker forgets with the steps after it
+    known = [logged(e) for e in evaluations if e.step == trainer.next_step]
+    if known or cfg.due(trainer.next_step):
+        tracker.log({"step": trainer.next_step, "eval": known[0] if known else evaluate()})
     bar = tqdm(total=cfg.steps, initial=trainer.next_step, desc=f"{cfg.mode} seed {cfg.seed}", unit="step",
                disable=not first)
     begun, recent, warned, stopping = [], [], False, trainer.stop()
@@ -741,9 +734,7 @@ def run(cfg: Config, command) -> None:
     ranks, begun = trainer.ranks, trainer.next_step
     with folder.lock, trainer.grader, folder.full_disk_explained(12 * trainer.policy.config.num_parameters()):
         complete = train(trainer, folder, evaluations)
-        saved = ranks.from_all((folder.path / "model").exists())[0]
-        if trainer.next_step > begun or not saved:
-            trainer.policy.save(trainer.model, folder.path / "model", write=ranks.rank == 0)
+        trainer.policy.save(trainer.model, folder.path / "model", write=ranks.rank == 0)
     if complete and begun >= cfg.steps:
         say(f"already at {trainer.next_step} of {cfg.steps} steps; --steps N goes on")
     if complete:
@@ -764,7 +755,9 @@ def main() -> None:
     try:
         cfg, command = parse_args()
         if command.plan is not None:
-            print(plan.report(cfg, plan.known_model(cfg.model) or tasks.model_config(cfg.model), command.plan))
+            given = re.sub(r"--plan[= ]\S+ ?", "", shlex.join(sys.argv[1:])).strip()
+            given = given if "--preset" in given else f"--preset {command.preset} {given}".strip()
+            print(plan.report(cfg, plan.known_model(cfg.model) or tasks.model_config(cfg.model), command.plan, given))
             return
     except (ValueError, OSError, RunError) as error:
         sys.exit(f"train.py: {error}")

@@ -146,13 +146,13 @@ def update_rows(cfg: Config, config: ModelConfig, shares: tuple[float, ...], rol
         took = statistics.mean(milliseconds(calls[phase]) for _ in range(repeats)) / 1000
         passes, planned = (3, plan.TRAIN_SHARE) if phase == "training" else (1, plan.LOGPROB_SHARE)
         flops = tokens * plan.token_flops(config, prompt + response)
-        parts = plan.phases(config, dataclasses.replace(cfg, gradient_checkpointing=share), 1, 1, 0)[phase]
+        peaks = plan.phases(config, dataclasses.replace(cfg, gradient_checkpointing=share), 1, 1, 0)
         rows.append({"model": cfg.model, "phase": "update" if phase == "training" else phase, "compiled": compiled,
                      "recomputed": share, "tokens": tokens, "first s": first, "s": took,
                      "planned s": (passes + share) * flops / (planned * PEAK_FLOPS),
                      "MFU %": 100 * passes * flops / (took * PEAK_FLOPS),
                      "GiB": torch.cuda.max_memory_allocated() / plan.GIB,
-                     "planned GiB": (sum(parts.values()) - parts["vLLM"]) / plan.GIB})
+                     "planned GiB": (peaks[phase] - plan.VLLM_ASLEEP) / plan.GIB})
     ranks.leave()
     return rows
 

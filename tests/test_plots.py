@@ -126,13 +126,16 @@ def panel(figure, title: str):
 
 
 @pytest.mark.parametrize("mode, changes, by_bin", [
-    ("grpo", {}, []), ("prompt", {}, ["share", "reward", "weight"]), ("rollout", {}, ["share", "reward", "rollouts"]),
-    ("both", {}, ["reward", "weight", "rollouts"]),
-    ("rollout", {"allocation": "weights"}, ["share", "reward", "weight"])])
+    ("grpo", {}, ["share"]), ("prompt", {}, ["share", "reward", "weight", "tokens"]),
+    ("rollout", {}, ["share", "reward", "rollouts", "tokens"]), ("both", {}, ["share", "reward", "weight", "rollouts"]),
+    ("rollout", {"allocation": "weights"}, ["share", "reward", "weight", "tokens"])])
 def test_the_overview_shows_what_one_looks_at_first_and_adversaries_where_they_act(mode, changes, by_bin):
     run = a_run(mode, changes=changes)
     run.evaluations[-1]["intervals"] = {"pass@8": [0.4, 0.7]}
+    for line in run.log:
+        line["truncated_frac"], line["bins"]["tokens"] = 0.125, line["bins"]["rollouts"]
     figure = plots.figure_overview(run)
+    assert not any(ax.texts for ax in figure.axes)  # nothing is missing
     titles = [ax.get_title(loc="left") for ax in figure.axes if ax.get_title(loc="left")]
     held_out = "held-out pass@8, % (bars: 95%)"
     assert titles == [title if title != "held-out pass@k" else held_out for title in plots.CURVES] + [
@@ -140,6 +143,8 @@ def test_the_overview_shows_what_one_looks_at_first_and_adversaries_where_they_a
     assert figure.get_suptitle() == f"{run.name}: made-up, mode {mode}, seed 0"
     assert values_of(panel(figure, "mean reward"))[0] == pytest.approx(run.series("reward_mean"))
     assert values_of(panel(figure, "groups without advantage, %"))[0].tolist() == [25] * 12
+    assert values_of(panel(figure, "response tokens (dotted: cut, %)"))[0].tolist() == list(range(9, 21))
+    assert values_of(next(ax for ax in figure.axes if ax.get_ylim()[1] == 110))[0].tolist() == [12.5] * 12
     assert values_of(panel(figure, held_out))[0] == pytest.approx([100 * logs.headline(e) for e in run.evaluations])
     (bars,) = panel(figure, held_out).collections
     assert bars.get_segments()[-1] == pytest.approx(np.array([[12, 40], [12, 70]]))

@@ -53,15 +53,12 @@ def test_each_process_has_a_gpu_of_its_own_or_all_work_on_the_cpu():
 # ---- what cannot be shared out
 
 
-def test_more_ranks_than_prompts_are_refused_and_more_than_a_mini_batch_has_rollouts_is_said(capsys):
+def test_more_ranks_than_prompts_are_refused():
     ranks = Ranks()
     ranks.world = 8
-    ranks.check_work(prompts=8, minibatch_rollouts=8)
-    assert capsys.readouterr().out == ""
-    ranks.check_work(prompts=8, minibatch_rollouts=4)
-    assert "8 ranks share the 4 rollouts of a mini-batch" in capsys.readouterr().out
+    ranks.check_work(prompts=8)
     with pytest.raises(RunError, match="8 ranks and --prompts_per_step 7"):
-        ranks.check_work(prompts=7, minibatch_rollouts=28)
+        ranks.check_work(prompts=7)
 
 
 # ---- collectives

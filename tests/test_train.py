@@ -497,9 +497,23 @@ def test_a_tracker_gets_every_number_and_one_that_fails_is_named_once_and_left_o
     tracker.log(line)
     assert calls == [0] and capsys.readouterr().out.count("failed (no route)") == 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tracker, "_open", lambda tracker: unreachable({}, 1))
+        patch.setattr(Tracker, "_open", lambda tracker, step: unreachable({}, step))
         Tracker("wandb", tmp_path).log(line)  # that it cannot be opened does not end the run either
     assert "wandb failed (no route)" in capsys.readouterr().out
+
+
+def test_tensorboard_has_every_step_once_though_a_resumed_run_does_some_again(base, tmp_path):
+    pytest.importorskip("tensorboard", reason="a tracker is the user's choice")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out, options = tmp_path / "run", dict(tracker="tensorboard", eval_every=2, save_every=2)
+    assert main(base, out, steps=4, **options) == 0
+    shutil.rmtree(out / "checkpoint" / "step_4")  # as a kill after step 3 leaves it
+    assert main(base, out, "--resume", steps=5, **options) == 0
+    seen = EventAccumulator(str(out / "tensorboard")).Reload()
+    steps = {key: [event.step for event in seen.Scalars(key)] for key in ("reward_mean", "eval/mean")}
+    assert steps == {"reward_mean": [0, 1, 2, 3, 4], "eval/mean": [0, 2, 4, 5]}
+    assert [event.step for event in seen.Tensors("samples/0/text_summary")] == [0]
 
 
 def test_a_finished_run_tells_its_settings_and_results_and_its_model_loads_elsewhere(base, tmp_path, finished):
