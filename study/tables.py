@@ -148,11 +148,6 @@ def cost_table() -> str:
     return table("What the way costs", lines)
 
 
-def way_is_whole() -> bool:
-    """Whether all its runs are there: nobody looks before."""
-    return all(len(runs_at(task, row.name)) == len(row.bases) * row.seeds for row in PARTS[WAY] for task in BOTH_TASKS)
-
-
 def readme_table() -> str:
     """README's: what share of GRPO's rollouts each row of the way needs to get where GRPO ends, and where it ends
     itself when it has spent as many."""
@@ -205,7 +200,7 @@ def tables() -> str:
     """All of the study, as results/TABLES.md holds it."""
     runs = [run for rows in sweeps().values() for sweep in rows.values() for group in sweep.values() for run in group]
     note = NOTE.format(runs=len(runs), hours=sum(run.config.get("seconds", 0) for run in runs) / 3600)
-    answers = [readme_table(), cost_table(), way_table()] if way_is_whole() else []
+    answers = [readme_table(), cost_table(), way_table()]
     questions = [question_table(title, pairs) for title, pairs in QUESTIONS.items()]
     against_grpo = outcome_table("The arena against grpo", PARTS["The arena"], "grpo")
     parts = [outcome_table(part, rows) for part, rows in PARTS.items() if part not in (SHAPE, WAY)]
