@@ -23,19 +23,25 @@ QUESTIONS: dict[str, tuple[Pair, ...]] = {
     "The questions on fresh bases": (("rank-maxrl-fresh", "maxrl-fresh"),
                                      ("rank-maxrl-fresh", "rank-weights-maxrl-fresh"),
                                      ("rollout-maxrl-fresh", "maxrl-fresh")),
+    "At other shapes": tuple((f"{ours}-50-{shape}", f"{theirs}-50-{shape}") for shape in ("32x8", "16x16")
+                             for ours, theirs in (("rank", "maxrl"), ("rank", "weights"), ("maxrl", "grpo"))),
+    "Without maxrl, with one optimiser step": (("rank-tilt", "tilt"), ("rollout-rank", "grpo"), ("rollout", "weights"),
+                                               ("rank-one", "maxrl-one"), ("maxrl-one", "grpo-one")),
 }
+# How far rows lie apart, beside how far runs do that differ by their seed alone.
+CHANCE: tuple[Pair, ...] = tuple((f"{row}-again", row) for row in ("maxrl", "rollout-rank-maxrl", "rank-weights-maxrl")
+                                 ) + (("rollout-rank-maxrl", "maxrl"), ("rollout-rank-maxrl", "rank-weights-maxrl"))
 # What was asked of the way there, before its bases were trained: does the first row of a pair cost less?
 COSTS: tuple[Pair, ...] = (("moved-way", "maxrl-way"), ("moved-way", "weights-way"), ("maxrl-way", "grpo-way"))
 
 
 def difference(task: str, pair: Pair, figure: Callable[[dict], float]) -> np.ndarray:
-    """Of two rows in points, base by base; none where one has not run. A row of one rate is held against the other's
-    runs at that rate where there are any, else both report at their cross-fitted rates."""
-    ours, theirs = (study().get(task, {}).get(row, []) for row in pair)
-    rates = list(sweeps().get(task, {}).get(pair[0], ()))
-    if len(rates) == 1:
-        theirs = sweeps()[task].get(pair[1], {}).get(rates[0], theirs)
-    return logs.paired(ours, theirs, figure)
+    """Of two rows in points, base by base; none where one has not run. Where one has a single rate, the other is held
+    against it at that rate, if it has any runs there; else both report at their cross-fitted rates."""
+    sweep = [sweeps().get(task, {}).get(row, {}) for row in pair]
+    single = next((rate for rates in sweep if len(rates) == 1 for rate in rates), None)
+    return logs.paired(*(rates.get(single, study().get(task, {}).get(row, []))
+                         for rates, row in zip(sweep, pair, strict=True)), figure)
 
 
 def pooled(pair: Pair, figure: Callable[[dict], float] = headline) -> np.ndarray:
@@ -182,6 +188,11 @@ def found_kinds(evaluation: dict) -> int:
     return sum(kind[2] >= 0.5 for kind in evaluation["by_kind"].values())
 
 
+def chance_table() -> str:
+    return table("Chance", [{"rows": " - ".join(pair), **compared(pair), "standard deviation":
+                             f"{pooled(pair).std(ddof=1):.1f}"} for pair in CHANCE])
+
+
 def weight_table() -> str:
     """Weights that Prompt-GDRO applied to bins present, in the runs that report and in those at all rates; the mean
     absolute prompt loss (7) by optimiser step of a batch."""
@@ -204,7 +215,8 @@ def tables() -> str:
     questions = [question_table(title, pairs) for title, pairs in QUESTIONS.items()]
     against_grpo = outcome_table("The arena against grpo", PARTS["The arena"], "grpo")
     parts = [outcome_table(part, rows) for part, rows in PARTS.items() if part not in (SHAPE, WAY)]
-    return "\n\n".join([note, *answers, shape_table(), *questions, against_grpo, *parts, weight_table()])
+    rest = [chance_table(), weight_table()]
+    return "\n\n".join([note, *answers, shape_table(), *questions, against_grpo, *parts, *rest])
 
 
 # ------------------------------------------------------------------------------------------------ any runs

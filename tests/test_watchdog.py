@@ -157,7 +157,7 @@ def test_a_run_that_hangs_in_a_phase_ends_and_says_which(base, tmp_path):
                       f"    begun = os.path.exists('{tmp_path}/run/config.json')\n"
                       "    return time.sleep(600 * begun * int(os.environ['RANK'])) or 1.0\n")
     process = training(base, tmp_path / "run", "--reward", f"{reward}:slow", "--grader_timeout", 600,
-                       "--stall_seconds", 8)
+                       "--grader_workers", 1, "--stall_seconds", 15)  # workers may take some seconds to start
     output, _ = process.communicate(timeout=100)
     assert process.returncode != 0, output
     waiting, hung = ((tmp_path / "run" / f"stall-rank{rank}.txt").read_text() for rank in (0, 1))
