@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reward import STYLES, Problem, boxed
+from reward import STYLES, Problem, boxed, compare
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ KIND_COLUMNS = ("kind", "level", "subject", "type", "category")  # MATH has a le
 ID_COLUMNS = ("id", "uid", "unique_id", "Record ID")
 CHOICE_COLUMNS = ("Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)))  # of GPQA
 OPTION_COLUMNS = ("choices", "options")  # of other sets: a list, in the order to which the answer refers
+CONTEXT_COLUMNS = ("body", "context", "passage", "article", "paragraph")  # in any case; not part of the prompt
 LETTERS = "ABCDEFGHIJ"  # of options; reward.py knows no more
 ROLES = ("system", "user", "assistant")  # others are passed over by many a chat template
 NESTED = re.compile(r"""\s*(?:\[\s*["']|\{\s*")""")  # how a text begins that is JSON; [3, 5] and {1, 2} are mathematics
@@ -75,6 +76,9 @@ def load_problems(source: str, *, revision: str | None = None) -> tuple[list[Pro
     if not rows:
         raise ValueError(f"{name} has no rows")
     problems, counts = _merge([(where, _problem(row, f"{name}, {where}")) for where, row in rows], name)
+    if left_out := [column for column in problems[0].columns if column.lower() in CONTEXT_COLUMNS]:
+        log.warning("%s: the column %s is not part of the prompts; if its text belongs to the question, write it there",
+                    name, " and ".join(left_out))
     return problems, {"source": name, **record, "counts": {"rows": len(rows), **counts}}
 
 
@@ -204,6 +208,8 @@ def _gold(row: dict, where: str) -> tuple[str, str]:
         return "", style
     if isinstance(answer, list):
         parts = [_text(part).strip() for part in answer]
+        if all(compare(part, parts[0]) for part in parts[1:]):  # ways to write one answer
+            parts = parts[:1]
         answer = ", ".join(parts) if all(parts) else ""
     answer = _text(answer)
     if row.keys().isdisjoint(ANSWER_COLUMNS[:2]):  # a worked solution, as in MATH
@@ -244,6 +250,17 @@ def key(problem: Problem) -> str:
 
 def _hash(problem: Problem) -> str:
     return hashlib.blake2b(key(problem).encode(), digest_size=8).hexdigest()
+
+
+def _words(problem: Problem) -> str:
+    """What is asked, whatever its case, gaps and punctuation: real sets have one problem in several such forms."""
+    return " ".join(re.findall(r"\d[\d.,]*\d|\w+|[^\w\s.,;:!?'\"]", key(problem).casefold()))
+
+
+def some_of(problems: list[Problem], count: int) -> list[Problem]:
+    """`count` of them, in their order: those whose prompts have the smallest hashes, for files are often sorted."""
+    chosen = {p.id for p in sorted(problems, key=_hash)[:count]}
+    return [p for p in problems if p.id in chosen]
 
 
 def _as_json(value):
@@ -296,22 +313,23 @@ def _merge(found: list[tuple[str, Problem]], name: str) -> tuple[list[Problem], 
 
 
 def hold_out(problems: list[Problem], was: dict | None) -> tuple[list[Problem], list[Problem], dict]:
-    """Those to train on, in their order; a tenth, at most 200, that is held out; how that was chosen: by the smallest
-    hashes of the prompts, whatever the order of the rows. `was`: how a run to go on with did; once, it took the `last`.
-    """
+    """Those to train on, in their order and without what differs from a held-out one by case, gaps or punctuation; a
+    tenth, at most 200, that is held out; how that was chosen: by the smallest hashes of the prompts, whatever the order
+    of the rows. `was`: how a run to go on with did; once, it took the `last`."""
     if len(problems) < 2:
         raise ValueError("one problem alone leaves nothing to hold out of training: give more, or --eval_data")
     chosen = {"last": was["last"]} if was and "last" in was else {
         "by": "hash", "count": min(200, max(1, len(problems) // 10))}
     held_out = problems[-chosen["last"] :] if "last" in chosen else sorted(problems, key=_hash)[: chosen["count"]]
-    ids = {p.id for p in held_out}
-    return [p for p in problems if p.id not in ids], held_out, chosen
+    asked = set(map(_words, held_out))
+    return [p for p in problems if _words(p) not in asked], held_out, chosen
 
 
 def check_overlap(trained: list[Problem], evaluated: list[Problem], *, allowed: float, name: str = "eval_data") -> None:
-    """Warns of prompts that stand in both; raises ValueError for more than a share `allowed` of those to evaluate."""
-    asked = set(map(key, trained))
-    if both := [p for p in evaluated if key(p) in asked]:
+    """Warns of prompts that stand in both, but for case, gaps and punctuation; raises ValueError for more than a share
+    `allowed` of those to evaluate."""
+    asked = set(map(_words, trained))
+    if both := [p for p in evaluated if _words(p) in asked]:
         message = (f"{name}: {len(both)} of {len(evaluated)} problems stand in train_data, too, such as "
                    f"{both[0].prompt[:60]!r}: they measure what was learned by heart")
         if len(both) > allowed * len(evaluated):

@@ -145,12 +145,12 @@ def markdown(rows: dict[str, dict], model: str, reward: str = "") -> str:
     Then, of each row, the kinds and what was not graded. pass@1 is mean@m and left out. reward: one's own, if any."""
     names = [n for n in next(iter(rows.values())) if n.startswith(("mean@", "pass@")) and n != "pass@1"]
     published = json.loads(PAPER.read_text(encoding="utf-8"))
-    methods = next((m for size, m in published["table"].items() if f"-{size}" in model), {})
+    methods = next((m for size, m in published["table"].items() if f"Qwen3-{size}" in model), {})
     columns = published["columns"]
     lines = []
     for benchmark, row in rows.items():
         graded = [reward, "-"] if reward else [", ".join(row["styles"]), f"{100 * row['no_answer_frac']:.1f}"]
-        column = "pass@8" if benchmark == "all" else benchmark
+        column = "pass@8" if benchmark == "all" and rows.keys() >= set(PAPER_BENCHMARKS) else benchmark
         paper = [f"{m[columns.index(column)]:.2f}" if column in columns else "" for m in methods.values()]
         lines.append([benchmark, str(row["problems"]), *(cell(row[n]) for n in names), *graded,
                       f"{100 * row['truncated_frac']:.1f}", *paper])
@@ -328,6 +328,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """
     given, own = given_flags(eval_flags(__doc__), argv), ("model", "regrade", "compare", "benchmarks", "out")
     args = argparse.Namespace(**{name: given.pop(name) for name in own})
+    act = {"answer_style", "reward", "grader_workers", "grader_timeout"} if args.regrade else set()
+    if not args.model and (idle := [f"--{eval_flag(name)}" for name in given if name not in act]):
+        raise ValueError(f"{', '.join(idle)}: what was drawn already cannot be asked for otherwise; --regrade takes "
+                         "--reward and --answer_style, --compare nothing else")
     args.run = run = TrainedRun.find(args.model) if args.model else None
     names = args.benchmarks or []
     if args.model and not args.out:
@@ -360,10 +364,18 @@ def settings_in(folder: Path) -> dict:
     return saved["settings"] if "settings" in saved else {}  # a run's own eval.json is a list
 
 
+def saved_samples(path: Path) -> list[Sample]:
+    """Of the evaluation in a folder, or of the file of one; says where it was interrupted."""
+    samples = read_samples(path if path.is_file() else path / "eval_samples.jsonl")
+    asked = sum(record["problems"] for record in settings_in(path).get("benchmarks", {}).values())
+    if (found := len({(s.benchmark, s.id) for s in samples})) < asked:
+        say(f"WARNING: {path} holds {found} of {asked} problems: the evaluation was interrupted")
+    return samples
+
+
 def regrade(args: argparse.Namespace) -> None:
     """Prints what the figures would be by the grader as it is now; nothing is written."""
-    cfg, path = args.cfg, args.regrade
-    old = read_samples(path if path.is_file() else path / "eval_samples.jsonl")
+    cfg, old = args.cfg, saved_samples(args.regrade)
     asked = old if cfg.answer_style == "auto" else [dataclasses.replace(s, style=cfg.answer_style) for s in old]
     with Grader(workers=cfg.grader_workers, timeout=cfg.grader_timeout, reward=cfg.reward) as grader:
         new = grade(asked, grader)
@@ -409,7 +421,7 @@ def compare(a: Path, b: Path) -> None:
         if not (folder / "eval_samples.jsonl").exists():
             raise ValueError(f"{folder} has no eval_samples.jsonl: it holds no evaluation by eval.py. Of a run or a "
                              f"model make one first, with --model {folder}")
-    groups = [by_problem(read_samples(folder / "eval_samples.jsonl")) for folder in (a, b)]
+    groups = [by_problem(saved_samples(folder)) for folder in (a, b)]
     asked = [{(s.benchmark, s.id, s.prompt, s.gold) for (s, *_) in of.values()} for of in groups]
     if alone := sorted(asked[0] ^ asked[1]):
         raise ValueError(f"{a} and {b} differ in their problems: {len(alone)} stand in one alone, such as "

@@ -48,7 +48,9 @@ def by_model(runs: list[Run]) -> Models:
         modes = models.setdefault(run.subject if rule == "grpo" else f"{run.subject}, {rule}", {})
         modes.setdefault(run.mode, []).append(run)
         first = modes[run.mode][0]
-        differing = [k for k in sorted(run.config.keys() - OF_A_RUN) if run.config[k] != first.config.get(k)]
+        now, then = ({**r.config, **{k: v for was in r.config.get("resumed", []) for k, v in was["changed"].items()}}
+                     for r in (run, first))  # as it went on
+        differing = [k for k in sorted(now.keys() - OF_A_RUN) if now[k] != then.get(k)]
         if differing:
             raise ValueError(f"{run.subject}: {first.name} and {run.name} differ in {', '.join(differing)}; "
                              "figures take runs that differ in seed and mode, --table RUN ... takes any")
@@ -148,7 +150,11 @@ def benchmarks(ax, name: str, modes: dict[str, list[Run]]) -> None:
     shown = [m for m in MODES if m in modes and all(r.evaluations for r in modes[m])]
     if not shown:
         raise Missing(f"{name}: no run has an eval.json")
-    first, width = modes[shown[0]][0].last(), 0.8 / len(shown)
+    last = [r.last() for m in shown for r in modes[m]]
+    if len({(e["problems"], e["rollouts"]) for e in last}) > 1:
+        raise Missing(f"{name}: the runs were evaluated on other problems, or with other numbers of responses")
+    first, width = last[0], 0.8 / len(shown)
+    after = "-".join(map(str, dict.fromkeys((min(e["step"] for e in last), max(e["step"] for e in last)))))
     kinds = list(first["by_kind"]) if len(first["by_kind"]) > 1 else []
     for i, mode in enumerate(shown):
         centres = np.arange(1 + len(kinds)) + (i - (len(shown) - 1) / 2) * width
@@ -157,7 +163,7 @@ def benchmarks(ax, name: str, modes: dict[str, list[Run]]) -> None:
         ax.bar(centres, found.mean(axis=1), width, color=COLOURS[mode], label=MODES[mode], alpha=0.75)
         ax.plot(np.repeat(centres, found.shape[1]), found.ravel(), ".", color="black", markersize=1.5)
     ax.set_xticks(range(1 + len(kinds)), ["all", *(k.replace("_", " ") for k in kinds)], rotation=25, ha="right")
-    ax.set(title=f"{name}\ndots: runs", ylabel=f"pass@{headline_k(first['rollouts'])}, %")
+    ax.set(title=f"{name}, step {after}\ndots: runs", ylabel=f"pass@{headline_k(first['rollouts'])}, %")
 
 
 def bars(ax, values: list[np.ndarray], colour: str, start: float = 0) -> None:

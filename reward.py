@@ -39,6 +39,7 @@ from watchdog import end_with_parent, progress
 
 log = logging.getLogger(__name__)
 
+NO_ANSWERS = ("proof", "notfound", "nan", "null", "n/a")  # what sets write where there is none
 MAX_ANSWER = 512  # characters; a longer answer is right only if it is the gold answer to the letter
 WORKER_BYTES = 2 << 30  # of address space that a worker may add: 10^5 x 10^5 zeros are a MemoryError, no swap storm
 DIGITS = 1000  # to which math-verify compares irrational numbers, in place of 15: 10^{-20} is not 10^{-21}
@@ -65,7 +66,9 @@ _COLON = re.compile(r"""answer[*_`"']{0,4}\s{0,4}[:：]""", re.IGNORECASE)
 _ANSWER = re.compile(
     rf"\b(?:{_COLON.pattern}|answer\**\s{{1,4}}is\b(?:\s(?:indeed|therefore|thus|then|simply|exactly|equal to)\b)?)"
     r"|^[#* ]{0,8}(?:final )?answer[* ]{0,8}$", re.IGNORECASE | re.MULTILINE)
-_HASHES = re.compile(r"(?<!#)#{4,}(?!#|\W{0,9}(?:step|part|case|problem|solution|final)\b)", re.IGNORECASE)  # no title
+_HASHES = re.compile(  # no titles: "#### Step 2", "#### 2. Check"
+    r"(?<!#)#{4,}(?!#|\W{0,9}(?i:step|part|case|problem|solution|final)\b|\s?\d[.)] [A-Z][^.\n]*$)", re.MULTILINE)
+_GAP = re.compile(r"(?:[ \t\r\n*_:：`\"']|(?:\$\$?|\\\[|\\\()[ \t]*\n)*")  # before what is stated; $$ is none of it
 _END = re.compile(  # of what a line states: "12. I hope", "12, because"; but not in Mr. Smith, J. Smith, U.S. team
     r"""(?<!\b[MDS][rst])(?<!\bMrs)(?<![\s.("'][A-Z])\.[*_`"'$)]*\s+(?=[^\w\s]|[A-Z])|(?<=\d)\.[*_`"'$)]*\s"""
     r"""|,?\s(?:because|since|as|which)\b""")
@@ -75,6 +78,7 @@ _NUMBER = re.compile(rf"""(?:(?<![\w.)}}\]])[-+]\$?)?(?:
     | (?:\d{{1,3}}(?:(?:,\\!|\{{,\}}|\\,|[\u00a0\u2009\u202f])\d{{3}})+(?!\d)(?:\.\d+)?|{_DECIMAL})  # 1\,250
       (?:/(?:{_DECIMAL})|(?:[ ]?(?:\\times|\\cdot|[×·*])[ ]?10)?\^(?:\{{-?\d+\}}|-?\d+))?  # 1.2 \times 10^{{5}}
     )(?:[ ](?:hundred|thousand|million|billion|trillion)\b)?""", re.VERBOSE)
+_VALUE = re.compile(r"(?:[A-Za-z]\w?(?:\(\w+\))? ?= ?)?[-+([{|]*[\d\\$.√π]")
 _LETTER = re.compile(r"""[\W_]*(?:(?i:option|choice|answer)\W+)?([A-J]|[a-j](?=\W*$|[).:,]))
     (?![\w'^=+/-]|\s(?!and|or)[a-z])  # "A neutron"
     (?P<more>\W*(?:[,&/]|\b(?:and|or)\b)\W*[A-J]\b)?""", re.VERBOSE)
@@ -102,7 +106,7 @@ def boxed(text: str) -> str | None:
 def _line_after(text: str, pattern: re.Pattern) -> tuple[int, str] | None:
     """Where the last match ends, and what the first line behind it states: "Mr. X" of "Answer: **Mr. X**, since he"."""
     start = next(iter(deque((m.end() for m in pattern.finditer(text)), maxlen=1)), len(text))
-    line = text[start:].lstrip(" \t\r\n*_:：`\"'").partition("\n")[0]
+    line = text[_GAP.match(text, start).end() :].partition("\n")[0]
     line = _END.split(f" {line}", maxsplit=1)[0].strip(" \t\r*_`\"'.,;")
     return (start, line) if line else None
 
@@ -114,17 +118,19 @@ def _last_number(text: str) -> str | None:
 
 def _math(text: str) -> str | None:
     """The last of \\boxed{x}, "Answer: x" or "answer is x", and "#### x", else the last number. A line takes the place
-    of a box before it only if it has a number or LaTeX in it: "the answer is correct" does not."""
+    of a box before it only if it begins with a number or LaTeX, or x = one: "the answer is correct" does not."""
     box = _box(text)
+    end = box[0] + len(box[1]) if box else -1
     stated = [line for pattern in (_ANSWER, _HASHES) if (line := _line_after(text, pattern))
-              and (not box or re.search(r"[\d\\$]", line[1]))]
+              and (not box or line[0] > end and _VALUE.match(line[1]))]
     return max([box, *stated] if box else stated)[1] if box or stated else _last_number(text)
 
 
 def _dapo(text: str) -> str | None:
-    """What "Answer: x" says in the last 300 characters, nothing else, as in verl's math_dapo."""
+    """What "Answer: x" says in the last 300 characters, as in verl's math_dapo, else a box in them: prompts of DAPO's
+    rows ask for the former, and --prompt_suffix behind them for the latter."""
     found = _line_after(text[-300:], _COLON)
-    return found and (boxed(found[1]) or found[1])
+    return boxed(found[1]) or found[1] if found else boxed(text[-300:])
 
 
 def _gsm8k(text: str) -> str | None:
@@ -162,6 +168,7 @@ _SIGNS = str.maketrans({
     **dict.fromkeys("−–‐‑", "-"), "⁄": "/", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "±": r"\pm ",
     "∞": r"\infty ", "∪": r"\cup ", "≤": r"\le ", "≥": r"\ge ", "√": r"\sqrt ", "∈": r"\in ", "°": r"^\circ "})
 _REWRITES = [(re.compile(pattern), new) for pattern, new in [
+    ("[\u200b-\u200f\u2060\ufeff]", ""),  # without a width
     # what NFKC alone would make a gap of any kind, 21/2, x2 and 101
     ("[\u00a0\u2009\u202f]", "~"), (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "), (r"([⁺⁻]?[⁰¹²³⁴-⁹]+)", r"^{\1}"),
     (r"([₀-₉]+)", r"_{\1}"), (r"[^\x00-\x7f]+", lambda m: unicodedata.normalize("NFKC", m[0]).translate(_SIGNS)),
@@ -208,9 +215,9 @@ def rational(text: str) -> Fraction | None:
 
 def _split_unit(text: str) -> tuple[str, str]:
     """("5", "meter") of "5 meters", ("5", "m/s") of "5 m / s"; (text, "") where there is no unit."""
-    value, _, unit = text.partition(f" {_MARK}")
+    value, _, unit = re.sub(r"(?<=[a-z]{3}) of [a-z ]+$", "", text).partition(f" {_MARK}")  # cups of flour
     words = set(re.findall("[a-z]+", unit))
-    if not re.fullmatch(rf"(?:[A-Za-z/. {_MARK}]|\^\{{[23]\}}|\\cdot)+", unit) or _NO_UNITS & words:
+    if not re.fullmatch(rf"(?:[A-Za-z/. {_MARK}]|\^\{{-?\d\}}|\\cdot)+", unit) or _NO_UNITS & words:
         return text, ""
     return value.strip(), re.sub(rf"(?<=\w\w)s\b|[. {_MARK}]", "", unit)
 
@@ -233,6 +240,8 @@ def compare(answer: str | None, gold: str, ask: Callable | None = None) -> bool 
         return False
     if max(len(answer), len(gold)) > MAX_ANSWER:
         return answer == gold
+    if answer.strip() != gold.strip():  # 9 (apples), as in ASDiv
+        gold = re.sub(r"^([-+]?[\d.,/]+) \(((?!mod\b)[A-Za-z ]{2,})\)$", r"\1 \2", gold.strip())
     try:
         return _compare(normalise(answer), normalise(gold), ask)
     except ZeroDivisionError:  # 5/0 is no number and equals no other text
@@ -564,15 +573,16 @@ class Grader(contextlib.AbstractContextManager):
 def check_golds(problems: Sequence[Problem], grader: Grader, *, allowed: float, name: str) -> dict[str, int]:
     """{"bad_golds": how many golds hardly any response could match}, with a warning if there are any.
 
-    Bad is a gold that is not graded right when a response gives it in a box, is longer than MAX_ANSWER, or is
-    a worked solution, which no response repeats. allowed: the share that may be; more is a ValueError, with examples.
+    Bad is a gold that is not graded right when a response gives it in a box, is longer than MAX_ANSWER, one of
+    NO_ANSWERS, or a worked solution, which no response repeats. allowed: the share that may be; more is a
+    ValueError, with examples.
     """
     if grader.source:
         return {"bad_golds": 0}
     given = grader.grade([rf"Answer: \boxed{{{p.answer}}}" for p in problems], problems)
     bad = [p for p, grade in zip(problems, given, strict=True)
            if grade.reward <= 0 or len(p.answer) > MAX_ANSWER or _ANSWER.search(p.answer)
-           or len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", p.answer)) > 5]
+           or p.answer.lower() in NO_ANSWERS or len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", p.answer)) > 5]
     if bad:
         examples = "\n".join(f"  {p.id} ({p.style}): {p.answer[:70]!r}" for p in bad[:3])
         message = (f"{name}: {len(bad)} of {len(problems)} gold answers could hardly be met by any response, such as\n"

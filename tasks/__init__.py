@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Problem, load_problems
+from data import Problem, load_problems, some_of
 from model import ModelConfig, Transformer, fetch
 
 HELD_BACK = 1200  # problems of each split that the corpus leaves out
@@ -182,8 +182,9 @@ def problems(task: str, split: str, count: int, first: int = 1) -> list[Problem]
 
 
 def load(source: str, *, split: str, limit: int = 0, revision: str | None = None) -> tuple[list[Problem], dict]:
-    """The first `limit` problems (0: all, or SIZES) of a built-in TASK[:SPLIT[:FIRST]], from number FIRST, or of what
-    `data.load_problems` takes, and the record of what they are. `split`: of a built-in task that names none."""
+    """`limit` problems (0: all, or SIZES), the first of a built-in TASK[:SPLIT[:FIRST]], from number FIRST, or some of
+    what `data.load_problems` takes, and the record of what they are. `split`: of a built-in task that names none; a hub
+    set to evaluate on must name its own."""
     task, *own = source.split(":")
     if task in TASKS:
         if len(own) > 2 or (own[1:] and not own[1].isdecimal()):
@@ -191,8 +192,11 @@ def load(source: str, *, split: str, limit: int = 0, revision: str | None = None
         split, first = (*own, *(split, 1)[len(own):])
         found = problems(task, split, limit or SIZES.get(split, 0), int(first))
         return found, {"source": task, "split": split, **({"first": int(first)} if own[1:] else {})}
+    if split == "heldout" and source.startswith("hub:") and source.count(":") < 3:
+        raise ValueError(f"{source}: to evaluate on it, name its split: hub:owner/name:[config]:test. Without "
+                         "one it is `train`")
     found, record = load_problems(source, revision=revision)
-    return found[: limit or None], record
+    return some_of(found, limit) if limit else found, record
 
 
 def _line(task: Task, settings: BaseSettings, rng: np.random.Generator, held_back: set[str]) -> tuple[str, str]:

@@ -66,10 +66,18 @@ def test_extraction_order(response, answer):
     ("gsm8k", r"$\boxed{\$3.50}$ for 2", r"\$3.50"),
     ("gsm8k", r"\boxed{many} or 4 apples", "4"),
     ("gsm8k", "12*3=36", "36"),
+    ("math", "so \\boxed{42}. The answer is:\n$$\n42.5\n$$", "42.5"),
+    ("math", "\\boxed{42}\n\n#### 2. Verification\nok", "42"),
+    ("math", r"\boxed{42}. This answer is verified by $x=7$.", "42"),
+    ("math", "\\boxed{42}\nThe answer is in the form $m+n$.", "42"),
+    ("math", r"\boxed{\text{The answer is } 42}", r"\text{The answer is } 42"),
+    ("math", "\\boxed{42}. No: the answer is x = 43.", "x = 43"),
     ("dapo", "Answer: 5\n" + "so on " * 20 + "\nAnswer: $\\frac{1}{2}$", r"$\frac{1}{2}$"),
     ("dapo", "**Answer:** \\boxed{34}", "34"),
     ("dapo", "Answer: 5\n" + "x" * 300, None),  # out of the tail
-    ("dapo", "the answer is 5, " + r"\boxed{5}", None),  # not in the form that was asked for
+    ("dapo", "the answer is 5, " + r"\boxed{5}", "5"),  # as --prompt_suffix asks
+    ("dapo", "the answer is 5", None),  # not in a form that was asked for
+    ("dapo", "Answer:\n\\[\n\\boxed{34}\n\\]", "34"),
     ("choice", r"\boxed{B}", "B"),
     ("choice", r"\boxed{\text{(C) 12 eV}}", "C"),
     ("choice", "Answer: (d)", "D"),
@@ -181,7 +189,8 @@ def test_answers_are_judged_as_a_human_would(kind):
 def test_without_the_library_the_verdict_is_right_or_open_and_most_are_decided():
     verdicts = [compare(row["answer"], row["gold"]) for row in ROWS]
     assert [row for row, verdict in zip(ROWS, verdicts, strict=True) if verdict not in (row["right"], None)] == []
-    assert [row for row in ROWS if not row["right"] and compare(row["gold"], row["answer"])] == []
+    assert [row for row in ROWS if not row["right"] and compare(row["gold"], row["answer"])
+            and row["answer"] != "5 (wrong)"] == []  # of a gold it would be a unit
     assert sum(verdict is not None for verdict in verdicts) >= 0.6 * len(ROWS)  # of a table made to be hard
 
 
