@@ -431,6 +431,9 @@ def stop_token_ids(tokenizer, *, generation_config: dict | None, override: str =
         stops |= {vocabulary[token] for token in END_OF_TURN if token in vocabulary}
     if not stops:
         raise ValueError("neither tokenizer nor generation_config names an end-of-sequence token; name the stop tokens")
+    if ordinary := stops - {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
+        log.warning("a response ends at %s, which are no special tokens: generation_config.json says so, and "
+                    "--stop_tokens may name others", tokenizer.convert_ids_to_tokens(sorted(ordinary)))
     return tuple(sorted(stops))
 
 

@@ -38,7 +38,7 @@ from metrics import by_kind, figures, headline_k, intervals, pass_at_k, whole_li
 from policy import Policy
 from ranks import Ranks, RunError, say
 from reward import Grader, check_golds
-from rollout import Sampling, choose_engine, draw_part, make_engine, rollout_seed, to_text
+from rollout import Sampling, choose_engine, draw_part, make_engine, rollout_seed
 from runfolder import FolderLock, environment, portable, replace_text, write_json
 from watchdog import progress, watching
 
@@ -268,7 +268,7 @@ def load_benchmarks(args: argparse.Namespace, cfg: Config, policy: Policy,
     return questions, records
 
 
-def draw_samples(questions: list[Question], path: Path, engine, ranks: Ranks, tokenizer, sampling: Sampling, *,
+def draw_samples(questions: list[Question], path: Path, engine, ranks: Ranks, policy: Policy, sampling: Sampling, *,
                  had: int, k: int, seed: int, grader: Grader, lock: FolderLock) -> list[Sample]:
     """Draws, grades and appends to `path` what is not there yet, each rank its part; all samples, in order, on rank 0.
 
@@ -290,7 +290,7 @@ def draw_samples(questions: list[Question], path: Path, engine, ranks: Ranks, to
         n = end - first
         mine = draw_part(engine, ranks, [tokens for *_, tokens in part], [n] * len(part),
                          [rollout_seed(seed, -1, p.id) for _, p, _ in part], sampling, first=first)
-        texts = to_text(tokenizer, [rollout.tokens for rollout in mine.rollouts])
+        texts = policy.texts(rollout.tokens for rollout in mine.rollouts)
         drawn = [Sample(benchmark, p.id, p.prompt, p.answer, p.style, p.kind, first + int(r % n), text,
                         len(rollout.tokens), "length" if rollout.truncated else "stop", messages=p.messages,
                         columns=p.columns)
@@ -384,8 +384,9 @@ def regrade(args: argparse.Namespace) -> None:
 
 
 # In words what no flag says, and in the record of a benchmark.
-WORDS = {"weights": "other weights", "stop_ids": "other --stop_tokens", "reward_sha256": "other code in --reward",
-         "sha256": "content", "asked": "prompts, tokens or answers", "prompt_suffix": "--prompt_suffix"}
+WORDS = {"weights": "other weights or config.json", "stop_ids": "other --stop_tokens",
+         "reward_sha256": "other code in --reward", "sha256": "content",
+         "asked": "prompts, tokens or answers", "prompt_suffix": "--prompt_suffix"}
 
 
 def differences(was: dict, now: dict, here: str = "now") -> list[str]:
@@ -472,7 +473,7 @@ def evaluate(args: argparse.Namespace) -> None:
         if ranks.rank == 0 and not (args.out / "eval.json").exists():  # only now that the model runs
             write_json(args.out / "eval.json", {"settings": settings})
         sampling = Sampling(response, cfg.eval_temperature, cfg.eval_top_p, cfg.eval_top_k, policy.stop_ids)
-        samples = draw_samples(questions, args.out / "eval_samples.jsonl", engine, ranks, policy.tokenizer, sampling,
+        samples = draw_samples(questions, args.out / "eval_samples.jsonl", engine, ranks, policy, sampling,
                                had=had, k=cfg.eval_rollouts, seed=cfg.seed, grader=grader, lock=lock)
     if ranks.rank == 0:
         rows = summary(samples)

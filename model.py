@@ -57,7 +57,8 @@ class ModelConfig:
             "rope scaling": any(rope.get("rope_type", rope.get("type", "default")) != "default" for rope in ropes),
             "attention_bias": kind != "qwen2" and hf.get("attention_bias", False),
             "mlp_bias": hf.get("mlp_bias", False),
-            "sliding window attention": hf.get("use_sliding_window", False),
+            "sliding window attention": hf.get("use_sliding_window") or (kind == "llama" and hf.get("sliding_window")),
+            "partial rotary embedding": any(place.get("partial_rotary_factor", 1) != 1 for place in (hf, *ropes)),
             "an activation other than silu": hf.get("hidden_act", "silu") != "silu",
             "quantised weights (take it in bfloat16)": "quantization_config" in hf,
         }.items():
@@ -392,9 +393,12 @@ def iterate_safetensors(path: Path, only: Iterable[str] | None = None) -> Iterat
     """(name, tensor) of a checkpoint folder, one at a time, or of `only` some; a missing or truncated file is named."""
     from safetensors import SafetensorError, safe_open
 
-    index, files = path / "model.safetensors.index.json", {"model.safetensors"}
-    if index.exists():
-        files = set(json.loads(index.read_text())["weight_map"].values())
+    index, single = path / "model.safetensors.index.json", {"model.safetensors"}
+    files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else single
+    beside = {file.name for file in path.glob("*.safetensors")} - files
+    if beside and (files == single or beside >= single):  # of more files vLLM, too, takes those of the index
+        raise ValueError(f"{path} has {', '.join(sorted(beside))} beside {', '.join(sorted(files))}: which are the "
+                         "weights? Move the others away")
     for file in sorted(files):
         if not (path / file).exists():
             raise FileNotFoundError(f"{path} has no {file}: not a Hugging Face checkpoint in safetensors format")

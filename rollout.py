@@ -80,12 +80,6 @@ class Batch:
         return self.lengths + np.array([len(p) for p in self.prompts])[self.owner]
 
 
-def to_text(tokenizer, responses: Iterable[np.ndarray]) -> list[str]:
-    """Responses, (L,) token ids each, as text, special tokens left out."""
-    tokens = [response.tolist() for response in responses]
-    return tokenizer.batch_decode(tokens, skip_special_tokens=True) if tokens else []  # transformers makes [""] of []
-
-
 def choose_engine(name: str, device: torch.device) -> tuple[str, str]:
     """Resolve `name` ("auto", "vllm" or "torch") for `device` to ("vllm" or "torch", the reason in one sentence).
 

@@ -185,7 +185,8 @@ class RunFolder:
             both = [of if isinstance(of := r.get(what), dict) else {"name": of} for r in records]
             was, now = ({k: v for k, v in of.items() if k not in names or not {"sha256", "head"} & of.keys()}
                         for of in both)  # contents, where the record has them, not names
-            if differing := [k for k in {**was, **now} if was.get(k) != now.get(k)]:
+            unknown = {"weights", "stop_ids"} - was.keys()  # of older runs
+            if differing := [k for k in {**was, **now} if was.get(k) != now.get(k) and k not in unknown]:
                 said = [r.get("name", r.get("source", f"a file for {what}")) for r in both]
                 raise ValueError(f"--resume with another {what}: it was {said[0]}, now it is {said[1]}, other in "
                                  f"{', '.join(differing)}")

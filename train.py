@@ -47,7 +47,7 @@ from model import Transformer
 from policy import Policy
 from ranks import Ranks, RunError, deal_rows, full, reshard, say, shard
 from reward import Grader, check_golds, extract
-from rollout import Batch, Sampling, choose_engine, draw_part, make_engine, rollout_seed, to_text
+from rollout import Batch, Sampling, choose_engine, draw_part, make_engine, rollout_seed
 from runfolder import FolderLock, RunFolder, Tracker, jsonable, portable, write_json
 from watchdog import progress, watching
 
@@ -212,11 +212,13 @@ class Trainer:
         for model in (self.model, self.reference) if cuda else ():
             if model is not None:
                 model.compile_blocks()
-        # The folder's name is a commit or a recipe's hash; the head's hash tells apart folders that share a name.
+        # The folder's name is a commit or a recipe's hash; hashes tell apart folders that share a name, `head` bases
+        # of one recipe that were trained on different processors.
         head = full(self.model.head, self.policy.dtype).cpu().view(torch.uint8).numpy()
         self.record |= {"engine": engine, "model": {
             "name": portable(cfg.model), "folder": folder.name,
-            "head": hashlib.blake2b(head, digest_size=8).hexdigest()}}
+            "head": hashlib.blake2b(head, digest_size=8).hexdigest(), "stop_ids": list(self.policy.stop_ids),
+            "weights": self.ranks.from_all(self.policy.weights_hash() if self.ranks.rank == 0 else "")[0]}}
 
     def _load_data(self) -> None:
         cfg = self.cfg
@@ -274,7 +276,7 @@ class Trainer:
         for method in (self.draw, self.grade, self.exchange):
             method(s)
         for r, problem in enumerate(s.problems[:2]):
-            text, = to_text(tokenizer, [s.batch.response(r)])
+            text, = self.policy.texts([s.batch.response(r)])
             found = "" if cfg.reward else f"found {extract(text, problem.style)!r}, "
             say(f"\nprompt: ... {tokenizer.decode(s.prompts[r])[-160:]!r}\n"
                 f"response: {text[:160]!r}{f' ... {text[160:][-160:]!r}' if text[160:] else ''}\n"
@@ -345,7 +347,7 @@ class Trainer:
     def grade(self, s: Step) -> None:
         """This rank's responses, while other ranks still decode."""
         s.grades = self.grader.grade(
-            to_text(self.policy.tokenizer, [r.tokens for r in s.part.rollouts]),
+            self.policy.texts(r.tokens for r in s.part.rollouts),
             [s.problems[p] for p in s.part.owner_R[s.part.mine_R]],
             cut=np.array([r.truncated for r in s.part.rollouts], bool))
 
@@ -500,7 +502,7 @@ class Trainer:
     def samples(self, s: Step) -> list[dict]:
         """Lines of samples.jsonl: the first rollout of the batch's first prompts."""
         first_P = np.unique(s.batch.owner, return_index=True)[1][:4]
-        texts = to_text(self.policy.tokenizer, map(s.batch.response, first_P))
+        texts = self.policy.texts(map(s.batch.response, first_P))
         return jsonable([{
             "step": s.number, "id": s.ids_P[p], "kind": s.problems[p].kind or None, "bin": s.bin_P[p], "n": s.n_P[p],
             "weight": s.weight_P[p], "factor": s.factor_P[p], "answer": s.problems[p].answer,

@@ -265,6 +265,6 @@ def paired(runs: list[Run], baseline: list[Run], figure: Callable[[dict], float]
     ours, theirs = by_base(runs), by_base(baseline)
     both = [base for base in ours if base in theirs]
     for a, b in ((a, b) for base in both for a in ours[base] for b in theirs[base]):
-        if a.config["loaded"]["model"] != b.config["loaded"]["model"]:
+        if a.config["loaded"]["model"]["head"] != b.config["loaded"]["model"]["head"]:
             raise ValueError(f"{a.name} and {b.name} began from different base models and cannot be compared")
     return np.array([100 * (mean_over(figure, ours[base]) - mean_over(figure, theirs[base])) for base in both])
