@@ -367,7 +367,7 @@ def settings_in(folder: Path) -> dict:
 def saved_samples(path: Path) -> list[Sample]:
     """Of the evaluation in a folder, or of the file of one; says where it was interrupted."""
     samples = read_samples(path if path.is_file() else path / "eval_samples.jsonl")
-    asked = sum(record["problems"] for record in settings_in(path).get("benchmarks", {}).values())
+    asked = sum(record.get("problems", 0) for record in settings_in(path).get("benchmarks", {}).values())
     if (found := len({(s.benchmark, s.id) for s in samples})) < asked:
         say(f"WARNING: {path} holds {found} of {asked} problems: the evaluation was interrupted")
     return samples

@@ -13,8 +13,18 @@ import pytest
 from conftest import score
 
 import data
+import tasks
 from config import Config
-from data import Problem, batch_order, check_overlap, encode_prompts, hold_out, load_problems, stop_token_ids
+from data import (
+    Problem,
+    batch_order,
+    check_overlap,
+    encode_prompts,
+    hold_out,
+    load_problems,
+    some_of,
+    stop_token_ids,
+)
 from eval import TrainedRun
 from reward import Grader
 
@@ -414,6 +424,7 @@ def test_verl_s_rows_are_graded_as_their_source_asks(tmp_path, source, style, as
 
 @pytest.mark.parametrize("row, answer", [
     ({"reward_model": {"ground_truth": '["3", "5"]'}}, "3, 5"), ({"answer": ' ["34"]'}, "34"),
+    ({"answer": ["1/2", "0.5"]}, "1/2"),
     ({"answer": "[3, 5]"}, "[3, 5]"), ({"answer": "{1, 2}"}, "{1, 2}"), ({"answer": "[[1, 2], [3, 4]]"},) * 2,
     ({"answer": [[1, 2], [3, 4]]}, None), ({"answer": ["3", None]}, None), ({"answer": '["3", ["5"]]'}, None),
     ({"answer": "['3', '5']"}, None), ({"answer": '{"value": 3}'}, None), ({"answer": {"value": 3}}, None),
@@ -504,6 +515,41 @@ def test_prompts_of_both_train_and_eval_data_are_counted_and_refused_above_a_sha
     assert "2 of 50 problems stand in train_data, too, such as '50+50'" in caplog.text
     with pytest.raises(ValueError, match=r"2 of 50 .*--allow_overlap SHARE \(now 0.02\)"):
         check_overlap(trained, evaluated, allowed=0.02)
+
+
+def test_a_problem_is_the_same_whatever_its_case_gaps_and_punctuation_but_not_its_numbers_and_signs():
+    asked = ["Ann has 7 dimes in her bank . How many?", "Ann has 7 dimes in her bank. how many", "Ann has 70 dimes.",
+             "3-5=", "3+5=", "2.5 + 1", "25 + 1", "1 2", "12"]
+    problems = [Problem(str(i), prompt, "1") for i, prompt in enumerate(asked)]
+    with pytest.raises(ValueError, match="1 of 9"):
+        check_overlap(problems[:1], problems[1:] + [Problem("x", "?", "1")], allowed=0)
+    for i, problem in enumerate(problems[2:], 2):
+        check_overlap([problem], problems[:i] + problems[i + 1 :], allowed=0)
+    once = [Problem(f"{mark}{i}", f"What is {i} + 1{mark}", "1") for i in range(40) for mark in (" ?", "?")]
+    trained, held_out, _ = hold_out(once, None)
+    check_overlap(trained, held_out, allowed=0)
+    assert len(held_out) == 8 and len(trained) < 72
+
+
+def test_some_of_a_sorted_file_are_of_all_its_kinds_and_in_its_order(tmp_path):
+    rows = [{"problem": p.prompt, "answer": 1, "kind": p.kind} for p in kinds_in_turn(400)]
+    source = write(tmp_path / "a.jsonl", rows)
+    some, whole = (tasks.load(source, split="heldout", limit=limit)[0] for limit in (40, 0))
+    assert len(some) == 40 and 10 <= sum(p.kind == "first" for p in some) <= 30
+    assert some == [p for p in whole if p in some] == some_of(whole, 40)
+    assert [p.prompt for p in some] == sorted((p.prompt for p in some), key=lambda text: int(text.partition("+")[0]))
+
+
+def test_a_column_of_context_that_no_prompt_has_is_told(tmp_path, caplog):
+    row = {"Body": "Ann has 3 apples.", "question": "How many?", "answer": 3}
+    [problem], _ = load_problems(write(tmp_path / "a.jsonl", [row]))
+    assert problem.prompt == "How many?" and "a.jsonl: the column Body is not part of the prompts" in caplog.text
+
+
+def test_a_hub_set_to_evaluate_on_names_its_split():
+    for source in ("hub:openai/gsm8k", "hub:openai/gsm8k:main@abc"):
+        with pytest.raises(ValueError, match="name its split: hub:owner/name:"):
+            tasks.load(source, split="heldout")
 
 
 def test_an_older_run_is_evaluated_on_its_tail_and_a_new_one_on_what_it_held_out(tmp_path):

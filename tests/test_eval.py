@@ -129,7 +129,7 @@ def test_other_weights_are_refused_wherever_they_lie(base, evaluated, tmp_path):
     again = shutil.copytree(evaluated, tmp_path / "out")
     assert run(base, again, "--model", str(same))["figures"] == json.loads(
         (evaluated / "eval.json").read_text())["figures"]
-    with pytest.raises(FileExistsError, match="another evaluation: other weights; choose another --out or delete it"):
+    with pytest.raises(FileExistsError, match="another evaluation: other weights or config.json; choose another --out or delete it"):
         run(base, again, "--model", str(other))
     (again / "eval.json").unlink()  # responses that nothing speaks for
     with pytest.raises(FileExistsError, match="no eval.json says of what"):
@@ -310,6 +310,11 @@ def test_regrading_prints_the_same_table_and_counts_changed_verdicts(evaluated, 
     eval_module.regrade(parse_args(["--regrade", str(tmp_path)]))
     printed, rows = capsys.readouterr().out, json.loads((evaluated / "eval.json").read_text())["figures"]
     assert markdown(rows, "me/Qwen3-8B-mine") in printed and "1 of 800 verdicts changed" in printed
+    settings = {"model": "x", "benchmarks": {"sums": {"problems": 300}}}
+    (tmp_path / "eval.json").write_text(json.dumps({"settings": settings}))
+    eval_module.regrade(parse_args(["--regrade", str(tmp_path)]))
+    assert f"holds 200 of 300 problems: the evaluation was interr" in capsys.readouterr().out
+    (tmp_path / "eval.json").write_text(json.dumps({"settings": {"model": "me/Qwen3-8B-mine"}}))
     joined = tmp_path / "joined.jsonl"  # of two evaluations: a problem's responses are no neighbours
     joined.write_text(eval_module.lines_of(sorted(old, key=lambda s: s.sample % 2)))
     eval_module.regrade(parse_args(["--regrade", str(joined)]))
@@ -405,7 +410,9 @@ def test_the_papers_row_stands_beside_its_models_and_aime_is_the_mean_of_two_yea
     assert rows["aime"]["mean@8"][0] == (rows["aime24"]["mean@8"][0] + rows["aime25"]["mean@8"][0]) / 2 == 0.625
     lines = {x.split(" | ")[0][2:]: x for x in markdown(rows, "Qwen/Qwen3-4B-Base").splitlines()}
     assert lines["aime"].endswith("| 11.25 | 12.92 | 13.96 |") and lines["all"].endswith("| 56.31 | 63.70 | 62.27 |")
-    assert "paper" not in markdown(rows, "arithmetic")
+    assert "paper" not in markdown(rows, "arithmetic") + markdown(rows, "meta-llama/Llama-3.1-8B")
+    some = {name: row for name, row in rows.items() if name != "gpqa"}
+    assert "| all |" in (page := markdown(some, "Qwen/Qwen3-4B-Base")) and "| 56.31 |" not in page
     assert parse_args(["--model", "x"]).benchmarks == list(PAPER_BENCHMARKS)
 
 
@@ -435,7 +442,9 @@ def test_one_problem_has_no_interval_and_a_response_without_a_verdict_is_told():
     ([], "--model"), (["--model", "x", "--bench", "y"], "did you mean --benchmarks?"),
     (["--model", "x", "--eval_rollouts", "8"], "did you mean --k?"),
     (["--model", "x", "--k", "0"], "--k must be at least 1"),
-    (["--model", "x", "--temperature", "0"], "use it with --k 1")])
+    (["--model", "x", "--temperature", "0"], "use it with --k 1"),
+    (["--regrade", "x", "--k", "4"], "--k: what was drawn already"),
+    (["--compare", "x", "y", "--problems", "4"], "--problems: what was drawn already")])
 def test_wrong_flags_are_refused(arguments, message, capsys):
     with pytest.raises((SystemExit, ValueError)) as error:
         parse_args(arguments)

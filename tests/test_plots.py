@@ -238,6 +238,20 @@ def test_runs_of_other_settings_are_not_averaged():
     runs = [a_run("prompt", 0), a_run("prompt", 1, changes={"prompt_eta": 2.0})]
     with pytest.raises(ValueError, match="prompt-0 and prompt-1 differ in prompt_eta"):
         plots.by_model(runs)
+    resumed = {"resumed": [{"step": 3, "changed": {"learning_rate": 1.0}}]}
+    with pytest.raises(ValueError, match="prompt-0 and prompt-1 differ in learning_rate"):
+        plots.by_model([a_run("prompt", 0, changes=resumed), a_run("prompt", 1)])
+
+
+def test_figure_1_puts_no_evaluations_of_other_numbers_side_by_side_and_says_after_which_steps_they_are():
+    runs = [a_run("grpo"), a_run("both")]
+    runs[0].evaluations[-1]["step"] = 3
+    last = runs[1].last()["step"]
+    assert f", step 3-{last}\n" in plots.figure_1(plots.by_model(runs)).axes[0].get_title(loc="left")
+    runs[1].evaluations[-1]["problems"] += 1
+    with pytest.raises(plots.Missing, match="were evaluated on other problems"):
+        plots.figure_1(plots.by_model(runs))
+    plots.plt.close("all")
 
 
 @pytest.fixture
