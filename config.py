@@ -43,7 +43,8 @@ class Config:
     train_data: str = arg("dapo", "arithmetic, permutations, dapo, hub:owner/name[:config[:split]][@revision], or a "
                                    ".jsonl, .json or .parquet file")
     train_problems: int = arg(0, "use so many training problems (of a file by hash); 0 = all (built-in: 640)", low=0)
-    eval_data: str = arg("math500", "the same; empty = a tenth of train_data (by hash), at most 200, held out")
+    eval_data: str = arg("math500", "the same, of the hub with a split; empty = a tenth of train_data (by hash), at "
+                                    "most 200, held out")
     eval_problems: int = arg(0, "use so many, likewise; 0 = all (built-in: 600)", low=0)
     answer_style: str = arg("auto", "where a response states its answer (reward.py); auto = as the data set says",
                             ("auto", *STYLES))

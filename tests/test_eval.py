@@ -129,7 +129,7 @@ def test_other_weights_are_refused_wherever_they_lie(base, evaluated, tmp_path):
     again = shutil.copytree(evaluated, tmp_path / "out")
     assert run(base, again, "--model", str(same))["figures"] == json.loads(
         (evaluated / "eval.json").read_text())["figures"]
-    with pytest.raises(FileExistsError, match="another evaluation: other weights or config.json; choose another --out or delete it"):
+    with pytest.raises(FileExistsError, match="other weights or config.json; choose another --out or delete it"):
         run(base, again, "--model", str(other))
     (again / "eval.json").unlink()  # responses that nothing speaks for
     with pytest.raises(FileExistsError, match="no eval.json says of what"):
@@ -313,7 +313,7 @@ def test_regrading_prints_the_same_table_and_counts_changed_verdicts(evaluated, 
     settings = {"model": "x", "benchmarks": {"sums": {"problems": 300}}}
     (tmp_path / "eval.json").write_text(json.dumps({"settings": settings}))
     eval_module.regrade(parse_args(["--regrade", str(tmp_path)]))
-    assert f"holds 200 of 300 problems: the evaluation was interr" in capsys.readouterr().out
+    assert "holds 200 of 300 problems: the evaluation was interr" in capsys.readouterr().out
     (tmp_path / "eval.json").write_text(json.dumps({"settings": {"model": "me/Qwen3-8B-mine"}}))
     joined = tmp_path / "joined.jsonl"  # of two evaluations: a problem's responses are no neighbours
     joined.write_text(eval_module.lines_of(sorted(old, key=lambda s: s.sample % 2)))
