@@ -227,7 +227,7 @@ def eval_flags(description: str = "") -> argparse.ArgumentParser:
                            "with 95%% intervals")
     parser.add_argument("--benchmarks", nargs="+", metavar="NAME|FILE",
                         help=f"any of {', '.join(n for n in HUB_SETS if n != 'dapo')}, {built_in}, "
-                             f"hub:owner/name[:config[:split]], or {'/'.join(SUFFIXES)} files; paper = the seven of "
+                             f"hub:owner/name:[config]:split, or {'/'.join(SUFFIXES)} files; paper = the seven of "
                              "the paper [those of the run, else paper]")
     parser.add_argument("--out", type=Path, help="folder for eval.json and eval_samples.jsonl [out/eval-RUN or -MODEL, "
                                                  "and the benchmarks if given]")

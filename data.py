@@ -112,6 +112,9 @@ def _read_file(path: Path) -> tuple[list[tuple[str, dict]], dict]:
             raise ValueError(f"{path.name} is not a parquet file that can be read: {error}") from error
         if twice := [name for name in dict.fromkeys(table.column_names) if table.column_names.count(name) > 1]:
             raise ValueError(f"{path.name} has several columns {', '.join(twice)}; rename or drop all but one")
+        for i, column in enumerate(table.schema):
+            if column.type == pyarrow.float32():  # 0.53, which as 64 bits is 0.5299999713897705
+                table = table.set_column(i, column.name, table[i].cast(pyarrow.string()).cast(pyarrow.float64()))
         return [(f"row {i}", row) for i, row in enumerate(table.to_pylist(), 1)], record
     try:
         text = content.decode("utf-8").removeprefix("\ufeff")  # a byte-order mark, as editors on Windows write it

@@ -469,7 +469,7 @@ def test_numbers_and_lists_that_python_does_not_read_are_named(tmp_path, name, c
     assert "\n" not in str(error.value)
 
 
-def test_a_column_that_a_parquet_file_has_twice_is_named(tmp_path):
+def test_a_column_that_a_parquet_file_has_twice_is_named_and_one_of_32_bits_reads_as_it_was_written(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
@@ -478,6 +478,9 @@ def test_a_column_that_a_parquet_file_has_twice_is_named(tmp_path):
                                 tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="a.parquet has several columns answer; rename or drop"):
         load_problems(str(tmp_path / "a.parquet"))
+    half = pyarrow.table({"problem": ["Q", "R"], "answer": pyarrow.array([0.53, 3], type=pyarrow.float32())})
+    pyarrow.parquet.write_table(half, tmp_path / "b.parquet")
+    assert [p.answer for p in load_problems(str(tmp_path / "b.parquet"))[0]] == ["0.53", "3"]
 
 
 def kinds_in_turn(number):
