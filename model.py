@@ -58,7 +58,7 @@ class ModelConfig:
             "attention_bias": kind != "qwen2" and hf.get("attention_bias", False),
             "mlp_bias": hf.get("mlp_bias", False),
             "sliding window attention": hf.get("use_sliding_window") or (kind == "llama" and hf.get("sliding_window")),
-            "partial rotary embedding": any(place.get("partial_rotary_factor", 1) != 1 for place in (hf, *ropes)),
+            "partial rotary embedding": {place.get("partial_rotary_factor") for place in (hf, *ropes)} - {None, 1},
             "an activation other than silu": hf.get("hidden_act", "silu") != "silu",
             "quantised weights (take it in bfloat16)": "quantization_config" in hf,
         }.items():

@@ -240,6 +240,8 @@ def test_what_config_json_leaves_out_takes_transformers_defaults(tiny_hf):
     ("llama", {"mlp_bias": True}, "asks for mlp_bias"),
     ("qwen3", {"attention_bias": True}, "asks for attention_bias"),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 16}, "asks for sliding window attention"),
+    ("llama", {"sliding_window": 16}, "asks for sliding window attention"),
+    ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "asks for partial rotary"),
     ("qwen3", {"hidden_act": "gelu"}, "asks for an activation other than silu"),
     ("qwen3", {"hidden_size": None}, "config.json has no hidden_size"),
 ])
