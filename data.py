@@ -325,7 +325,10 @@ def hold_out(problems: list[Problem], was: dict | None) -> tuple[list[Problem], 
         "by": "hash", "count": min(200, max(1, len(problems) // 10))}
     held_out = problems[-chosen["last"] :] if "last" in chosen else sorted(problems, key=_hash)[: chosen["count"]]
     asked = set(map(_words, held_out))
-    return [p for p in problems if _words(p) not in asked], held_out, chosen
+    trained = [p for p in problems if _words(p) not in asked]
+    if alike := len(problems) - len(held_out) - len(trained):
+        log.warning("%d problems are not trained on: but for case, gaps or punctuation they are held-out ones", alike)
+    return trained, held_out, chosen
 
 
 def check_overlap(trained: list[Problem], evaluated: list[Problem], *, allowed: float, name: str = "eval_data") -> None:

@@ -220,9 +220,9 @@ class TrainedRun:
     def _load(self, flag: str, source: str, split: str, limit: int) -> tuple[list[Problem], dict]:
         was = self.loaded[flag]
         problems, record = tasks.load(source, split=split, limit=limit, revision=was.get("revision"))
-        if record.get("sha256") != was.get("sha256"):
-            raise ValueError(f"{source}, --{flag} of {self.folder}, has changed since: name the problems to evaluate "
-                             "on with --benchmarks")
+        if any(record.get(k) != was.get(k) for k in ("sha256", "chosen")):
+            raise ValueError(f"{source}, or what --{flag} of {self.folder} takes of it, has changed since: name the "
+                             "problems to evaluate on with --benchmarks")
         return problems, record
 
 

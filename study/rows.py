@@ -49,7 +49,6 @@ COMMON = {"engine": "torch", "eval_problems": 600, "eval_every": 0, "save_every"
 FRESH = "On fresh bases: rollouts by rank"
 SHAPE = "The shape of the batch"
 WAY = "What the way costs"  # at the shapes and the rate of the least cost in SHAPE: its table, development's
-LUCK = "What else could turn it over"
 SHAPES = {"64x4": (64, 4), "32x8": (32, 8), "16x16": (16, 16)}  # prompts and rollouts of each: 256 rollouts a step
 METHODS = {"grpo-way": "GRPO", "maxrl-way": "maxrl", "moved-way": "rank with maxrl",
            "weights-way": "its counts as weights"}
@@ -97,7 +96,7 @@ PARTS = {
     "Rivals": (
         at_best("dr-grpo", {"mode": "grpo", "rule": "dr_grpo"}),
         *(at_best(f"rollout-{utility}{suffix}", {"mode": "rollout", "rule": rule, "rollout_utility": utility}, against,
-                  8 if utility == "rank" else 4)  # no worse than gain on four
+                  8 if utility == "rank" else 4)  # on four it was no worse than gain
           for rule, suffix, against in (("grpo", "", "rollout"), ("maxrl", "-maxrl", "rollout-maxrl"))
           for utility in ("rank", "variance", "surrogate")),
         at_best("rollout-maxrl-32", {**ROLLOUT_MAXRL, "n_max": 32}, "rollout-maxrl"),
@@ -114,7 +113,7 @@ PARTS = {
         on_the_way("moved", RANK_MAXRL, "32x8"),
         on_the_way("weights", RANK_WEIGHTS, "32x8"),
     ),
-    LUCK: (  # what else, if not that rollouts are moved: the arena's bases, steps and best rate
+    "What else could turn it over": (  # the arena's bases, steps and best rate
         *(at_best(f"{row}-50-{shape}", shaped(flags, *SHAPES[shape]), f"{against}-50-{shape}", 8)
           for shape in ("32x8", "16x16")
           for row, flags, against in (("grpo", {"mode": "grpo"}, "grpo"), ("maxrl", MAXRL, "grpo"),

@@ -29,8 +29,10 @@ QUESTIONS: dict[str, tuple[Pair, ...]] = {
                                                ("rank-one", "maxrl-one"), ("maxrl-one", "grpo-one")),
 }
 # How far rows lie apart, beside how far runs do that differ by their seed alone.
-CHANCE: tuple[Pair, ...] = tuple((f"{row}-again", row) for row in ("maxrl", "rollout-rank-maxrl", "rank-weights-maxrl")
-                                 ) + (("rollout-rank-maxrl", "maxrl"), ("rollout-rank-maxrl", "rank-weights-maxrl"))
+CHANCE: tuple[Pair, ...] = (
+    ("maxrl-again", "maxrl"), ("rollout-rank-maxrl-again", "rollout-rank-maxrl"),
+    ("rank-weights-maxrl-again", "rank-weights-maxrl"),
+    ("rollout-rank-maxrl", "maxrl"), ("rollout-rank-maxrl", "rank-weights-maxrl"))
 # What was asked of the way there, before its bases were trained: does the first row of a pair cost less?
 COSTS: tuple[Pair, ...] = (("moved-way", "maxrl-way"), ("moved-way", "weights-way"), ("maxrl-way", "grpo-way"))
 
@@ -189,6 +191,7 @@ def found_kinds(evaluation: dict) -> int:
 
 
 def chance_table() -> str:
+    """CHANCE, and the standard deviation of a difference over pairs, in points of pass@8."""
     return table("Chance", [{"rows": " - ".join(pair), **compared(pair), "standard deviation":
                              f"{pooled(pair).std(ddof=1):.1f}"} for pair in CHANCE])
 

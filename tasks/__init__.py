@@ -196,7 +196,9 @@ def load(source: str, *, split: str, limit: int = 0, revision: str | None = None
         raise ValueError(f"{source}: to evaluate on it, name its split: hub:owner/name:[config]:test. Without "
                          "one it is `train`")
     found, record = load_problems(source, revision=revision)
-    return some_of(found, limit) if limit else found, record
+    if 0 < limit < len(found):
+        return some_of(found, limit), {**record, "chosen": "by hash"}  # once the first were taken
+    return found, record
 
 
 def _line(task: Task, settings: BaseSettings, rng: np.random.Generator, held_back: set[str]) -> tuple[str, str]:

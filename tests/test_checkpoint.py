@@ -283,12 +283,15 @@ def test_all_ranks_of_a_second_launch_end_and_the_first_says_why(tmp_path):
 
 # ---- what a run goes on with
 
-RECORD = {"model": {"name": "m", "folder": "f", "head": "h1"}, "train_data": {"source": "arithmetic", "problems": 9},
+RECORD = {"model": {"name": "m", "folder": "f", "head": "h1", "weights": "w1"},
+          "train_data": {"source": "arithmetic", "problems": 9},
           "eval_data": {"source": "a.jsonl", "sha256": "s1"}, "engine": "torch"}
 
 
 @pytest.mark.parametrize("what, now, refused", [
-    ("model", {"name": "moved", "folder": "elsewhere", "head": "h1"}, False), ("engine", "vllm", True),
+    ("model", {"name": "moved", "folder": "elsewhere", "head": "h1", "weights": "w1", "stop_ids": [1]}, False),
+    ("model", {"name": "m", "folder": "f", "head": "h1", "weights": "w2"}, True), ("engine", "vllm", True),
+    ("eval_data", {"source": "a.jsonl", "sha256": "s1", "chosen": "by hash"}, True),
     ("eval_data", {"source": "a.jsonl", "sha256": "s2"}, True), ("reward", {"sha256": "s3"}, True),
     ("train_data", {"source": "permutations", "problems": 9}, True)])
 def test_a_run_goes_on_with_the_same_content_under_whatever_name(tmp_path, what, now, refused):
@@ -305,7 +308,7 @@ def test_what_is_another_one_is_said_in_words(tmp_path):
     folder = at(tmp_path)
     folder.loaded_before(resume=True)
     with pytest.raises(ValueError, match="another model: it was m, now it is arithmetic:3, other in head$"):
-        folder.refuse_other({**RECORD, "model": {"name": "arithmetic:3", "folder": "g", "head": "h2"}})
+        folder.refuse_other({**RECORD, "model": {"name": "arithmetic:3", "folder": "g", "head": "h2", "weights": "w1"}})
 
 
 def test_the_history_of_changes_is_that_of_the_steps_that_count(tmp_path):
